@@ -1,0 +1,57 @@
+"""Packaging of speechbrain-ram."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = "0.1.0"  # the package reads it back from its own metadata
+
+setup(
+    name="speechbrain-ram",
+    version=VERSION,
+    description=(
+        "Real additive margins, ResNet34 x-vectors and exact speaker "
+        "verification for SpeechBrain"
+    ),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
+    package_data={"speechbrain_ram": ["py.typed"]},
+    # Ranges that were tried. A torch newer than torchaudio's last release
+    # brings another CUDA and fails at import; constraints.txt pins one set.
+    install_requires=[
+        "speechbrain>=1.1,<2",
+        "torch>=2.7.1,<2.15",
+        "torchaudio>=2.7.1,<2.12",
+        "hyperpyyaml>=1.2.2",
+        "ruamel.yaml<0.19",  # hyperpyyaml does not load with 0.19
+        "numpy",
+        "pandas",
+        "scipy",
+        "soundfile>=0.12.1",
+        "safetensors",
+        "tqdm",
+    ],
+    extras_require={
+        "report": ["matplotlib"],
+        "calibration": ["scikit-learn"],
+        "tensorboard": ["tensorboard"],
+        "dev": [
+            "matplotlib",
+            "scikit-learn",
+            "tensorboard",
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "yamllint",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
+)

@@ -1,0 +1,188 @@
+"""Reading recordings: one place that says no to bad audio, by name.
+
+Everything that opens a recording in this package does so here, so that a
+wrong sample rate, a stereo file, a truncated or silent-by-NaN file gives the
+same clear error in training, verification and inference. Files are read with
+libsndfile (WAV, FLAC, Ogg, MP3, ...).
+
+Durations are counted in samples at the file's own rate, waveforms are mono
+float32 tensors in [-1, 1], shape ``[samples]``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+#: File name endings that are taken for recordings when a folder is searched.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff")
+
+
+class AudioError(ValueError):
+    """A recording cannot be used; the message names the file and says why."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file's header says, without decoding it.
+
+    Arguments
+    ---------
+    frames : int
+        Samples per channel.
+    sample_rate : int
+        In Hz.
+    channels : int
+        1 is mono.
+    """
+
+    frames: int
+    sample_rate: int
+    channels: int
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self.frames / self.sample_rate
+
+
+def audio_info(path: str | os.PathLike) -> AudioInfo:
+    """Read a recording's length, rate and channels from its header.
+
+    Arguments
+    ---------
+    path : path
+        A file that libsndfile can open.
+
+    Returns
+    -------
+    AudioInfo
+
+    Raises
+    ------
+    AudioError
+        The file is missing, empty, truncated before its header ends, or not
+        audio.
+    """
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise AudioError(_why_unreadable(path, error)) from error
+    if info.frames <= 0:
+        raise AudioError(f"'{path}' holds no samples (an empty recording).")
+    return AudioInfo(info.frames, info.samplerate, info.channels)
+
+
+def read_audio(
+    path: str | os.PathLike,
+    start: int = 0,
+    stop: int | None = None,
+    sample_rate: int = 16000,
+    resample: bool = False,
+    mixdown: bool = False,
+) -> torch.Tensor:
+    """Read a mono waveform, or a piece of one, and check it.
+
+    Arguments
+    ---------
+    path : path
+        A file that libsndfile can open.
+    start, stop : int
+        Samples at the file's own rate, end exclusive. `stop=None` reads to
+        the end.
+    sample_rate : int
+        The rate in Hz that the caller needs.
+    resample : bool
+        Whether a file of another rate may be converted.
+    mixdown : bool
+        Whether the channels of a multi-channel file may be averaged.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [samples], float32.
+
+    Raises
+    ------
+    AudioError
+        Missing, unreadable, truncated or empty file; another sample rate or
+        several channels where that was not allowed; NaN or infinite samples.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, np.zeros(1600), 16000)
+    >>> read_audio(path).shape
+    torch.Size([1600])
+    >>> read_audio(path, start=100, stop=500).shape
+    torch.Size([400])
+    """
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            rate, available = file.samplerate, file.frames
+            wanted = available if stop is None else min(stop, available)
+            if not 0 <= start < max(wanted, 1):
+                raise AudioError(
+                    f"'{path}' has {available} samples, but samples {start} "
+                    f"to {stop} were asked for. Did the file change since "
+                    "the manifest was written?"
+                )
+            if start:
+                file.seek(start)
+            data = file.read(wanted - start, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise AudioError(_why_unreadable(path, error)) from error
+
+    if len(data) == 0:
+        raise AudioError(f"'{path}' holds no samples (an empty recording).")
+    if len(data) < wanted - start:
+        raise AudioError(
+            f"'{path}' is truncated: its header promises {wanted - start} "
+            f"samples, {len(data)} could be read. Was a copy interrupted?"
+        )
+    if data.shape[1] > 1 and not mixdown:
+        raise AudioError(
+            f"'{path}' has {data.shape[1]} channels, mono is needed. Allow "
+            "mixdown=True to average them, or convert the file."
+        )
+    if rate != sample_rate and not resample:
+        raise AudioError(
+            f"'{path}' has a sample rate of {rate} Hz, {sample_rate} Hz is "
+            "needed. Allow resample=True to convert it while reading, or "
+            "convert the file."
+        )
+    data = data.mean(axis=1) if data.shape[1] > 1 else data[:, 0]
+    if not np.isfinite(data).all():
+        bad = int((~np.isfinite(data)).sum())
+        raise AudioError(
+            f"'{path}' has {bad} samples that are NaN or infinite. Was it "
+            "written from a computation that overflowed?"
+        )
+    waveform = torch.from_numpy(np.ascontiguousarray(data))
+    if rate != sample_rate:
+        import torchaudio.functional  # slow to import and seldom needed
+
+        waveform = torchaudio.functional.resample(waveform, rate, sample_rate)
+    return waveform
+
+
+def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
+    """Say why a file cannot be opened, in the order a person would check."""
+    path = Path(path)
+    if not path.exists():
+        if path.is_symlink():
+            return f"'{path}' is a link to a file that is not there."
+        return f"'{path}' does not exist. Is data_root the right folder?"
+    if path.is_dir():
+        return f"'{path}' is a folder, not a recording."
+    if path.stat().st_size == 0:
+        return f"'{path}' is an empty file (0 bytes)."
+    return (
+        f"'{path}' cannot be read as audio: {error}. It may be truncated, "
+        "or in a format that libsndfile does not know."
+    )

@@ -1,0 +1,1 @@
+"""From a corpus on disk to a manifest and trial lists."""
