@@ -1,0 +1,306 @@
+r"""Real margins: the max(0, .) that AM-Softmax leaves out.
+
+Notation: cosines c_j, label y, scale s, margin m. The target's logit after
+the margin is a = s (c_y - m), or a = s cos(theta_y + m) for the angular
+margin, and z_j = s c_j - a, for j != y, is how far class j breaks into the
+margin, in logits. A class with z_j <= 0 is *satisfied*: the target beats it
+by the whole margin.
+
+=================  ======================================================
+trivial margin     log(1 + sum_j e^{z_j}): AM- and AAM-Softmax, which
+                   SpeechBrain calls AngularMargin, AdditiveAngularMargin
+``form="paper"``   log(1 + sum_j e^{max(0, z_j)}): RAM-Softmax, equation 12
+                   of Li, Nai and Wang, *Real Additive Margin Softmax for
+                   Speaker Verification*. Equals cross-entropy on
+                   max(logits, a); a satisfied class still adds e^0 = 1, so
+                   the loss never goes below log C.
+``"released"``     cross-entropy where each logit below a is set to 0, as
+                   the authors' public toolkit computes it: satisfied
+                   classes weigh e^{-a} and go on pulling on the target.
+``"hinge"``        log(1 + sum_j (e^{max(0, z_j)} - 1)): exactly 0 once
+                   every class is satisfied, as the paper's text says.
+=================  ======================================================
+
+In every form the gradient on a satisfied class's cosine is zero. Each class
+here maps cosines and one-hot targets to logits, which is what SpeechBrain's
+:class:`~speechbrain.nnet.losses.LogSoftmaxWrapper` asks of its ``loss_fn``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
+
+#: The three ways to write a real margin, the paper's first.
+FORMS = ("paper", "released", "hinge")
+
+#: What ``make_objective`` builds.
+OBJECTIVES = ("softmax", "am", "aam", "ram", "raam")
+
+# A logit this far below the target's has probability exactly 0, in float32
+# and float64 alike, and is finite: -inf would become NaN in the wrapper's
+# KL divergence, which multiplies it by a target of 0.
+_DROPPED = 1e4
+
+
+def real_margin_logits(
+    logits: torch.Tensor, one_hot: torch.Tensor, form: str = "paper"
+) -> torch.Tensor:
+    """Turn logits with a trivial margin into logits with a real one.
+
+    The softmax cross-entropy of the result is the loss of the named form.
+    For ``paper`` this is ``torch.maximum(logits, a)``, where `a` is the
+    target's logit.
+
+    Arguments
+    ---------
+    logits : torch.Tensor
+        Shape [N, C]: s c_j, and `a` (margin already taken off) at the target.
+    one_hot : torch.Tensor
+        Shape [N, C]: 1 at the target, 0 elsewhere.
+    form : str
+        'paper', 'released' or 'hinge'; see the module's table.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [N, C], finite. A tie at the margin counts as satisfied.
+
+    Example
+    -------
+    >>> logits = torch.tensor([[2.0, 1.0, 5.0]])  # class 1 is satisfied
+    >>> one_hot = torch.tensor([[1.0, 0.0, 0.0]])
+    >>> real_margin_logits(logits, one_hot)
+    tensor([[2., 2., 5.]])
+    >>> real_margin_logits(logits, one_hot, "released")
+    tensor([[2., 0., 5.]])
+    """
+    target = (logits * one_hot).sum(dim=1, keepdim=True)  # a, [N, 1]
+    if form == "paper":
+        return torch.where(logits > target, logits, target)
+    if form == "released":
+        return torch.where(logits < target, torch.zeros_like(logits), logits)
+    # hinge: a violating class must weigh e^z - 1, so its logit is
+    # a + log(e^z - 1) = a + z + log(1 - e^-z), stable for large z. Below
+    # eps, e^z - 1 vanishes beside the 1 in the logarithm and log() does not.
+    z = logits - target
+    violates = z > torch.finfo(z.dtype).eps
+    z = torch.where(violates, z, torch.ones_like(z))  # log() never sees z <= 0
+    weight = z + torch.log(-torch.expm1(-z))
+    weight = torch.where(violates, weight, -_DROPPED)
+    return torch.where(one_hot > 0, logits, target + weight)
+
+
+class RealAdditiveMargin(torch.nn.Module):
+    """RAM-Softmax: the additive cosine margin, with its max(0, .).
+
+    With a = s (c_y - m) and z_j = s c_j - a, the loss of one sample is
+    log(1 + sum_j e^{max(0, z_j)}) in the default form, equation 12 of the
+    paper. Computed in float32 under autocast (bfloat16 logits near 30 are
+    0.125 apart); float64 stays float64.
+
+    Arguments
+    ---------
+    margin : float
+        m, the least lead of the target in cosine, in [0, 2]. The paper's
+        best: 0.30 for VoxCeleb (5,994 classes), 0.20 for CN-Celeb (2,800).
+    scale : float
+        s, which turns cosines into logits; above 0. The paper's: 30.
+    form : str
+        'paper' (equation 12), 'released' (the authors' toolkit) or 'hinge'
+        (exactly 0 when separated).
+
+    Raises
+    ------
+    ValueError
+        A margin, scale or form outside these ranges, or, in ``forward``,
+        tensors of unequal or wrong shape.
+
+    Example
+    -------
+    >>> from speechbrain.nnet.losses import LogSoftmaxWrapper
+    >>> cosines = torch.tensor([[[0.9, 0.1, -0.2]]])  # [N, 1, C]
+    >>> targets = torch.tensor([[0]])  # [N, 1]
+    >>> loss = LogSoftmaxWrapper(RealAdditiveMargin(margin=0.3, scale=30))
+    >>> loss(cosines, targets)  # all separated: log C
+    tensor(1.0986)
+    >>> hinge = RealAdditiveMargin(margin=0.3, scale=30, form="hinge")
+    >>> float(LogSoftmaxWrapper(hinge)(cosines, targets))
+    0.0
+    """
+
+    _largest_margin = 2.0  # cosines lie in [-1, 1]
+
+    def __init__(self, margin: float, scale: float, form: str = "paper"):
+        super().__init__()
+        check_margin(margin, scale, self._largest_margin)
+        check_form(form)
+        self.margin = float(margin)
+        self.scale = float(scale)
+        self.form = form
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(model)``."""
+        return f"margin={self.margin}, scale={self.scale}, form={self.form!r}"
+
+    def forward(
+        self, cosines: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits whose cross-entropy is the real-margin loss.
+
+        Arguments
+        ---------
+        cosines : torch.Tensor
+            Shape [N, C], in [-1, 1] (not checked: that would wait for the
+            device in every step).
+        one_hot : torch.Tensor
+            Shape [N, C], 1 at the target and 0 elsewhere.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [N, C], float32 or wider.
+        """
+        if cosines.ndim != 2 or cosines.shape != one_hot.shape:
+            raise ValueError(
+                "cosines and one_hot must both have shape [N, C], got "
+                f"{tuple(cosines.shape)} and {tuple(one_hot.shape)}. Is a "
+                "singleton time axis left to squeeze?"
+            )
+        with torch.autocast(cosines.device.type, enabled=False):
+            if cosines.dtype != torch.float64:
+                cosines = cosines.float()
+            one_hot = one_hot.to(cosines.dtype)
+            logits = self.margin_logits(cosines, one_hot)
+            return real_margin_logits(logits, one_hot, self.form)
+
+    def margin_logits(
+        self, cosines: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """The trivial margin: s c_j, and s (c_y - m) at the target."""
+        return self.scale * (cosines - self.margin * one_hot)
+
+
+class RealAdditiveAngularMargin(RealAdditiveMargin):
+    """The additive angular margin (AAM, ArcFace) with its max(0, .).
+
+    As :class:`RealAdditiveMargin` with a = s cos(theta_y + m): what the
+    paper's conclusion proposes for AAM-Softmax. Where theta_y + m would pass
+    pi, `a` goes on falling linearly, as in SpeechBrain's
+    ``AdditiveAngularMargin``, with which this agrees bit for bit in float32
+    when every class violates the margin.
+
+    Arguments
+    ---------
+    margin : float
+        m in radians, in [0, pi / 2].
+    scale : float
+        s, above 0.
+    form : str
+        'paper', 'released' or 'hinge'.
+
+    Raises
+    ------
+    ValueError
+        As :class:`RealAdditiveMargin`.
+
+    Example
+    -------
+    >>> loss_fn = RealAdditiveAngularMargin(margin=0.2, scale=30)
+    >>> cosines = torch.tensor([[0.5, 0.1]])
+    >>> loss_fn(cosines, torch.tensor([[1.0, 0.0]]))
+    tensor([[9.5394, 9.5394]])
+    """
+
+    _largest_margin = math.pi / 2
+
+    def margin_logits(
+        self, cosines: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """The trivial margin: s c_j, and s cos(theta_y + m) at the target."""
+        # The clamp keeps the square root's derivative finite at |c| = 1.
+        cosines = cosines.clamp(-1 + 1e-7, 1 - 1e-7)
+        sines = (1.0 - cosines.pow(2)).sqrt()
+        turned = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
+        beyond = cosines - math.sin(math.pi - self.margin) * self.margin
+        target = torch.where(
+            cosines > math.cos(math.pi - self.margin), turned, beyond
+        )
+        return self.scale * (one_hot * target + (1.0 - one_hot) * cosines)
+
+
+def make_objective(
+    objective: str,
+    margin: float = 0.3,
+    scale: float = 30.0,
+    form: str = "paper",
+) -> torch.nn.Module:
+    """Build a ``loss_fn`` from four scalars that a command line can set.
+
+    Arguments
+    ---------
+    objective : str
+        'softmax' (cosine softmax: scale, no margin), 'am' and 'aam' (trivial
+        margins, SpeechBrain's own classes), 'ram' and 'raam' (real margins).
+    margin, scale : float
+        m and s. 'softmax' takes no margin.
+    form : str
+        Of the real margins; the others take none.
+
+    Returns
+    -------
+    torch.nn.Module
+        Maps cosines [N, C] and one-hot targets [N, C] to logits [N, C].
+
+    Raises
+    ------
+    ValueError
+        An unknown objective or form, or a margin or scale out of range.
+
+    Example
+    -------
+    >>> make_objective("ram", margin=0.2)
+    RealAdditiveMargin(margin=0.2, scale=30.0, form='paper')
+    """
+    check_form(form)  # a typo in a setting that is not used is a typo still
+    if objective == "ram":
+        return RealAdditiveMargin(margin, scale, form)
+    if objective == "raam":
+        return RealAdditiveAngularMargin(margin, scale, form)
+    if objective == "softmax":
+        check_margin(0.0, scale, 0.0)
+        return AngularMargin(margin=0.0, scale=float(scale))
+    if objective == "am":
+        check_margin(margin, scale, RealAdditiveMargin._largest_margin)
+        return AngularMargin(margin=float(margin), scale=float(scale))
+    if objective == "aam":
+        check_margin(margin, scale, RealAdditiveAngularMargin._largest_margin)
+        return AdditiveAngularMargin(margin=float(margin), scale=float(scale))
+    raise ValueError(
+        f"objective is {objective!r}, allowed are {', '.join(OBJECTIVES)}."
+    )
+
+
+def check_form(form: str) -> None:
+    """Raise a ValueError unless `form` is one of :data:`FORMS`."""
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}, allowed are {', '.join(FORMS)}.")
+
+
+def check_margin(margin: float, scale: float, largest_margin: float) -> None:
+    """Raise a ValueError unless margin and scale are numbers in range."""
+    for name, value in (("margin", margin), ("scale", scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(
+                f"{name} is {value!r}, a number is needed. Is it quoted in "
+                "the YAML?"
+            )
+    if not 0 <= margin <= largest_margin:
+        raise ValueError(
+            f"margin is {margin}, allowed is 0 to {largest_margin:.4g}. Is it "
+            "already multiplied by the scale, or in degrees?"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, allowed is above 0 and finite.")
