@@ -1,0 +1,606 @@
+"""The manifest: one row an utterance, read from file headers alone.
+
+Conventions: `duration` is in seconds; `start` and `stop` are samples at the
+file's own rate, end exclusive; `wav` begins with ``$data_root/`` so that a
+manifest can be moved with its corpus; `ID` is the path under the corpus root,
+with its folders, so that files of one name in two folders stay apart. These
+are SpeechBrain's columns, ``DynamicItemDataset.from_csv`` reads them too.
+
+No recording is decoded unless asked (`verify=True`), nothing is written into
+the corpus, and what the headers said is kept in a cache beside the manifest,
+where a file is looked up by its path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from speechbrain.utils.logger import get_logger
+from tqdm import tqdm
+
+from speechbrain_ram.audio import (
+    AUDIO_EXTENSIONS,
+    AudioError,
+    AudioInfo,
+    audio_info,
+    read_audio,
+)
+
+logger = get_logger(__name__)
+
+#: The header line of a manifest.
+COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
+
+#: What stands for the corpus folder in the `wav` column.
+ROOT_PREFIX = "$data_root/"
+
+_CHUNK = 256  # files a task: keeps the cost of hand-over below 1 % of reading
+
+
+class ManifestError(ValueError):
+    """A corpus or a manifest cannot be used; the message says where and why."""
+
+
+class Utterance(NamedTuple):
+    """One row of a manifest.
+
+    Arguments
+    ---------
+    id : str
+        Unique; the path under the corpus root.
+    duration : float
+        Seconds.
+    wav : str
+        ``$data_root/`` and the path under the corpus root, or an absolute
+        path.
+    start, stop : int
+        Samples at the file's own rate, end exclusive.
+    spk_id : str
+        The speaker.
+
+    Example
+    -------
+    >>> row = Utterance("s1/a.wav", 1.5, "$data_root/s1/a.wav", 0, 24000, "s1")
+    >>> row.path("/corpus")
+    '/corpus/s1/a.wav'
+    """
+
+    id: str
+    duration: float
+    wav: str
+    start: int
+    stop: int
+    spk_id: str
+
+    def path(self, data_root: str | os.PathLike) -> str:
+        """Return where the recording lies when the corpus is at `data_root`."""
+        if self.wav.startswith(ROOT_PREFIX):
+            return os.path.join(data_root, self.wav[len(ROOT_PREFIX) :])
+        return self.wav
+
+
+class _Header(NamedTuple):
+    """What is cached of one file."""
+
+    size: int
+    mtime_ns: int
+    frames: int
+    sample_rate: int
+    channels: int
+    verified: bool
+
+
+def find_recordings(
+    data_root: str | os.PathLike,
+    extensions: Sequence[str] = AUDIO_EXTENSIONS,
+) -> list[str]:
+    """List the recordings below a folder, sorted, links to folders followed.
+
+    Hidden files and folders are passed over (``._00001.wav`` is a trace of a
+    macOS archive, not a recording).
+
+    Arguments
+    ---------
+    data_root : path
+        The corpus folder.
+    extensions : sequence of str
+        File name endings that count, in lower case with the dot; upper-case
+        endings in the corpus match too.
+
+    Returns
+    -------
+    list of str
+        Paths relative to `data_root`, with forward slashes.
+
+    Raises
+    ------
+    ManifestError
+        The folder is missing or holds no recording, or a file name cannot be
+        written into a manifest.
+    """
+    root = Path(data_root)
+    if not root.is_dir():
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise ManifestError(
+            f"The corpus folder '{root}' {state}. Is data_root spelled right, "
+            "and is the disk mounted?"
+        )
+    endings = tuple(extensions)
+    found = [
+        name
+        for name in _walk(root, "", set())
+        if name.lower().endswith(endings)
+    ]
+    if not found:
+        raise ManifestError(
+            f"'{root}' holds no recordings: no file below it ends in one of "
+            f"{', '.join(endings)}. Is the archive unpacked?"
+        )
+    for name in found:
+        if "$" in name or "\n" in name or not name.isprintable():
+            raise ManifestError(
+                f"The file name {name!r} under '{root}' cannot go into a "
+                "manifest: '$' and unprintable characters are not allowed "
+                "(SpeechBrain takes '$' for a variable). Rename the file."
+            )
+    return sorted(found)
+
+
+def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator:
+    """Yield relative file paths; `above` guards against loops of links."""
+    status = folder.stat()
+    key = (status.st_dev, status.st_ino)
+    if key in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(
+                    Path(entry.path), f"{prefix}{entry.name}/", above | {key}
+                )
+            else:
+                yield prefix + entry.name
+
+
+def build_manifest(
+    data_root: str | os.PathLike,
+    recordings: Iterable[tuple[str, str]],
+    cache: str | os.PathLike | None = None,
+    sample_rate: int = 16000,
+    resample: bool = False,
+    mixdown: bool = False,
+    min_duration: float = 0.0,
+    verify: bool = False,
+    skipped_list: str | os.PathLike | None = None,
+    workers: int | None = None,
+) -> list[Utterance]:
+    """Read the headers of recordings, in parallel, into manifest rows.
+
+    Arguments
+    ---------
+    data_root : path
+        The corpus folder.
+    recordings : iterable of (str, str)
+        Path relative to `data_root`, and speaker.
+    cache : path, optional
+        A file outside of the corpus that remembers headers from one call to
+        the next. A file is read again when its size or its time of change is
+        another.
+    sample_rate : int
+        The rate in Hz that training needs.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are welcome.
+    min_duration : float
+        Seconds; shorter utterances are left out with a warning.
+    verify : bool
+        Decode every file to its end once. Only this finds damage that the
+        header does not show (minutes to hours on a large corpus).
+    skipped_list : path, optional
+        When given, unusable recordings are left out and listed in this file,
+        with their reasons; when not, the first few are named in an error.
+    workers : int, optional
+        Threads; by default 4 per processor, which hides the delay of a
+        network disk.
+
+    Returns
+    -------
+    list of Utterance
+        In the order of `recordings`.
+
+    Raises
+    ------
+    ManifestError
+        Unusable recordings, each with its reason, or none left.
+
+    Example
+    -------
+    >>> import numpy, soundfile
+    >>> root = getfixture("tmp_path")
+    >>> (root / "anna").mkdir()
+    >>> soundfile.write(root / "anna" / "1.wav", numpy.zeros(24000), 16000)
+    >>> build_manifest(root, [("anna/1.wav", "anna")])[0].duration
+    1.5
+    """
+    root = Path(data_root)
+    recordings = list(recordings)
+    known = _read_cache(cache, root) if cache else {}
+
+    def examine(chunk):
+        return [
+            _examine(root, name, known.get(name), verify) for name, _ in chunk
+        ]
+
+    chunks = [
+        recordings[i : i + _CHUNK] for i in range(0, len(recordings), _CHUNK)
+    ]
+    headers: list[_Header | AudioError] = []
+    workers = workers or 4 * (os.cpu_count() or 1)
+    try:
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=len(recordings), desc="Headers", unit="file") as bar,
+        ):
+            for result in pool.map(examine, chunks):
+                headers.extend(result)
+                bar.update(len(result))
+    finally:  # an interrupted run keeps what it has read
+        if cache:
+            _write_cache(cache, root, recordings, headers, known)
+
+    rows, skipped, short = [], [], []
+    for (name, speaker), header in zip(recordings, headers, strict=True):
+        problem = header if isinstance(header, AudioError) else None
+        if problem is None:
+            problem = _unsuitable(
+                root / name, header, sample_rate, resample, mixdown
+            )
+        if problem is not None:
+            skipped.append(str(problem))
+            continue
+        duration = header.frames / header.sample_rate
+        if duration < min_duration:
+            short.append(f"'{root / name}' lasts {duration:.3f} s only.")
+            continue
+        rows.append(
+            Utterance(
+                name, duration, ROOT_PREFIX + name, 0, header.frames, speaker
+            )
+        )
+    _report_skipped(skipped, short, len(recordings), min_duration, skipped_list)
+    if not rows:
+        raise ManifestError(
+            f"None of the {len(recordings)} recordings under '{root}' is left: "
+            f"{len(short)} are shorter than {min_duration} s, {len(skipped)} "
+            "are unusable."
+        )
+    return rows
+
+
+def _examine(
+    root: Path, name: str, known: _Header | None, verify: bool
+) -> _Header | AudioError:
+    """Look at one file, through the cache where it still holds."""
+    path = os.path.join(root, name)
+    try:
+        status = os.stat(path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+        if known is None or known[:2] != (size, mtime_ns):
+            info = _quick_info(path, size) or audio_info(path)
+            known = _Header(
+                size,
+                mtime_ns,
+                info.frames,
+                info.sample_rate,
+                info.channels,
+                False,
+            )
+        if verify and not known.verified:
+            read_audio(path, stop=known.frames, resample=True, mixdown=True)
+            known = known._replace(verified=True)
+        return known
+    except OSError:  # let the reader of audio say what is wrong
+        try:
+            audio_info(path)
+        except AudioError as error:
+            return error
+        raise
+    except AudioError as error:
+        return error
+
+
+def _quick_info(path: str, size: int) -> AudioInfo | None:
+    """Parse the header of a plain WAV or FLAC file; None for anything else.
+
+    Several times faster than opening the file with libsndfile, and it sees
+    what libsndfile mends in silence: a WAV file cut short.
+    """
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(512)
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return _riff_info(path, head, size)
+    if head[:4] == b"fLaC" and head[4] & 0x7F == 0 and len(head) >= 26:
+        # STREAMINFO: 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
+        bits = int.from_bytes(head[18:26], "big")
+        frames = bits & 0xFFFFFFFFF
+        if frames:
+            return AudioInfo(frames, bits >> 44, (bits >> 41 & 7) + 1)
+    return None
+
+
+def _riff_info(path: str, head: bytes, size: int) -> AudioInfo | None:
+    """Walk the chunks of a WAV file up to its samples."""
+    offset, rate, channels, block = 12, 0, 0, 0
+    while offset + 8 <= len(head):
+        length = int.from_bytes(head[offset + 4 : offset + 8], "little")
+        body = offset + 8
+        if head[offset : offset + 4] == b"fmt " and body + 16 <= len(head):
+            if head[body] not in (1, 3, 0xFE):  # PCM, float, extensible
+                return None
+            channels = int.from_bytes(head[body + 2 : body + 4], "little")
+            rate = int.from_bytes(head[body + 4 : body + 8], "little")
+            block = int.from_bytes(head[body + 12 : body + 14], "little")
+        if head[offset : offset + 4] == b"data":
+            if not (rate and channels and block):
+                return None
+            if length >= 0x7FFFF000:  # a stream's unknown length
+                length = size - body
+            if length > size - body:
+                raise AudioError(
+                    f"'{path}' is truncated: its header promises {length} "
+                    f"bytes of samples, {size - body} are there. Was a copy "
+                    "or an unpacking interrupted?"
+                )
+            if length < block:
+                raise AudioError(
+                    f"'{path}' holds no samples (an empty recording)."
+                )
+            return AudioInfo(length // block, rate, channels)
+        offset = body + length + length % 2
+    return None
+
+
+def _unsuitable(
+    path: Path, header: _Header, sample_rate: int, resample: bool, mixdown: bool
+) -> str | None:
+    """Say why a sound file cannot be used as it is."""
+    if header.channels > 1 and not mixdown:
+        return (
+            f"'{path}' has {header.channels} channels, mono is needed. Allow "
+            "mixdown=True to average them, or convert the file."
+        )
+    if header.sample_rate != sample_rate and not resample:
+        return (
+            f"'{path}' has a sample rate of {header.sample_rate} Hz, "
+            f"{sample_rate} Hz is needed. Allow resample=True to convert it "
+            "while reading, or convert the file."
+        )
+    return None
+
+
+def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
+    """Raise for unusable recordings, or list them where that was asked."""
+    if skipped and skipped_list is None:
+        shown = "\n  ".join(skipped[:10])
+        more = f"\n  ... and {len(skipped) - 10} more" * (len(skipped) > 10)
+        raise ManifestError(
+            f"{len(skipped)} of {total} recordings cannot be used:\n  {shown}"
+            f"{more}\nRepair or remove them, or ask for them to be left out "
+            "(skip_bad=True)."
+        )
+    if short:
+        logger.warning(
+            "%d of %d recordings are shorter than %s s and left out, the "
+            "first: %s",
+            len(short),
+            total,
+            min_duration,
+            short[0],
+        )
+    if skipped_list is not None:
+        with atomic_writer(skipped_list) as file:
+            file.writelines(f"{line}\n" for line in skipped + short)
+    if skipped:
+        logger.warning(
+            "%d of %d recordings cannot be used and are left out; all are "
+            "listed in '%s', the first: %s",
+            len(skipped),
+            total,
+            skipped_list,
+            skipped[0],
+        )
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Open a text file that appears under its name only when complete.
+
+    Arguments
+    ---------
+    path : path
+        The file to write; its folder is made where it is missing.
+
+    Yields
+    ------
+    text file
+        UTF-8, line ends as written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 suits nobody
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_manifest(rows: Iterable[Utterance], path: str | os.PathLike) -> None:
+    """Write a manifest; it appears complete or not at all.
+
+    Arguments
+    ---------
+    rows : iterable of Utterance
+        At least one, with unique ids.
+    path : path
+        The CSV file.
+
+    Raises
+    ------
+    ManifestError
+        No rows, or two rows of one id.
+    """
+    seen = set()
+    with atomic_writer(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            if row.id in seen:
+                raise ManifestError(
+                    f"Two utterances have the ID '{row.id}'; '{path}' was not "
+                    "written. IDs must be paths with their folders."
+                )
+            seen.add(row.id)
+            writer.writerow(row)
+        if not seen:
+            raise ManifestError(f"There is no utterance to write to '{path}'.")
+
+
+def read_manifest(path: str | os.PathLike) -> list[Utterance]:
+    """Read and check a manifest.
+
+    Arguments
+    ---------
+    path : path
+        A CSV file with at least the columns of :data:`COLUMNS`, in any order.
+
+    Returns
+    -------
+    list of Utterance
+
+    Raises
+    ------
+    ManifestError
+        Missing file or columns, or a bad row: the message gives file, line,
+        the text found and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(
+            f"The manifest '{path}' does not exist. Was the corpus prepared?"
+        )
+    rows, line_of_id = [], {}
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
+        if missing:
+            raise ManifestError(
+                f"{path}, line 1: found the columns {reader.fieldnames}, "
+                f"expected {','.join(COLUMNS)} ({', '.join(missing)} missing)."
+            )
+        for record in reader:
+            place = f"{path}, line {reader.line_num}"
+            row = _parse_row(record, place)
+            if row.id in line_of_id:
+                raise ManifestError(
+                    f"{place}: the ID '{row.id}' stands in line "
+                    f"{line_of_id[row.id]} already; expected unique IDs."
+                )
+            line_of_id[row.id] = reader.line_num
+            rows.append(row)
+    if not rows:
+        raise ManifestError(f"The manifest '{path}' holds no utterances.")
+    return rows
+
+
+def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
+    """Turn one CSV record into an utterance, or say what is wrong with it."""
+    if None in record or None in record.values():
+        raise ManifestError(
+            f"{place}: found {[v for v in record.values() if v is not None]}, "
+            f"expected {len(COLUMNS)} values: {','.join(COLUMNS)}."
+        )
+
+    def number(column, kind, low, text):
+        try:
+            value = kind(record[column])
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            raise ManifestError(
+                f"{place}: {column} is '{record[column]}', expected {text}."
+            )
+        return value
+
+    duration = number("duration", float, 1e-9, "seconds above 0")
+    start = number("start", int, 0, "a sample number, 0 or more")
+    stop = number("stop", int, start + 1, f"a sample number above {start}")
+    for column in ("ID", "wav", "spk_id"):
+        if not record[column]:
+            raise ManifestError(f"{place}: {column} is empty.")
+    wav = record["wav"]
+    if "$" in wav.removeprefix(ROOT_PREFIX) or not (
+        wav.startswith(ROOT_PREFIX) or os.path.isabs(wav)
+    ):
+        raise ManifestError(
+            f"{place}: wav is '{wav}', expected '{ROOT_PREFIX}' and a path "
+            "under the corpus folder, or an absolute path."
+        )
+    return Utterance(record["ID"], duration, wav, start, stop, record["spk_id"])
+
+
+def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, _Header]:
+    """Read the cache; an unreadable or foreign one counts as empty."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            if json.loads(file.readline()) != _cache_stamp(root):
+                return {}
+            return {
+                name: _Header(*map(int, values[:5]), values[5] == "1")
+                for name, *values in csv.reader(file)
+            }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, IndexError, TypeError) as error:
+        logger.warning("The cache '%s' is not used: %s", path, error)
+        return {}
+
+
+def _write_cache(path, root, recordings, headers, known) -> None:
+    """Remember the headers read so far, and those known from before."""
+    merged = dict(known)
+    for (name, _), header in zip(recordings, headers, strict=False):
+        if isinstance(header, _Header):
+            merged[name] = header
+        else:
+            merged.pop(name, None)
+    if merged == known:
+        return
+    with atomic_writer(path) as file:
+        file.write(json.dumps(_cache_stamp(root)) + "\n")
+        csv.writer(file, lineterminator="\n").writerows(
+            (name, *header[:5], int(header.verified))
+            for name, header in merged.items()
+        )
+
+
+def _cache_stamp(root: Path) -> dict:
+    """The first line of a cache: its format and the corpus it is about."""
+    return {"header_cache": 1, "data_root": str(root.resolve())}
