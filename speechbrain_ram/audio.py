@@ -12,6 +12,7 @@ float32 tensors in [-1, 1], shape ``[samples]``.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +170,57 @@ def read_audio(
 
         waveform = torchaudio.functional.resample(waveform, rate, sample_rate)
     return waveform
+
+
+def pad_waveforms(
+    waveforms: Sequence[torch.Tensor], hop: int = 160
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch waveforms so that the host's masks fit their feature frames.
+
+    SpeechBrain's Fbank makes ``n // hop + 1`` frames of n samples, and its
+    masks keep frame i of T while ``i < rel * T``. Lengths relative to samples
+    are a frame off there; these are relative to frames and exact. With k of T
+    frames valid, ``rel = (k - 0.5) / T``, half a frame away from rounding.
+
+    Arguments
+    ---------
+    waveforms : sequence of torch.Tensor
+        B mono waveforms, each of shape [samples].
+    hop : int
+        Samples from one feature frame to the next.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Waveforms [B, N] padded with zeros, N a whole number of hops, and
+        relative lengths [B], 1 where every frame is valid.
+
+    Raises
+    ------
+    AudioError
+        There is no waveform, or one is empty or not one-dimensional.
+
+    Example
+    -------
+    >>> wavs, lens = pad_waveforms([torch.ones(320), torch.ones(100)])
+    >>> wavs.shape, lens
+    (torch.Size([2, 320]), tensor([1.0000, 0.1667]))
+    """
+    shapes = [tuple(wav.shape) for wav in waveforms]
+    if not shapes or any(len(s) != 1 or s[0] == 0 for s in shapes):
+        raise AudioError(
+            f"Waveforms of shape [samples] are needed, got {shapes}. Mix "
+            "channels down and leave empty recordings out first."
+        )
+    longest = max(len(wav) for wav in waveforms)
+    hops = -(-longest // hop)  # rounded up
+    padded = waveforms[0].new_zeros(len(waveforms), hops * hop)
+    for row, wav in zip(padded, waveforms, strict=True):
+        row[: len(wav)] = wav
+    valid = torch.tensor([len(wav) // hop + 1 for wav in waveforms])
+    lens = (valid - 0.5) / (hops + 1)
+    lens[valid == hops + 1] = 1.0
+    return padded, lens
 
 
 def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:

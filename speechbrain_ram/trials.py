@@ -1,0 +1,422 @@
+"""Trial lists: which pairs of enrolment and test are compared, and the truth.
+
+A list of any published form becomes one :class:`TrialList`: every utterance
+named once, each trial two integers and a label. 3.5 million trials (CN-Celeb)
+then take 32 MB, and embeddings are computed once per utterance.
+
+=============  ===========================  ======================
+form           one line                     labels
+=============  ===========================  ======================
+``voxceleb``   ``LABEL ENROL TEST``         ``1`` / ``0``
+``kaldi``      ``ENROL TEST LABEL``         ``target`` / ``nontarget``
+``sitw``       ``ENROL TEST LABEL``         ``tgt`` / ``imp``
+``cnceleb``    ``ENROL TEST LABEL``         ``1`` / ``0``
+=============  ===========================  ======================
+
+Fields are separated by spaces or tabs. Utterances are named by their path
+relative to the corpus folder. Enrolment is an utterance or the name of a
+*model*, which stands for one or more utterances.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+#: Order of the fields and spelling of (non-target, target) of each form.
+FORMS = {
+    "voxceleb": (("label", "enrol", "test"), ("0", "1")),
+    "kaldi": (("enrol", "test", "label"), ("nontarget", "target")),
+    "sitw": (("enrol", "test", "label"), ("imp", "tgt")),
+    "cnceleb": (("enrol", "test", "label"), ("0", "1")),
+}
+
+_CHUNK = 100_000  # lines per step: bounds the memory that strings take
+_ENDINGS = (".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".sph", ".sv")
+
+
+class TrialError(ValueError):
+    """A trial list cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrialList:
+    """Pairs to compare, as indices into lists of unique names.
+
+    Arguments
+    ---------
+    enrol_ids : tuple of str
+        Unique names of the enrolment side: utterances, or models.
+    test_ids : tuple of str
+        Unique utterances of the test side.
+    enrol, test : np.ndarray
+        Shape [N] int32, indices into `enrol_ids` and `test_ids`.
+    labels : np.ndarray
+        Shape [N] int8, 1 for a target trial, 0 for a non-target trial.
+    models : Mapping, optional
+        Model name -> its utterances, where enrolment is by model. It may
+        hold models that no trial names; every enrolment id must be in it.
+
+    Example
+    -------
+    >>> trials = TrialList(
+    ...     ("a/1.wav",), ("a/2.wav", "b/1.wav"), [0, 0], [0, 1], [1, 0]
+    ... )
+    >>> len(trials), trials.utterances
+    (2, ('a/1.wav', 'a/2.wav', 'b/1.wav'))
+    """
+
+    enrol_ids: tuple[str, ...]
+    test_ids: tuple[str, ...]
+    enrol: np.ndarray
+    test: np.ndarray
+    labels: np.ndarray
+    models: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self):
+        for name in ("enrol_ids", "test_ids"):
+            ids = tuple(getattr(self, name))
+            if len(set(ids)) != len(ids):
+                raise TrialError(f"{name} must be unique, and are not.")
+            object.__setattr__(self, name, ids)
+        for name, dtype in (("enrol", np.int32), ("test", np.int32)):
+            index = np.asarray(getattr(self, name), dtype=dtype)
+            limit = len(getattr(self, f"{name}_ids"))
+            if index.size and not 0 <= index.min() <= index.max() < limit:
+                raise TrialError(
+                    f"{name} indices must lie in [0, {limit}), got "
+                    f"[{index.min()}, {index.max()}]."
+                )
+            object.__setattr__(self, name, index)
+        labels = np.asarray(self.labels, dtype=np.int8)
+        object.__setattr__(self, "labels", labels)
+        if not self.enrol.shape == self.test.shape == labels.shape:
+            raise TrialError(
+                "enrol, test and labels must have one length, got "
+                f"{self.enrol.shape}, {self.test.shape}, {labels.shape}."
+            )
+        if not np.isin(labels, (0, 1)).all():
+            raise TrialError("labels must be 1 (target) or 0 (non-target).")
+        if self.models is not None:
+            unknown = [m for m in self.enrol_ids if not self.models.get(m)]
+            if unknown:
+                raise TrialError(
+                    f"{len(unknown)} enrolment models have no utterance: "
+                    f"{_first_ten(unknown)}. Is the enrolment list the one "
+                    "that belongs to these trials?"
+                )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def utterances(self) -> tuple[str, ...]:
+        """Every utterance that needs an embedding, once, in a fixed order."""
+        if self.models is None:
+            enrolment: Iterable[str] = self.enrol_ids
+        else:
+            enrolment = (u for m in self.enrol_ids for u in self.models[m])
+        return tuple(dict.fromkeys((*enrolment, *self.test_ids)))
+
+
+def read_trials(
+    path: str | os.PathLike,
+    form: str = "voxceleb",
+    models: Mapping[str, tuple[str, ...]] | None = None,
+    strip_prefix: str = "",
+    suffix: str | None = None,
+) -> TrialList:
+    """Read a trial list in one of the :data:`FORMS`.
+
+    Arguments
+    ---------
+    path : path
+        Text file, one trial a line; blank lines are skipped.
+    form : str
+        `voxceleb`, `kaldi`, `sitw` or `cnceleb`.
+    models : Mapping, optional
+        Model name -> utterances, from :func:`read_models`; without it the
+        enrolment field names an utterance.
+    strip_prefix : str
+        Removed from the start of every utterance name that has it, for lists
+        with absolute paths of another machine.
+    suffix : str, optional
+        Ending such as ".wav" that every utterance shall have: replaces the
+        ending of another audio format, is added where there is none.
+
+    Returns
+    -------
+    TrialList
+        In the file's order. Duplicate lines are kept: published results
+        count them.
+
+    Raises
+    ------
+    TrialError
+        With file, line number, the line and what was expected.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "trials.txt"
+    >>> _ = path.write_text("1 a/1.wav a/2.wav\\n0 a/1.wav b/1.wav\\n")
+    >>> trials = read_trials(path)
+    >>> trials.labels.tolist(), trials.test_ids
+    ([1, 0], ('a/2.wav', 'b/1.wav'))
+    """
+    if form not in FORMS:
+        raise TrialError(
+            f"form must be one of {', '.join(FORMS)}, got '{form}'."
+        )
+    order, spellings = FORMS[form]
+    columns = {name: _Column() for name in order}
+    try:
+        # Names as dtype=object: the category type would read the id 00012
+        # as the number 12. A fourth column catches overlong lines.
+        chunks = pd.read_csv(
+            path,
+            sep=r"\s+",
+            header=None,
+            names=[*order, "rest"],
+            index_col=False,
+            dtype=object,
+            na_filter=False,
+            quoting=csv.QUOTE_NONE,
+            encoding="utf-8",
+            chunksize=_CHUNK,
+        )
+        for chunk in chunks:
+            shortest = chunk[order[-1]].to_numpy()
+            if (shortest == "").any() or (chunk["rest"] != "").any():
+                raise _first_bad_line(path, form)
+            for name, column in columns.items():
+                column.add(chunk[name].to_numpy())
+    except FileNotFoundError as error:
+        raise TrialError(f"The trial list '{path}' does not exist.") from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise _first_bad_line(path, form) from error
+    if not columns["label"].codes:
+        raise TrialError(f"The trial list '{path}' holds no trials.")
+    if not set(columns["label"].ids) <= set(spellings):
+        raise _first_bad_line(path, form)
+
+    truth = np.array([label == spellings[1] for label in columns["label"].ids])
+    names = _Renamer(strip_prefix, suffix)
+    test_ids, test = names(*columns["test"].finish())
+    enrol_ids, enrol = columns["enrol"].finish()
+    if models is None:
+        enrol_ids, enrol = names(enrol_ids, enrol)
+    else:
+        unknown = [name for name in enrol_ids if name not in models]
+        if unknown:
+            raise TrialError(
+                f"'{path}': {len(unknown)} enrolment models are not in the "
+                f"enrolment list: {_first_ten(unknown)}. Do the two files "
+                "belong together?"
+            )
+        models = {
+            model: tuple(map(names.rename, models[model]))
+            for model in enrol_ids
+        }
+    labels = truth[columns["label"].finish()[1]].astype(np.int8)
+    return TrialList(enrol_ids, test_ids, enrol, test, labels, models)
+
+
+def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
+    """Read an enrolment list, one model a line: ``MODEL UTTERANCE [...]``.
+
+    This is the form of SITW's ``enroll-core.lst``, CN-Celeb's ``enroll.lst``
+    and ``enroll.map``, and Kaldi's ``spk2utt``. A model may take several
+    lines; its utterances are collected.
+
+    Arguments
+    ---------
+    path : path
+        Text file.
+
+    Returns
+    -------
+    dict
+        Model name -> its utterances, in the file's order.
+
+    Raises
+    ------
+    TrialError
+        The file is missing or empty, or a line names no utterance.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "enroll.lst"
+    >>> _ = path.write_text("id1 id1/a.wav id1/b.wav\\n")
+    >>> read_models(path)
+    {'id1': ('id1/a.wav', 'id1/b.wav')}
+    """
+    models: dict[str, tuple[str, ...]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.split()
+                if len(fields) == 1:
+                    raise TrialError(
+                        f"'{path}', line {number}: '{line.strip()}' names no "
+                        "utterance, 'MODEL UTTERANCE [UTTERANCE ...]' was "
+                        "expected."
+                    )
+                if fields:
+                    known = models.get(fields[0], ())
+                    models[fields[0]] = (*known, *fields[1:])
+    except FileNotFoundError as error:
+        raise TrialError(f"The list '{path}' does not exist.") from error
+    if not models:
+        raise TrialError(f"The enrolment list '{path}' is empty.")
+    return models
+
+
+def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
+    """Write a list in VoxCeleb's form, ``LABEL ENROL TEST``.
+
+    Models are written by name; their utterances are not in this file.
+
+    Arguments
+    ---------
+    trials : TrialList
+        What to write.
+    path : path
+        Written under a temporary name first, then renamed.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "trials.txt"
+    >>> write_trials(TrialList(("a",), ("b",), [0], [0], [1]), path)
+    >>> path.read_text()
+    '1 a b\\n'
+    """
+    enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for start in range(0, len(trials), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            file.writelines(
+                f"{label} {enrol_ids[e]} {test_ids[t]}\n"
+                for label, e, t in zip(
+                    trials.labels[part].tolist(),
+                    trials.enrol[part].tolist(),
+                    trials.test[part].tolist(),
+                    strict=True,
+                )
+            )
+    os.replace(temporary, path)
+
+
+def check_utterances(
+    trials: TrialList | Iterable[TrialList], root: str | os.PathLike
+) -> None:
+    """Make sure that every recording is there before any is used.
+
+    Arguments
+    ---------
+    trials : TrialList, or several
+        Whose utterances are looked for.
+    root : path
+        The folder that relative names start from.
+
+    Raises
+    ------
+    TrialError
+        Names the first ten missing files and says how many there are.
+    """
+    lists = [trials] if isinstance(trials, TrialList) else list(trials)
+    names = dict.fromkeys(name for each in lists for name in each.utterances)
+    root = os.fspath(root)
+    missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
+    if missing:
+        raise TrialError(
+            f"{len(missing)} of {len(names)} recordings are missing under "
+            f"'{root}': {_first_ten(missing)}. Is this the folder that the "
+            "names in the list start from? strip_prefix and suffix adapt "
+            "names from another machine or in another audio format."
+        )
+
+
+class _Column:
+    """Strings -> unique strings and int32 codes, chunk by chunk."""
+
+    def __init__(self):
+        self.ids: dict[str, int] = {}
+        self.codes: list[np.ndarray] = []
+
+    def add(self, values: np.ndarray) -> None:
+        codes, unique = pd.factorize(values)
+        known = (self.ids.setdefault(u, len(self.ids)) for u in unique)
+        table = np.fromiter(known, np.int32, len(unique))
+        self.codes.append(table[codes])
+
+    def finish(self) -> tuple[tuple[str, ...], np.ndarray]:
+        return tuple(self.ids), np.concatenate(self.codes)
+
+
+class _Renamer:
+    """Applies `strip_prefix` and `suffix` to utterance names."""
+
+    def __init__(self, strip_prefix: str, suffix: str | None):
+        self.strip_prefix, self.suffix = strip_prefix, suffix
+
+    def rename(self, name: str) -> str:
+        name = name.removeprefix(self.strip_prefix)
+        if self.suffix is not None:
+            stem, ending = os.path.splitext(name)
+            stem = stem if ending.lower() in _ENDINGS else name
+            name = stem + self.suffix
+        return name
+
+    def __call__(
+        self, ids: tuple[str, ...], codes: np.ndarray
+    ) -> tuple[tuple[str, ...], np.ndarray]:
+        column = _Column()  # two names may become one
+        column.add(np.array([self.rename(name) for name in ids], dtype=object))
+        return tuple(column.ids), column.codes[0][codes]
+
+
+def _first_bad_line(path: str | os.PathLike, form: str) -> TrialError:
+    """Read slowly, to say exactly where a list is wrong."""
+    order, spellings = FORMS[form]
+    expected = " ".join(name.upper() for name in order)
+    at = order.index("label")
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                line, fields = repr(raw), None
+            else:
+                fields = line.split()
+            if fields == []:
+                continue
+            if fields is None:
+                problem = "is not UTF-8 text"
+            elif len(fields) != 3:
+                problem = f"has {len(fields)} fields"
+            elif fields[at] not in spellings:
+                problem = f"has the label '{fields[at]}'"
+            else:
+                continue
+            return TrialError(
+                f"'{path}', line {number}: '{line.strip()}' {problem}, "
+                f"'{expected}' with LABEL {spellings[1]} or {spellings[0]} "
+                f"was expected (form '{form}'). Is the list in another form "
+                f"({', '.join(f for f in FORMS if f != form)})?"
+            )
+    return TrialError(f"'{path}' cannot be read as a trial list.")
+
+
+def _first_ten(names: list[str]) -> str:
+    """The first ten names, and how many more there are."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
