@@ -1,0 +1,250 @@
+"""Kaldi's log-Mel filterbank as a batched module, for training and export.
+
+SpeechBrain's ``Fbank`` is centred on its frames, uses a Hamming window and
+decibels. Clients that compute the features themselves (sherpa-onnx on phones
+and in browsers, WeSpeaker's runtimes) use Kaldi's filterbank, and an encoder
+hears the difference. :class:`KaldiFbank` is a drop-in for
+``compute_features`` that gives those clients' numbers, from plain matrix
+products, so that it exports to ONNX without complex values.
+
+Waveforms are in [-1, 1], shape ``[batch, samples]``; features are natural
+logarithms of power, shape ``[batch, frames, bands]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from speechbrain.utils.autocast import fwd_default_precision
+
+#: Kaldi never takes the logarithm of less than float32's machine epsilon.
+ENERGY_FLOOR = torch.finfo(torch.float32).eps
+
+
+class KaldiFbank(torch.nn.Module):
+    """Log-Mel filterbank energies as Kaldi computes them, without dither.
+
+    A frame loses its mean, is pre-emphasised (x[t] - 0.97 x[t-1]), windowed
+    (Povey: a Hann window to the power 0.85), zero-padded to a power of two;
+    its power spectrum is summed in triangles that are equally wide on the
+    scale mel(f) = 1127 ln(1 + f / 700), floored and put through ln.
+
+    The defaults are what sherpa-onnx computes for a speaker model: 80 bands
+    from 20 to 7600 Hz, waveform on the 16-bit scale (its metadata key
+    ``normalize_samples`` is 0), and `snip_edges=False`, so that frame i is
+    centred on sample (i + 1/2) * hop and the recording is mirrored at both
+    ends. That gives round(samples / hop) frames.
+
+    Arguments
+    ---------
+    n_mels : int
+        Number of bands.
+    sample_rate : int
+        In Hz.
+    win_length, hop_length : float
+        Window and step, in milliseconds.
+    low_freq, high_freq : float
+        Where the first band starts and the last one ends, in Hz. A
+        `high_freq` of 0 or less counts down from half the sample rate.
+    snip_edges : bool
+        If True, only frames that lie wholly inside the recording are made,
+        1 + (samples - window) // hop of them; nothing is mirrored.
+    preemphasis : float
+        Coefficient of the pre-emphasis.
+    scale : float
+        The waveform is multiplied by this first: 32768 is Kaldi's 16-bit
+        scale (WeSpeaker's models), 1 leaves [-1, 1] (3D-Speaker's). It is a
+        constant that mean normalisation removes, except where the energy
+        floor is reached: on the scale of 1 that is already quiet noise.
+
+    Example
+    -------
+    >>> front_end = KaldiFbank(n_mels=80)
+    >>> front_end(torch.randn(2, 16000)).shape
+    torch.Size([2, 100, 80])
+    >>> front_end.frames(16000)
+    100
+    """
+
+    def __init__(
+        self,
+        n_mels: int = 80,
+        sample_rate: int = 16000,
+        win_length: float = 25.0,
+        hop_length: float = 10.0,
+        low_freq: float = 20.0,
+        high_freq: float = -400.0,
+        snip_edges: bool = False,
+        preemphasis: float = 0.97,
+        scale: float = 32768.0,
+    ) -> None:
+        super().__init__()
+        self.n_mels = n_mels
+        self.sample_rate = sample_rate
+        self.window = int(sample_rate * win_length / 1000)
+        self.hop = int(sample_rate * hop_length / 1000)
+        self.low_freq = low_freq
+        self.high_freq = high_freq
+        self.snip_edges = snip_edges
+        self.preemphasis = preemphasis
+        self.scale = scale
+
+        n_fft = 1 << (self.window - 1).bit_length()
+        # Not part of a checkpoint: the arguments above say it all.
+        self.register_buffer(
+            "spectrum", windowed_dft(self.window, n_fft), persistent=False
+        )
+        self.register_buffer(
+            "bands",
+            mel_triangles(n_mels, n_fft, sample_rate, low_freq, high_freq),
+            persistent=False,
+        )
+
+    def frames(self, samples: int) -> int:
+        """Number of frames that a recording of `samples` samples gives."""
+        if self.snip_edges:
+            return max(0, 1 + (samples - self.window) // self.hop)
+        return (samples + self.hop // 2) // self.hop
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward(self, wavs: torch.Tensor) -> torch.Tensor:
+        """Compute the features of a batch.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            Shape [batch, samples], in [-1, 1].
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [batch, frames, n_mels], float32, under autocast too.
+
+        Raises
+        ------
+        ValueError
+            Another number of dimensions, or too short for one frame.
+        """
+        if wavs.ndim != 2:
+            raise ValueError(
+                f"KaldiFbank takes waveforms [batch, samples], got shape "
+                f"{tuple(wavs.shape)}. Mix channels down, and add a batch "
+                "dimension to a single recording with wav.unsqueeze(0)."
+            )
+        least = self.window if self.snip_edges else self.hop - self.hop // 2
+        if wavs.shape[1] < least:
+            raise ValueError(
+                f"{wavs.shape[1]} samples give no frame: at least {least} are "
+                "needed. Is the recording empty, or its sample rate wrong?"
+            )
+        wavs = wavs.to(self.spectrum.dtype)
+        if not self.snip_edges:
+            wavs = self._mirror_edges(wavs)
+        frames = wavs.unfold(1, self.window, self.hop)  # [B, T, window]
+
+        frames = frames * self.scale
+        frames = frames - frames.mean(dim=-1, keepdim=True)
+        # Kaldi lets the first sample stand for the one before it.
+        before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+        frames = frames - self.preemphasis * before
+
+        real, imaginary = (frames @ self.spectrum).chunk(2, dim=-1)
+        energies = (real.square() + imaginary.square()) @ self.bands
+        return energies.clamp(min=ENERGY_FLOOR).log()
+
+    def _mirror_edges(self, wavs: torch.Tensor) -> torch.Tensor:
+        """Continue a recording past its ends so that every frame is full.
+
+        The edge samples are repeated (... b a | a b ... y z | z y ...), and
+        a recording shorter than the mirror is mirrored again and again.
+        """
+        samples = wavs.shape[1]
+        frames = (samples + self.hop // 2) // self.hop
+        start = self.hop // 2 - self.window // 2
+        length = (frames - 1) * self.hop + self.window
+        index = torch.arange(length, device=wavs.device) + start
+        index = index.remainder(torch.full_like(index, 2 * samples))
+        index = torch.minimum(index, 2 * samples - 1 - index)
+        return wavs[:, index]
+
+
+def windowed_dft(window: int, n_fft: int) -> torch.Tensor:
+    """Povey window and discrete Fourier transform as one matrix.
+
+    The Nyquist bin is left out: Kaldi's triangles never reach it.
+
+    Arguments
+    ---------
+    window : int
+        Samples a frame.
+    n_fft : int
+        Length of the transform, at least `window`.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [window, n_fft], float32: cosines of bins 0 to n_fft/2 - 1,
+        then their sines.
+    """
+    taper = torch.hann_window(window, periodic=False, dtype=torch.float64)
+    time = torch.arange(window, dtype=torch.float64)
+    angles = (
+        2
+        * math.pi
+        / n_fft
+        * torch.outer(time, time.new_tensor(range(n_fft // 2)))
+    )
+    matrix = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return (taper.pow(0.85).unsqueeze(1) * matrix).float()
+
+
+def mel_triangles(
+    n_mels: int,
+    n_fft: int,
+    sample_rate: int,
+    low_freq: float,
+    high_freq: float,
+) -> torch.Tensor:
+    """Triangular filters, equally wide on the Mel scale, without gaps.
+
+    Arguments
+    ---------
+    n_mels : int
+        Number of filters.
+    n_fft : int
+        Length of the Fourier transform.
+    sample_rate : int
+        In Hz.
+    low_freq, high_freq : float
+        In Hz; a `high_freq` of 0 or less counts down from Nyquist.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [n_fft / 2, n_mels], float32.
+
+    Raises
+    ------
+    ValueError
+        The frequencies are not 0 <= low < high <= Nyquist.
+    """
+    nyquist = sample_rate / 2
+    top = high_freq if high_freq > 0 else nyquist + high_freq
+    if not 0 <= low_freq < top <= nyquist:
+        raise ValueError(
+            f"Mel bands from {low_freq} to {top} Hz are not inside 0 to "
+            f"{nyquist} Hz, half of the sample rate {sample_rate}. Was the "
+            "front-end set up for another sample rate?"
+        )
+
+    def mel(frequency: torch.Tensor) -> torch.Tensor:
+        return 1127.0 * torch.log1p(frequency / 700.0)
+
+    limits = mel(torch.tensor([low_freq, top], dtype=torch.float64))
+    edges = torch.linspace(*limits.tolist(), n_mels + 2, dtype=torch.float64)
+    bins = torch.arange(n_fft // 2, dtype=torch.float64)
+    bins = mel(bins * sample_rate / n_fft).unsqueeze(1)  # [n_fft / 2, 1]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0.0).float()
