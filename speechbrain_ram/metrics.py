@@ -16,23 +16,26 @@ Conventions, the same in every function:
   ``(c_miss p FNR + c_fa (1-p) FPR) / min(c_miss p, c_fa (1-p))``, so that 1
   is the cost of always giving the cheaper answer.
 
-Everything reads one :class:`ErrorCurve`, which one sort builds. Functions
-accept arrays or CPU tensors, keep float32 and float64 scores as they are and
-refuse NaN, infinite scores and lists that lack one class.
+Everything reads one :class:`ErrorCurve`, which one sort builds; the functions
+of the same names are its methods in one call. They accept arrays and CPU
+tensors, compute in the float type of the scores, and refuse NaN, infinite
+scores and lists that lack one class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
+from scipy.special import ndtri
 
 #: Prior probabilities of a target that results are reported at.
 P_TARGETS = (0.01, 0.001, 0.05)
 
-_CHUNK = 1 << 20  # curve points per step of a scan: temporaries stay small
+_CHUNK = 1 << 20  # values per step of a scan: temporaries stay small
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +51,9 @@ class ErrorCurve:
     false_alarms : np.ndarray
         Shape [K + 1], non-targets at or above each threshold, from
         `n_nontarget` to 0.
-    n_target, n_nontarget : number
-        How many trials of each class (or their total weight).
+    n_target, n_nontarget : int
+        How many trials of each class. A bootstrap replicate has total
+        weights here and in the counts.
 
     Example
     -------
@@ -76,6 +80,83 @@ class ErrorCurve:
         """False-alarm rate at each threshold, shape [K + 1]."""
         return self.false_alarms / self.n_nontarget
 
+    def eer(self) -> tuple[float, float]:
+        """EER in percent, and the finite threshold nearest to it."""
+
+        def rates(k: int) -> tuple[float, float]:
+            fnr = float(self.misses[k]) / float(self.n_target)
+            return fnr, float(self.false_alarms[k]) / float(self.n_nontarget)
+
+        # FNR - FPR never decreases: it is < 0 at `low` and >= 0 at `high`
+        low, high = 0, len(self.thresholds) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fnr, fpr = rates(middle)
+            low, high = (middle, high) if fnr < fpr else (low, middle)
+        fnr_low, fpr_low = rates(low)
+        fnr_high, fpr_high = rates(high)
+        before, after = fpr_low - fnr_low, fnr_high - fpr_high
+        rate = fnr_low + before / (before + after) * (fnr_high - fnr_low)
+        nearest = high if after <= before else low
+        if np.isinf(self.thresholds[nearest]):
+            nearest = low
+        return 100 * rate, float(self.thresholds[nearest])
+
+    def min_dcf(
+        self, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0
+    ) -> tuple[float, float]:
+        """minDCF, and the lowest threshold that reaches it (maybe +inf)."""
+        miss_weight, fa_weight = _cost_weights(p_target, c_miss, c_fa)
+        miss_weight /= float(self.n_target)
+        fa_weight /= float(self.n_nontarget)
+        best, best_k = np.inf, 0
+        for start in range(0, len(self.thresholds), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            cost = miss_weight * self.misses[part]
+            cost += fa_weight * self.false_alarms[part]
+            k = int(cost.argmin())
+            if cost[k] < best:
+                best, best_k = float(cost[k]), start + k
+        return best, float(self.thresholds[best_k])
+
+    def min_cllr(self) -> float:
+        """Minimum Cllr in bits."""
+        # PAV on the corners alone is exact: the points left out lie on
+        # straight pieces of the ROC, where its convex hull cannot bend.
+        curve = self.corners()
+        targets = np.diff(curve.misses) / curve.n_target
+        nontargets = -np.diff(curve.false_alarms) / curve.n_nontarget
+        weights = targets + nontargets
+        share = isotonic_regression(targets / weights, weights=weights).x
+        # share / (1 - share) is the likelihood ratio of a score
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bits = -targets * np.log2(share)
+            bits_nontarget = -nontargets * np.log2(1 - share)
+        bits[targets == 0] = 0  # 0 log 0
+        bits_nontarget[nontargets == 0] = 0
+        return float(bits.sum() + bits_nontarget.sum()) / 2
+
+    def corners(self) -> ErrorCurve:
+        """The same ROC without the points inside its straight runs.
+
+        Along a run of scores of one class only one of the two counts moves,
+        so its inner points lie on a horizontal or vertical line. EER, minDCF,
+        PAV and plots are the same without them, at a fraction of the size.
+        """
+        miss_moves = np.diff(self.misses) != 0
+        fa_moves = np.diff(self.false_alarms) != 0
+        keep = np.ones(len(self.thresholds), dtype=bool)
+        # inner point k lies between steps k - 1 and k
+        keep[1:-1] = miss_moves[:-1] != miss_moves[1:]
+        keep[1:-1] |= fa_moves[:-1] != fa_moves[1:]
+        keep[1:-1] |= miss_moves[1:] & fa_moves[1:]
+        return replace(
+            self,
+            thresholds=self.thresholds[keep],
+            misses=self.misses[keep],
+            false_alarms=self.false_alarms[keep],
+        )
+
 
 def error_curve(scores: ArrayLike, labels: ArrayLike) -> ErrorCurve:
     """Count the errors at every distinct score, in O(N log N).
@@ -98,7 +179,26 @@ def error_curve(scores: ArrayLike, labels: ArrayLike) -> ErrorCurve:
         1, or a list without a target or without a non-target.
     """
     targets, nontargets = _split(scores, labels)
-    return _curve_of_sorted(np.sort(targets), np.sort(nontargets))
+    targets.sort()
+    nontargets.sort()
+    n_target, n_nontarget = len(targets), len(nontargets)
+    distinct = np.concatenate([targets, nontargets])
+    distinct.sort()
+    keep = np.empty(len(distinct), dtype=bool)
+    keep[0] = True
+    np.not_equal(distinct[1:], distinct[:-1], out=keep[1:])
+    distinct = distinct[keep]
+    dtype = np.int32 if n_target + n_nontarget < 2**31 else np.int64
+    misses = np.full(len(distinct) + 1, n_target, dtype=dtype)
+    false_alarms = np.zeros(len(distinct) + 1, dtype=dtype)
+    # in steps, since searchsorted answers in int64
+    for start in range(0, len(distinct), _CHUNK):
+        part = slice(start, min(start + _CHUNK, len(distinct)))
+        misses[part] = np.searchsorted(targets, distinct[part])
+        below = np.searchsorted(nontargets, distinct[part])
+        false_alarms[part] = n_nontarget - below
+    thresholds = np.append(distinct, distinct.dtype.type(np.inf))
+    return ErrorCurve(thresholds, misses, false_alarms, n_target, n_nontarget)
 
 
 def eer(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -123,48 +223,10 @@ def eer(scores: ArrayLike, labels: ArrayLike) -> float:
 
     Example
     -------
-    >>> eer([0.9, 0.8, 0.4, 0.6, 0.2, 0.1], [1, 1, 1, 0, 0, 0])
+    >>> eer([0.9, 0.8, 0.6, 0.4, 0.2], [1, 1, 0, 1, 0])
     33.33333333333333
     """
-    return curve_eer(error_curve(scores, labels))[0]
-
-
-def curve_eer(curve: ErrorCurve) -> tuple[float, float]:
-    """The EER in percent and the threshold nearest to it.
-
-    Arguments
-    ---------
-    curve : ErrorCurve
-        From :func:`error_curve`.
-
-    Returns
-    -------
-    tuple
-        EER in percent; the distinct score at which FNR and FPR are closest.
-    """
-    n_target, n_nontarget = curve.n_target, curve.n_nontarget
-
-    def gap(k: int) -> float:
-        # FNR - FPR, never decreasing in k, from -1 to 1
-        miss = float(curve.misses[k]) / float(n_target)
-        return miss - float(curve.false_alarms[k]) / float(n_nontarget)
-
-    low, high = 0, len(curve.thresholds) - 1  # gap(low) < 0 <= gap(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if gap(middle) < 0:
-            low = middle
-        else:
-            high = middle
-    before, after = gap(low), gap(high)
-    share = -before / (after - before)
-    fnr_low = float(curve.misses[low]) / float(n_target)
-    fnr_high = float(curve.misses[high]) / float(n_target)
-    rate = fnr_low + share * (fnr_high - fnr_low)
-    nearest = low if -before < after else high
-    if np.isinf(curve.thresholds[nearest]):
-        nearest = low
-    return 100 * rate, float(curve.thresholds[nearest])
+    return error_curve(scores, labels).eer()[0]
 
 
 def min_dcf(
@@ -201,43 +263,202 @@ def min_dcf(
     >>> round(min_dcf(scores, labels, p_target=0.5), 4)
     0.3333
     """
-    curve = error_curve(scores, labels)
-    return curve_min_dcf(curve, p_target, c_miss, c_fa)[0]
+    return error_curve(scores, labels).min_dcf(p_target, c_miss, c_fa)[0]
 
 
-def curve_min_dcf(
-    curve: ErrorCurve,
+def act_dcf(
+    llrs: ArrayLike,
+    labels: ArrayLike,
     p_target: float = 0.01,
     c_miss: float = 1.0,
     c_fa: float = 1.0,
-) -> tuple[float, float]:
-    """minDCF and the lowest threshold that reaches it; see :func:`min_dcf`.
+) -> float:
+    """Normalised cost at the threshold that Bayes' rule asks for.
+
+    The threshold is ``ln(c_fa (1 - p_target) / (c_miss p_target))``; scores
+    must be calibrated. What it loses against :func:`min_dcf` is calibration.
 
     Arguments
     ---------
-    curve : ErrorCurve
-        From :func:`error_curve`.
+    llrs : array
+        Shape [N], natural logarithms of likelihood ratios.
+    labels : array
+        As for :func:`error_curve`.
     p_target, c_miss, c_fa : float
         As for :func:`min_dcf`.
 
     Returns
     -------
-    tuple
-        The cost in [0, 1] and its threshold, +inf where rejecting every
-        trial is cheapest.
+    float
+        At least `min_dcf`; above 1 the decisions are worse than none.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`min_dcf`.
+
+    Example
+    -------
+    >>> act_dcf([5.0, -5.0], [1, 0], p_target=0.01)
+    0.0
     """
+    targets, nontargets = _split(llrs, labels)
     miss_weight, fa_weight = _cost_weights(p_target, c_miss, c_fa)
-    miss_weight /= float(curve.n_target)
-    fa_weight /= float(curve.n_nontarget)
-    best, best_k = np.inf, 0
-    for start in range(0, len(curve.thresholds), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        cost = miss_weight * curve.misses[part]
-        cost += fa_weight * curve.false_alarms[part]
-        k = int(cost.argmin())
-        if cost[k] < best:
-            best, best_k = float(cost[k]), start + k
-    return best, float(curve.thresholds[best_k])
+    threshold = np.log(c_fa * (1 - p_target) / (c_miss * p_target))
+    fnr, fpr = (targets < threshold).mean(), (nontargets >= threshold).mean()
+    return float(miss_weight * fnr + fa_weight * fpr)
+
+
+def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
+    """Cost of log-likelihood ratios, in bits (Brummer & du Preez, 2006).
+
+    ``Cllr = (mean_target log2(1 + e^-l) + mean_nontarget log2(1 + e^l)) / 2``.
+    0 is perfect, 1 what a system that says nothing (all ratios 1) gets, and
+    miscalibrated scores can cost any amount.
+
+    Arguments
+    ---------
+    llrs : array
+        Shape [N], natural logarithms of likelihood ratios: calibrated scores.
+    labels : array
+        As for :func:`error_curve`.
+
+    Returns
+    -------
+    float
+        In bits, at least 0.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`error_curve`.
+
+    Example
+    -------
+    >>> cllr([0.0, 0.0], [1, 0])
+    1.0
+    """
+    targets, nontargets = _split(llrs, labels)
+    nats = _mean_softplus(-targets) + _mean_softplus(nontargets)
+    return float(nats / (2 * np.log(2)))
+
+
+def min_cllr(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Cllr after the best non-decreasing calibration of the scores.
+
+    That calibration is isotonic regression of the labels (PAV, pool adjacent
+    violators), so this measures discrimination alone. Tied scores get one
+    ratio.
+
+    Arguments
+    ---------
+    scores, labels : array
+        As for :func:`error_curve`; any scale.
+
+    Returns
+    -------
+    float
+        In bits, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        As for :func:`error_curve`.
+
+    Example
+    -------
+    >>> min_cllr([3.0, 2.0, 1.0], [1, 1, 0]), min_cllr([1.0, 1.0], [1, 0])
+    (0.0, 1.0)
+    """
+    return error_curve(scores, labels).min_cllr()
+
+
+def threshold_at_far(
+    scores: ArrayLike, labels: ArrayLike, far: float
+) -> tuple[float, float]:
+    """The lowest threshold that keeps false alarms at or below a rate.
+
+    Arguments
+    ---------
+    scores, labels : array
+        As for :func:`error_curve`.
+    far : float
+        Highest accepted false-alarm rate, in [0, 1].
+
+    Returns
+    -------
+    tuple of float
+        The threshold, a distinct score or +inf, and the miss rate there.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`error_curve`, or `far` out of range.
+
+    Example
+    -------
+    >>> threshold_at_far([0.9, 0.7, 0.8, 0.2], [1, 1, 0, 0], far=0.0)
+    (0.9, 0.5)
+    """
+    if not 0 <= far <= 1:
+        raise ValueError(
+            f"far must lie in [0, 1], got {far}. Was it given in percent?"
+        )
+    curve = error_curve(scores, labels)
+    # 1e-9: 0.07 of 100 trials is 7.000000000000001 of them
+    allowed = int(far * curve.n_nontarget + 1e-9)
+    k = int(np.searchsorted(-curve.false_alarms, -allowed))
+    return float(curve.thresholds[k]), float(curve.misses[k] / curve.n_target)
+
+
+def roc_points(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the ROC, from (1, 1) to (0, 0).
+
+    Arguments
+    ---------
+    scores, labels : array
+        As for :func:`error_curve`.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        False-alarm rates and hit rates (1 - FNR), shape [M] each.
+
+    Example
+    -------
+    >>> [rates.tolist() for rates in roc_points([0.9, 0.1], [1, 0])]
+    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+    """
+    curve = error_curve(scores, labels).corners()
+    return curve.fpr, 1 - curve.fnr
+
+
+def det_points(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the DET curve, on normal-deviate axes.
+
+    Arguments
+    ---------
+    scores, labels : array
+        As for :func:`error_curve`.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        Probits of the false-alarm rates and of the miss rates, shape [M];
+        rates of 0 and 1 are -inf and +inf.
+
+    Example
+    -------
+    >>> fpr, fnr = det_points([0.9, 0.3, 0.4, 0.1], [1, 1, 0, 0])
+    >>> fpr.tolist()
+    [inf, 0.0, 0.0, -inf, -inf]
+    """
+    curve = error_curve(scores, labels).corners()
+    return ndtri(curve.fpr), ndtri(curve.fnr)
 
 
 @dataclass(frozen=True)
@@ -252,10 +473,13 @@ class Metrics:
         In percent.
     eer_threshold : float
         The distinct score where FNR and FPR are closest.
-    min_dcf : dict
-        Normalised minimum cost by prior, `{0.01: 0.123, ...}`.
-    min_dcf_threshold : dict
-        The threshold of each of these.
+    min_dcf, min_dcf_threshold : dict
+        Normalised minimum cost by prior, `{0.01: 0.123, ...}`, and the
+        threshold of each.
+    min_cllr : float
+        In bits.
+    cllr, act_dcf : float and dict, optional
+        Only for scores that are log-likelihood ratios.
     """
 
     n_target: int
@@ -264,12 +488,16 @@ class Metrics:
     eer_threshold: float
     min_dcf: dict[float, float]
     min_dcf_threshold: dict[float, float]
+    min_cllr: float
+    cllr: float | None = None
+    act_dcf: dict[float, float] | None = None
 
 
 def evaluate(
     scores: ArrayLike,
     labels: ArrayLike,
     p_targets: Sequence[float] = P_TARGETS,
+    llr: bool = False,
 ) -> Metrics:
     """All metrics of one list of trials, from one sort.
 
@@ -279,6 +507,9 @@ def evaluate(
         As for :func:`error_curve`.
     p_targets : sequence of float
         Priors for minDCF.
+    llr : bool
+        Whether the scores are calibrated, that is natural logarithms of
+        likelihood ratios: adds Cllr and the actual DCF.
 
     Returns
     -------
@@ -292,26 +523,31 @@ def evaluate(
     Example
     -------
     >>> result = evaluate([0.9, 0.8, 0.3, 0.1], [1, 1, 0, 0])
-    >>> result.eer, result.min_dcf[0.01]
-    (0.0, 0.0)
+    >>> result.eer, result.min_dcf[0.01], result.min_cllr
+    (0.0, 0.0, 0.0)
     """
     curve = error_curve(scores, labels)
-    rate, threshold = curve_eer(curve)
-    costs = {p: curve_min_dcf(curve, p) for p in p_targets}
-    return Metrics(
+    rate, threshold = curve.eer()
+    costs = {p: curve.min_dcf(p) for p in p_targets}
+    result = Metrics(
         n_target=curve.n_target,
         n_nontarget=curve.n_nontarget,
         eer=rate,
         eer_threshold=threshold,
         min_dcf={p: cost for p, (cost, _) in costs.items()},
         min_dcf_threshold={p: t for p, (_, t) in costs.items()},
+        min_cllr=curve.min_cllr(),
     )
+    if not llr:
+        return result
+    actual = {p: act_dcf(scores, labels, p) for p in p_targets}
+    return replace(result, cllr=cllr(scores, labels), act_dcf=actual)
 
 
 def _split(
     scores: ArrayLike, labels: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check the input and return target scores, non-target scores."""
+    """Check the input; copies of the target and the non-target scores."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(
@@ -321,19 +557,19 @@ def _split(
         )
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64)
-    bad = len(scores) - int(np.isfinite(scores).sum())
-    if bad:
-        first = int(np.flatnonzero(~np.isfinite(scores))[0])
+    finite = np.isfinite(scores)
+    if not finite.all():
+        first = int(finite.argmin())
         raise ValueError(
-            f"{bad} of {len(scores)} scores are NaN or infinite, the first "
-            f"at index {first} ({scores[first]}). Did the encoder see a "
-            "silent or broken file?"
+            f"{int((~finite).sum())} of {len(scores)} scores are NaN or "
+            f"infinite, the first at index {first} ({scores[first]}). Did "
+            "the encoder see a silent or broken file?"
         )
     is_target, is_nontarget = labels == 1, labels == 0
     if not (is_target | is_nontarget).all():
         other = labels[~(is_target | is_nontarget)][0]
         raise ValueError(
-            f"labels must be 1 (target) or 0 (non-target), got {other!r}. "
+            f"labels must be 1 (target) or 0 (non-target), got {other}. "
             "Were scores and labels swapped?"
         )
     n_target = int(is_target.sum())
@@ -345,43 +581,28 @@ def _split(
     return scores[is_target], scores[is_nontarget]
 
 
-def _curve_of_sorted(targets: np.ndarray, nontargets: np.ndarray) -> ErrorCurve:
-    """The curve of two ascending arrays."""
-    distinct = np.concatenate([targets, nontargets])
-    distinct.sort()
-    keep = np.empty(len(distinct), dtype=bool)
-    keep[0] = True
-    np.not_equal(distinct[1:], distinct[:-1], out=keep[1:])
-    distinct = distinct[keep]
-    n_target, n_nontarget = len(targets), len(nontargets)
-    dtype = np.int32 if n_target + n_nontarget < 2**31 else np.int64
-    misses = np.empty(len(distinct) + 1, dtype=dtype)
-    false_alarms = np.empty(len(distinct) + 1, dtype=dtype)
-    # in steps, since searchsorted itself answers in int64
-    for start in range(0, len(distinct), _CHUNK):
-        part = slice(start, min(start + _CHUNK, len(distinct)))
-        misses[part] = np.searchsorted(targets, distinct[part])
-        false_alarms[part] = n_nontarget - np.searchsorted(
-            nontargets, distinct[part]
-        )
-    misses[-1], false_alarms[-1] = n_target, 0
-    thresholds = np.append(distinct, distinct.dtype.type(np.inf))
-    return ErrorCurve(thresholds, misses, false_alarms, n_target, n_nontarget)
-
-
 def _cost_weights(
     p_target: float, c_miss: float, c_fa: float
 ) -> tuple[float, float]:
-    """Normalised weights of FNR and FPR; one of the two is 1."""
+    """Normalised weights of FNR and FPR; the smaller one is 1."""
     if not 0 < p_target < 1:
         raise ValueError(
             f"p_target must lie strictly between 0 and 1, got {p_target}. "
             "Was it given in percent?"
         )
-    if c_miss <= 0 or c_fa <= 0:
+    if not (c_miss > 0 and c_fa > 0):
         raise ValueError(
             f"costs must be positive, got c_miss={c_miss}, c_fa={c_fa}."
         )
     miss, false_alarm = c_miss * p_target, c_fa * (1 - p_target)
     default = min(miss, false_alarm)
     return miss / default, false_alarm / default
+
+
+def _mean_softplus(values: np.ndarray) -> float:
+    """Mean of log(1 + e^v) in float64, without overflow."""
+    total = 0.0
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK].astype(np.float64)
+        total += np.logaddexp(0, part).sum()
+    return total / len(values)
