@@ -1,0 +1,262 @@
+"""SpeechBrain's Brain for speaker encoders, with what a long run must log."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.embeddings import extract
+from speechbrain_ram.metrics import eer, min_dcf
+from speechbrain_ram.scoring import score_trials
+from speechbrain_ram.trials import TrialList
+
+logger = get_logger(__name__)
+
+
+class SpeakerBrain(sb.Brain):
+    """Trains front-end, encoder and classifier with any margin objective.
+
+    What it reads from the YAML, beside SpeechBrain's own run options:
+
+    ===================  ====================================================
+    modules              compute_features, mean_var_norm, embedding_model and
+                         classifier (which returns cosines)
+    compute_cost         (cosines [B, 1, C], targets [B, 1]) -> loss, such as
+                         SpeechBrain's LogSoftmaxWrapper
+    learning_rate        (optimiser steps, epochs done) -> rate, such as
+                         :class:`speechbrain_ram.schedules.WarmupDecay`
+    epoch_counter        SpeechBrain's
+    train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
+    verify_every         epochs between verifications of the dev trials
+    ===================  ====================================================
+
+    Arguments
+    ---------
+    dev_trials : TrialList
+        Trials whose EER picks the best checkpoint; without them the
+        classification error on the validation set does.
+    dev_root : str
+        The folder that the trial list's paths are relative to.
+    read_options : dict
+        ``resample`` and ``mixdown`` of the trials' recordings.
+    *args, **kwargs
+        As for ``speechbrain.Brain``.
+    """
+
+    def __init__(
+        self,
+        *args,
+        dev_trials: TrialList | None = None,
+        dev_root: str | None = None,
+        read_options: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.dev_trials = dev_trials
+        self.dev_root = dev_root
+        self.read_options = read_options or {}
+        self.best_key = "error" if dev_trials is None else "EER"
+        self.steps_per_epoch = None
+        if getattr(self.hparams, "channels_last", False):
+            self._use_channels_last()
+        self.loggers = [self.hparams.train_logger]
+        if getattr(self.hparams, "tensorboard", False) and if_main_process():
+            self.loggers.append(
+                sb.utils.train_logger.TensorboardLogger(
+                    f"{self.hparams.output_folder}/tensorboard"
+                )
+            )
+
+    def _use_channels_last(self):
+        encoder = self.modules["embedding_model"]
+        if self.device_type == "cpu" and encoder.channels[0] < 16:
+            raise ValueError(
+                f"channels_last with {encoder.channels[0]} channels in the "
+                "first stage crashes torch's CPU backward pass. Use 16 or "
+                "more, or --channels_last False."
+            )
+        encoder.to(memory_format=torch.channels_last)
+
+    # -- the step ---------------------------------------------------------
+
+    def compute_forward(self, batch, stage):
+        """Waveforms to cosines [B, 1, C]; all crops have one length."""
+        batch = batch.to(self.device)
+        waveforms, lengths = batch.sig
+        feats = self.modules.compute_features(waveforms)
+        feats = self.modules.mean_var_norm(feats, lengths)
+        embeddings = self.modules.embedding_model(feats)
+        # A bfloat16 cosine near 0.5 is good to 0.004, 0.1 after the scale.
+        with torch.autocast(self.device_type, enabled=False):
+            return self.modules.classifier(embeddings.float())
+
+    def compute_objectives(self, cosines, batch, stage):
+        """Loss of the batch; counts the right answers on the way."""
+        targets = batch.spk_id_encoded.data.to(self.device)
+        right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
+        self.n_right += right.sum()  # stays on the device: no waiting
+        self.n_seen += len(right)
+        with torch.autocast(self.device_type, enabled=False):
+            return self.hparams.compute_cost(cosines, targets)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Set the learning rate of this step."""
+        epochs_done = self.hparams.epoch_counter.current - 1
+        epochs_done += (self.step - 1) / self.steps_per_epoch
+        self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def optimizers_step(self):
+        """Note the gradient's norm, before clipping, then step."""
+        grads = [
+            p.grad for p in self.modules.parameters() if p.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.grad_norm += norm.detach() / self.scaler.get_scale()
+        self.n_steps += 1
+        super().optimizers_step()
+
+    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **kw):
+        """SpeechBrain's loader, less a last training batch of one.
+
+        Batch normalisation cannot be trained on a single utterance.
+        """
+        if stage == sb.Stage.TRAIN:
+            world = 1
+            if torch.distributed.is_initialized():
+                world = torch.distributed.get_world_size()
+            share = math.ceil(len(dataset) / world)
+            if share % kw.get("batch_size", 1) == 1:
+                kw["drop_last"] = True
+        loader = super().make_dataloader(dataset, stage, ckpt_prefix, **kw)
+        if stage == sb.Stage.TRAIN:
+            self.steps_per_epoch = len(loader)
+            self.train_set = dataset
+        return loader
+
+    # -- the epoch --------------------------------------------------------
+
+    def on_fit_start(self):
+        """Resume, if there is a checkpoint that fits."""
+        try:
+            super().on_fit_start()
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise ValueError(
+                "the checkpoints in "
+                f"'{self.checkpointer.checkpoints_dir}' are of another "
+                "architecture or another number of speakers. Use another "
+                f"--output_folder, or remove them. ({error})"
+            ) from error
+        fresh = self.hparams.epoch_counter.current == 0
+        if fresh and getattr(self.hparams, "verify_untrained", False):
+            self.untrained = self.verify()
+            self._log({"epoch": 0}, valid_stats=self.untrained)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Reset the counts of the epoch."""
+        self.n_right = torch.zeros((), dtype=torch.long, device=self.device)
+        self.n_seen = 0
+        if stage == sb.Stage.TRAIN:
+            self.grad_norm = torch.zeros((), device=self.device)
+            self.n_steps = 0
+            self.train_set.set_epoch(epoch)
+            self.started = time.perf_counter()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log; after a validation also verify, and save a checkpoint."""
+        accuracy = 100 * float(self.n_right) / max(self.n_seen, 1)
+        if stage == sb.Stage.TRAIN:
+            seconds = time.perf_counter() - self.started
+            self.train_stats = {
+                "loss": stage_loss,
+                "accuracy": accuracy,
+                "grad_norm": float(self.grad_norm) / max(self.n_steps, 1),
+                "utterances/s": self.n_seen / seconds,
+            }
+            return
+        stats = {"loss": stage_loss, "error": 100 - accuracy}
+        if stage == sb.Stage.VALID:
+            last = epoch == self.hparams.epoch_counter.limit
+            if last or epoch % self.hparams.verify_every == 0:
+                stats.update(self.verify())
+            self._log(
+                {"epoch": epoch, "lr": self.rate}, self.train_stats, stats
+            )
+            self.checkpointer.save_and_keep_only(
+                meta=stats, min_keys=[self.best_key]
+            )
+
+    def _log(self, meta, train_stats=None, valid_stats=None):
+        if not if_main_process():
+            return
+        for one in self.loggers:
+            one.log_stats(
+                meta, train_stats=train_stats, valid_stats=valid_stats
+            )
+
+    # -- verification -----------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed a padded batch.
+
+        Arguments
+        ---------
+        waveforms : torch.Tensor
+            Shape [B, samples].
+        lengths : torch.Tensor
+            Shape [B], relative.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [B, E], float32.
+        """
+        waveforms = waveforms.to(self.device)
+        lengths = lengths.to(self.device)
+        with self.evaluation_ctx:
+            feats = self.modules.compute_features(waveforms)
+            feats = self.modules.mean_var_norm(feats, lengths)
+            # Without wrappers: DDP would synchronise ranks that have unequal
+            # numbers of batches, a compiled graph would be compiled anew for
+            # each length.
+            encoder = _unwrapped(self.modules["embedding_model"])
+            return encoder(feats, lengths).squeeze(1).float()
+
+    def verify(self) -> dict[str, float]:
+        """Error rates on the dev trials, {} where there are none."""
+        if self.dev_trials is None:
+            return {}
+        self.modules.eval()
+        embeddings = extract(
+            self.encode,
+            self.dev_trials.utterances,
+            self.dev_root,
+            sample_rate=self.hparams.encoder["sample_rate"],
+            progress=not self.noprogressbar,
+            **self.read_options,
+        )
+        scores = score_trials(
+            self.dev_trials, embeddings.ids, embeddings.matrix
+        )
+        labels = self.dev_trials.labels
+        return {
+            "EER": eer(scores, labels),
+            "minDCF(0.01)": min_dcf(scores, labels, p_target=0.01),
+        }
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    module = getattr(module, "module", module)
+    return getattr(module, "_orig_mod", module)
