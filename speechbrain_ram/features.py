@@ -14,8 +14,10 @@ logarithms of power, shape ``[batch, frames, bands]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from speechbrain.lobes.features import Fbank
 from speechbrain.utils.autocast import fwd_default_precision
 
 #: Kaldi never takes the logarithm of less than float32's machine epsilon.
@@ -93,7 +95,7 @@ class KaldiFbank(torch.nn.Module):
         n_fft = 1 << (self.window - 1).bit_length()
         # Not part of a checkpoint: the arguments above say it all.
         self.register_buffer(
-            "spectrum", windowed_dft(self.window, n_fft), persistent=False
+            "spectrum", windowed_dft(self.window, n_fft)[1:], persistent=False
         )
         self.register_buffer(
             "bands",
@@ -145,28 +147,120 @@ class KaldiFbank(torch.nn.Module):
 
         frames = frames * self.scale
         frames = frames - frames.mean(dim=-1, keepdim=True)
-        # Kaldi lets the first sample stand for the one before it.
-        before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-        frames = frames - self.preemphasis * before
+        # What comes before the first sample does not matter: the window is 0
+        # there, and the matrix starts at the second.
+        frames = frames[..., 1:] - self.preemphasis * frames[..., :-1]
 
         real, imaginary = (frames @ self.spectrum).chunk(2, dim=-1)
         energies = (real.square() + imaginary.square()) @ self.bands
         return energies.clamp(min=ENERGY_FLOOR).log()
 
-    def _mirror_edges(self, wavs: torch.Tensor) -> torch.Tensor:
-        """Continue a recording past its ends so that every frame is full.
+    def pad(
+        self, waveforms: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch recordings so that each keeps the frames it has alone.
 
-        The edge samples are repeated (... b a | a b ... y z | z y ...), and
-        a recording shorter than the mirror is mirrored again and again.
+        Zeros behind a recording would show in its last two frames, where
+        Kaldi sees the recording mirrored: so the mirror goes first.
+
+        Arguments
+        ---------
+        waveforms : sequence of torch.Tensor
+            B mono waveforms, each of shape [samples].
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Waveforms [B, N], and relative lengths [B] with which
+            SpeechBrain's masks keep exactly the frames of each.
         """
-        samples = wavs.shape[1]
-        frames = (samples + self.hop // 2) // self.hop
+        tail = 0 if self.snip_edges else self.window - self.window // 2
+        longest = max(len(wav) for wav in waveforms) + tail
+        padded = waveforms[0].new_zeros(len(waveforms), longest)
+        for row, wav in zip(padded, waveforms, strict=True):
+            end = len(wav) + tail
+            row[:end] = wav[mirrored(0, end, len(wav), wav.device)]
+        valid = torch.tensor([self.frames(len(wav)) for wav in waveforms])
+        # Half a frame less keeps float32 away from the masks' rounding.
+        return padded, (valid - 0.5) / self.frames(longest)
+
+    def _mirror_edges(self, wavs: torch.Tensor) -> torch.Tensor:
+        """Continue recordings past both ends so that every frame is full."""
         start = self.hop // 2 - self.window // 2
-        length = (frames - 1) * self.hop + self.window
-        index = torch.arange(length, device=wavs.device) + start
-        index = index.remainder(torch.full_like(index, 2 * samples))
-        index = torch.minimum(index, 2 * samples - 1 - index)
-        return wavs[:, index]
+        frames = (wavs.shape[1] + self.hop // 2) // self.hop
+        stop = start + (frames - 1) * self.hop + self.window
+        return wavs[:, mirrored(start, stop, wavs.shape[1], wavs.device)]
+
+
+def mirrored(
+    start: int, stop: int, samples: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Indices into a recording that goes on past its ends as in mirrors.
+
+    Arguments
+    ---------
+    start, stop : int
+        Positions wanted; those below 0 or from `samples` on are outside.
+    samples : int
+        Length of the recording, however short.
+    device : torch.device
+        Where the indices are needed.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [stop - start], each in [0, samples).
+
+    Example
+    -------
+    >>> mirrored(-2, 8, samples=3)
+    tensor([1, 0, 0, 1, 2, 2, 1, 0, 0, 1])
+    """
+    index = torch.arange(start, stop, device=device)
+    # A tensor of moduli: the ONNX exporter refuses a symbolic number.
+    index = index.remainder(torch.full_like(index, 2 * samples))
+    return torch.minimum(index, 2 * samples - 1 - index)
+
+
+def make_front_end(
+    name: str = "fbank", n_mels: int = 80, sample_rate: int = 16000
+) -> torch.nn.Module:
+    """The front-end that a recipe names: the function behind a YAML's choice.
+
+    Arguments
+    ---------
+    name : str
+        "fbank": SpeechBrain's, decibels from 25 ms Hamming windows every
+        10 ms. "kaldi": :class:`KaldiFbank`, for clients that compute the
+        features themselves.
+    n_mels : int
+        Number of bands.
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    torch.nn.Module
+        Waveforms [B, N] to features [B, T, n_mels].
+
+    Raises
+    ------
+    ValueError
+        Another name.
+
+    Example
+    -------
+    >>> make_front_end("fbank")(torch.randn(2, 16000)).shape
+    torch.Size([2, 101, 80])
+    """
+    if name == "fbank":
+        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=512)
+    if name == "kaldi":
+        return KaldiFbank(n_mels=n_mels, sample_rate=sample_rate)
+    raise ValueError(
+        f"The front-end is {name!r}, 'fbank' or 'kaldi' is allowed. Is it "
+        "misspelt in the YAML or after --frontend?"
+    )
 
 
 def windowed_dft(window: int, n_fft: int) -> torch.Tensor:

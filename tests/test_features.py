@@ -10,8 +10,14 @@ import torch
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import make_padding_mask
 
-from speechbrain_ram.features import KaldiFbank, mel_triangles
+from speechbrain_ram.features import (
+    KaldiFbank,
+    make_front_end,
+    mel_triangles,
+)
 
 SPEECH = os.environ.get("SPEECHOCEAN762")
 
@@ -163,6 +169,29 @@ def test_a_batch_is_its_rows(samples, batch):
     assert feats.shape == (batch, front_end.frames(samples), 80)
     alone = torch.cat([front_end(wav[None]) for wav in wavs])
     torch.testing.assert_close(feats, alone, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("snip_edges", [True, False])
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(400, 2000), min_size=1, max_size=5))
+def test_padding_changes_no_frame(lengths, snip_edges):
+    front_end = KaldiFbank(snip_edges=snip_edges)
+    wavs = [_noise(n, seed=n) for n in lengths]
+    padded, lens = front_end.pad(wavs)
+    feats = front_end(padded)
+    keep = make_padding_mask(feats, lens)[..., 0]
+    for wav, row, mask in zip(wavs, feats, keep, strict=True):
+        alone = front_end(wav[None])[0]
+        assert mask.sum() == len(alone) == front_end.frames(len(wav))
+        torch.testing.assert_close(row[mask], alone, atol=1e-3, rtol=0)
+
+
+def test_front_ends_by_name():
+    assert isinstance(make_front_end("kaldi", 40), KaldiFbank)
+    assert make_front_end("kaldi", 40, 8000).sample_rate == 8000
+    assert isinstance(make_front_end("fbank"), Fbank)
+    with pytest.raises(ValueError, match="'fbank' or 'kaldi' is allowed"):
+        make_front_end("mfcc")
 
 
 def test_silence_sits_on_the_floor():

@@ -1,0 +1,233 @@
+"""Tests of the enrolment database."""
+
+import multiprocessing
+import sqlite3
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechbrain_ram.enrolment import (
+    FORMAT,
+    EnrolmentDatabase,
+    EnrolmentError,
+)
+
+
+def _open(folder, dim=8, fingerprint="f00d", **options):
+    return EnrolmentDatabase(folder / "who.db", fingerprint, dim, **options)
+
+
+def _random(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_a_model_is_the_mean_of_unit_vectors(tmp_path):
+    embeddings = _random((3, 8)) * [[1.0], [50.0], [0.01]]
+    database = _open(tmp_path)
+    assert database.enroll("ada", embeddings[:2]) == 2
+    assert database.enroll("ada", embeddings[2]) == 3
+    assert database.speakers() == {"ada": 3}
+    units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    model = units.mean(axis=0)
+    test = _random(8, seed=1)
+    expected = model @ test / np.linalg.norm(model) / np.linalg.norm(test)
+    assert database.score("ada", test) == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(speakers=st.integers(1, 40), top=st.integers(1, 50))
+def test_identify_is_a_sort_of_all_cosines(tmp_path_factory, speakers, top):
+    database = _open(tmp_path_factory.mktemp("db"))
+    models = _random((speakers, 8), seed=speakers)
+    database.enroll_many({f"s{i:02d}": m for i, m in enumerate(models)})
+    test = _random(8, seed=99)
+    cosines = models @ test / np.linalg.norm(models, axis=1)
+    cosines /= np.linalg.norm(test)
+    best = np.argsort(-cosines)[:top]
+    found = database.identify(test, top=top)
+    assert [match.name for match in found] == [f"s{i:02d}" for i in best]
+    np.testing.assert_allclose(
+        [match.score for match in found], cosines[best], atol=1e-6
+    )
+
+
+def test_names_break_ties(tmp_path):
+    database = _open(tmp_path, dim=2)
+    for name in ("zoe", "ada", "bob"):
+        database.enroll(name, np.array([1.0, 0.0]))
+    found = database.identify(np.array([2.0, 0.0]), top=2)
+    assert [(m.name, m.score) for m in found] == [("ada", 1.0), ("bob", 1.0)]
+
+
+def test_it_is_all_in_the_file(tmp_path):
+    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    moved = tmp_path / "elsewhere.db"
+    (tmp_path / "who.db").rename(moved)
+    again = EnrolmentDatabase(moved, "f00d", 8)
+    assert again.identify(np.eye(8)[0])[0].name == "ada"
+
+
+def test_a_reader_sees_what_another_wrote(tmp_path):
+    reader, writer = _open(tmp_path), _open(tmp_path)
+    writer.enroll("ada", np.eye(8)[0])
+    assert [m.name for m in reader.identify(np.ones(8))] == ["ada"]
+    writer.enroll("bob", np.eye(8)[1])
+    assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
+    writer.remove("ada")
+    assert [m.name for m in reader.identify(np.ones(8))] == ["bob"]
+    cached = reader.models()[1]
+    assert reader.models()[1] is cached  # unchanged, so not read again
+
+
+def _enroll_many(path, worker, start):
+    start.wait()
+    database = EnrolmentDatabase(path, "f00d", 8)
+    for i in range(10):
+        database.enroll(f"only-{worker}-{i}", np.eye(8)[worker])
+        database.enroll("shared", np.eye(8)[worker])
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = context.Event()
+    workers = [
+        context.Process(
+            target=_enroll_many, args=(tmp_path / "who.db", worker, start)
+        )
+        for worker in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    start.set()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert worker.exitcode == 0
+    database = _open(tmp_path)
+    assert len(database.speakers()) == 3 * 10 + 1
+    assert database.speakers()["shared"] == 30
+    expected = np.eye(8)[0] @ np.eye(8)[:3].sum(axis=0) / np.sqrt(3)
+    assert database.score("shared", np.eye(8)[0]) == pytest.approx(expected)
+
+
+def test_a_writer_waits_and_then_says_so(tmp_path):
+    database = _open(tmp_path, timeout=0.1)
+    database.enroll("ada", np.eye(8)[0])
+    other = sqlite3.connect(tmp_path / "who.db")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(EnrolmentError, match=r"be writing for over 0\.1 s"):
+        database.enroll("bob", np.eye(8)[1])
+    other.rollback()
+    other.close()
+    assert database.enroll("bob", np.eye(8)[1]) == 1
+
+
+def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
+    database = _open(tmp_path)
+    database.enroll("ada", np.eye(8)[0])
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_vectors", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            database.enroll("ada", np.eye(8)[1])
+    assert database.speakers() == {"ada": 1}
+    assert database.score("ada", np.eye(8)[0]) == 1.0
+    with pytest.raises(EnrolmentError, match="'cy'"):
+        database.enroll_many({"bob": np.ones((1, 8)), "cy": np.ones((0, 8))})
+    assert database.speakers() == {"ada": 1}
+
+
+@pytest.mark.parametrize(("fingerprint", "dim"), [("beef", 8), ("f00d", 16)])
+def test_another_encoder_is_refused(tmp_path, fingerprint, dim):
+    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    with pytest.raises(EnrolmentError, match="filled by another encoder"):
+        _open(tmp_path, dim=dim, fingerprint=fingerprint)
+
+
+def test_another_format_number_is_refused(tmp_path):
+    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    raw = sqlite3.connect(tmp_path / "who.db")
+    raw.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    raw.close()
+    with pytest.raises(EnrolmentError, match="has format 2, .* reads format 1"):
+        _open(tmp_path)
+
+
+def test_other_files_are_refused_and_kept(tmp_path):
+    path = tmp_path / "who.db"
+    path.write_text("name,embedding\n" * 100)
+    with pytest.raises(EnrolmentError, match="not an enrolment database"):
+        _open(tmp_path)
+    assert path.read_text().startswith("name,embedding")
+    path.unlink()
+    raw = sqlite3.connect(path)
+    raw.execute("CREATE TABLE other (x)")
+    raw.close()
+    with pytest.raises(EnrolmentError, match="no enrolment database"):
+        _open(tmp_path)
+
+
+def test_damage_is_seen(tmp_path):
+    database = _open(tmp_path)
+    database.enroll("ada", np.eye(8)[0])
+    raw = sqlite3.connect(tmp_path / "who.db")
+    raw.execute("UPDATE speakers SET total = x'0011'")
+    raw.commit()
+    raw.close()
+    with pytest.raises(EnrolmentError, match="damaged"):
+        database.identify(np.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros(8), "zero, NaN or infinite"),
+        (np.full(8, np.nan), "zero, NaN or infinite"),
+        (np.full(8, np.inf), "zero, NaN or infinite"),
+        (np.ones(7), "do not fit a database of 8 dimensions"),
+        (np.ones((2, 2, 8)), "do not fit a database of 8 dimensions"),
+        (np.ones((0, 8)), "No recording to enrol"),
+    ],
+)
+def test_bad_embeddings(tmp_path, value, message):
+    database = _open(tmp_path)
+    with pytest.raises(EnrolmentError, match=message):
+        database.enroll("ada", value)
+    assert not (tmp_path / "who.db").exists()
+
+
+@pytest.mark.parametrize("name", ["", " ada", "a\nb", "a\x00b"])
+def test_bad_names(tmp_path, name):
+    with pytest.raises(EnrolmentError, match="is no name for a speaker"):
+        _open(tmp_path).enroll(name, np.eye(8)[0])
+
+
+def test_strange_but_printable_names(tmp_path):
+    database = _open(tmp_path)
+    for name in ("'; DROP TABLE speakers; --", "王芳", "a/b c"):
+        database.enroll(name, np.eye(8)[0])
+        assert database.score(name, np.eye(8)[0]) == 1.0
+    assert len(database.speakers()) == 3
+
+
+def test_nobody_there(tmp_path):
+    database = _open(tmp_path)
+    assert database.speakers() == {}
+    assert not (tmp_path / "who.db").exists()
+    with pytest.raises(EnrolmentError, match="Nobody is enrolled"):
+        database.identify(np.ones(8))
+    database.enroll("ada", np.eye(8)[0])
+    for call in (database.remove, lambda n: database.score(n, np.ones(8))):
+        with pytest.raises(EnrolmentError, match="Nobody called 'bob'"):
+            call("bob")
+    with pytest.raises(EnrolmentError, match="top is 0"):
+        database.identify(np.ones(8), top=0)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(EnrolmentError, match="nowhere' is not a folder"):
+        _open(tmp_path / "nowhere").enroll("ada", np.eye(8)[0])
