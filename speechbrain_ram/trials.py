@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -175,36 +175,25 @@ def read_trials(
             f"form must be one of {', '.join(FORMS)}, got '{form}'."
         )
     order, spellings = FORMS[form]
-    columns = {name: _Column() for name in order}
-    try:
-        # Names as dtype=object: the category type would read the id 00012
-        # as the number 12. A fourth column catches overlong lines.
-        chunks = pd.read_csv(
-            path,
-            sep=r"\s+",
-            header=None,
-            names=[*order, "rest"],
-            index_col=False,
-            dtype=object,
-            na_filter=False,
-            quoting=csv.QUOTE_NONE,
-            encoding="utf-8",
-            chunksize=_CHUNK,
-        )
-        for chunk in chunks:
-            shortest = chunk[order[-1]].to_numpy()
-            if (shortest == "").any() or (chunk["rest"] != "").any():
-                raise _first_bad_line(path, form)
-            for name, column in columns.items():
-                column.add(chunk[name].to_numpy())
-    except FileNotFoundError as error:
-        raise TrialError(f"The trial list '{path}' does not exist.") from error
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise _first_bad_line(path, form) from error
-    if not columns["label"].codes:
-        raise TrialError(f"The trial list '{path}' holds no trials.")
-    if not set(columns["label"].ids) <= set(spellings):
-        raise _first_bad_line(path, form)
+
+    def problem(fields: dict[str, str]) -> str | None:
+        if fields["label"] not in spellings:
+            return f"has the label '{fields['label']}'"
+        return None
+
+    lines = FieldReader(
+        path,
+        order,
+        problem,
+        f"LABEL {spellings[1]} or {spellings[0]} (form '{form}'). Is the list "
+        f"in another form ({', '.join(f for f in FORMS if f != form)})?",
+    )
+    columns = {name: UniqueNames() for name in order}
+    for chunk in lines.chunks():
+        for name, column in columns.items():
+            column.add(chunk[name])
+        if not set(columns["label"].ids) <= set(spellings):
+            raise lines.first_bad_line()
 
     truth = np.array([label == spellings[1] for label in columns["label"].ids])
     names = _Renamer(strip_prefix, suffix)
@@ -345,21 +334,130 @@ def check_utterances(
         )
 
 
-class _Column:
-    """Strings -> unique strings and int32 codes, chunk by chunk."""
+class UniqueNames:
+    """Strings -> unique strings and int32 codes, chunk by chunk.
+
+    Example
+    -------
+    >>> names = UniqueNames()
+    >>> names.add(np.array(["b", "a"], dtype=object))
+    >>> names.add(np.array(["a"], dtype=object))
+    >>> names.finish()
+    (('b', 'a'), array([0, 1, 1], dtype=int32))
+    """
 
     def __init__(self):
         self.ids: dict[str, int] = {}
-        self.codes: list[np.ndarray] = []
+        self._codes: list[np.ndarray] = []
 
     def add(self, values: np.ndarray) -> None:
+        """Append an array of strings, dtype object."""
         codes, unique = pd.factorize(values)
         known = (self.ids.setdefault(u, len(self.ids)) for u in unique)
         table = np.fromiter(known, np.int32, len(unique))
-        self.codes.append(table[codes])
+        self._codes.append(table[codes])
 
     def finish(self) -> tuple[tuple[str, ...], np.ndarray]:
-        return tuple(self.ids), np.concatenate(self.codes)
+        """The unique strings in order of appearance, and all codes."""
+        return tuple(self.ids), np.concatenate(self._codes)
+
+
+class FieldReader:
+    """Large text files of a fixed number of whitespace-separated fields.
+
+    Reads fast, in chunks; only when something is wrong it reads again slowly,
+    to say in which line.
+
+    Arguments
+    ---------
+    path : path
+        Blank lines in it are skipped.
+    names : sequence of str
+        What the fields are called.
+    problem : callable
+        Takes one line as {name: text}, returns what is wrong with it ("has
+        ...") or None.
+    expected : str
+        End of the error message: what the fields should hold.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        names: Sequence[str],
+        problem: Callable[[dict[str, str]], str | None],
+        expected: str,
+    ):
+        self.path, self.names = path, tuple(names)
+        self.problem, self.expected = problem, expected
+
+    def chunks(self) -> Iterator[dict[str, np.ndarray]]:
+        """Arrays of strings (dtype object) by field, some lines at a time.
+
+        Raises
+        ------
+        TrialError
+            The file is missing or empty, or a line has too few or too many
+            fields or is not UTF-8.
+        """
+        empty = True
+        try:
+            with open(self.path, "rb") as file:
+                first = next((line for line in file if line.strip()), b"")
+            if len(first.split()) > len(self.names):
+                raise self.first_bad_line()  # pandas only warns
+            # dtype=object, because the category type would read the name
+            # 00012 as the number 12; the extra column catches long lines
+            for chunk in pd.read_csv(
+                self.path,
+                sep=r"\s+",
+                header=None,
+                names=[*self.names, "too many"],
+                index_col=False,
+                dtype=object,
+                na_filter=False,
+                quoting=csv.QUOTE_NONE,
+                encoding="utf-8",
+                chunksize=_CHUNK,
+            ):
+                empty = empty and chunk.empty
+                fields = {name: chunk[name].to_numpy() for name in self.names}
+                too_short = (fields[self.names[-1]] == "").any()
+                if too_short or (chunk["too many"] != "").any():
+                    raise self.first_bad_line()
+                yield fields
+        except FileNotFoundError as error:
+            raise TrialError(
+                f"The file '{self.path}' does not exist."
+            ) from error
+        except (pd.errors.ParserError, UnicodeDecodeError) as error:
+            raise self.first_bad_line() from error
+        if empty:
+            raise TrialError(f"The file '{self.path}' holds no trials.")
+
+    def first_bad_line(self) -> TrialError:
+        """The error that names the first line that is wrong."""
+        template = " ".join(name.upper() for name in self.names)
+        with open(self.path, encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.split()
+                if not fields:
+                    continue
+                if "\ufffd" in line:
+                    problem = "is not UTF-8 text"
+                elif len(fields) != len(self.names):
+                    problem = f"has {len(fields)} fields"
+                else:
+                    problem = self.problem(
+                        dict(zip(self.names, fields, strict=True))
+                    )
+                if problem:
+                    return TrialError(
+                        f"'{self.path}', line {number}: '{line.strip()}' "
+                        f"{problem}; expected was '{template}' with "
+                        f"{self.expected}"
+                    )
+        return TrialError(f"'{self.path}' cannot be read as '{template}'.")
 
 
 class _Renamer:
@@ -379,41 +477,10 @@ class _Renamer:
     def __call__(
         self, ids: tuple[str, ...], codes: np.ndarray
     ) -> tuple[tuple[str, ...], np.ndarray]:
-        column = _Column()  # two names may become one
+        column = UniqueNames()  # two names may become one
         column.add(np.array([self.rename(name) for name in ids], dtype=object))
-        return tuple(column.ids), column.codes[0][codes]
-
-
-def _first_bad_line(path: str | os.PathLike, form: str) -> TrialError:
-    """Read slowly, to say exactly where a list is wrong."""
-    order, spellings = FORMS[form]
-    expected = " ".join(name.upper() for name in order)
-    at = order.index("label")
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                line, fields = repr(raw), None
-            else:
-                fields = line.split()
-            if fields == []:
-                continue
-            if fields is None:
-                problem = "is not UTF-8 text"
-            elif len(fields) != 3:
-                problem = f"has {len(fields)} fields"
-            elif fields[at] not in spellings:
-                problem = f"has the label '{fields[at]}'"
-            else:
-                continue
-            return TrialError(
-                f"'{path}', line {number}: '{line.strip()}' {problem}, "
-                f"'{expected}' with LABEL {spellings[1]} or {spellings[0]} "
-                f"was expected (form '{form}'). Is the list in another form "
-                f"({', '.join(f for f in FORMS if f != form)})?"
-            )
-    return TrialError(f"'{path}' cannot be read as a trial list.")
+        unique, table = column.finish()
+        return unique, table[codes]
 
 
 def _first_ten(names: list[str]) -> str:
