@@ -7,33 +7,23 @@ with its folders, so that files of one name in two folders stay apart. These
 are SpeechBrain's columns, ``DynamicItemDataset.from_csv`` reads them too.
 
 No recording is decoded unless asked (`verify=True`), nothing is written into
-the corpus, and what the headers said is kept in a cache beside the manifest,
-where a file is looked up by its path, size and time of change.
+the corpus.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from speechbrain.utils.logger import get_logger
-from tqdm import tqdm
 
-from speechbrain_ram.audio import (
-    AUDIO_EXTENSIONS,
-    AudioError,
-    AudioInfo,
-    audio_info,
-    read_audio,
-)
+from speechbrain_ram.audio import AUDIO_EXTENSIONS, AudioError
+from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.corpora.headers import Header, read_headers
 
 logger = get_logger(__name__)
 
@@ -42,8 +32,6 @@ COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
 
 #: What stands for the corpus folder in the `wav` column.
 ROOT_PREFIX = "$data_root/"
-
-_CHUNK = 256  # files a task: keeps the cost of hand-over below 1 % of reading
 
 
 class ManifestError(ValueError):
@@ -86,17 +74,6 @@ class Utterance(NamedTuple):
         if self.wav.startswith(ROOT_PREFIX):
             return os.path.join(data_root, self.wav[len(ROOT_PREFIX) :])
         return self.wav
-
-
-class _Header(NamedTuple):
-    """What is cached of one file."""
-
-    size: int
-    mtime_ns: int
-    frames: int
-    sample_rate: int
-    channels: int
-    verified: bool
 
 
 def find_recordings(
@@ -234,30 +211,9 @@ def build_manifest(
     """
     root = Path(data_root)
     recordings = list(recordings)
-    known = _read_cache(cache, root) if cache else {}
-
-    def examine(chunk):
-        return [
-            _examine(root, name, known.get(name), verify) for name, _ in chunk
-        ]
-
-    chunks = [
-        recordings[i : i + _CHUNK] for i in range(0, len(recordings), _CHUNK)
-    ]
-    headers: list[_Header | AudioError] = []
-    workers = workers or 4 * (os.cpu_count() or 1)
-    try:
-        with (
-            ThreadPoolExecutor(workers) as pool,
-            tqdm(total=len(recordings), desc="Headers", unit="file") as bar,
-        ):
-            for result in pool.map(examine, chunks):
-                headers.extend(result)
-                bar.update(len(result))
-    finally:  # an interrupted run keeps what it has read
-        if cache:
-            _write_cache(cache, root, recordings, headers, known)
-
+    headers = read_headers(
+        root, [name for name, _ in recordings], cache, verify, workers
+    )
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
         problem = header if isinstance(header, AudioError) else None
@@ -287,91 +243,8 @@ def build_manifest(
     return rows
 
 
-def _examine(
-    root: Path, name: str, known: _Header | None, verify: bool
-) -> _Header | AudioError:
-    """Look at one file, through the cache where it still holds."""
-    path = os.path.join(root, name)
-    try:
-        status = os.stat(path)
-        size, mtime_ns = status.st_size, status.st_mtime_ns
-        if known is None or known[:2] != (size, mtime_ns):
-            info = _quick_info(path, size) or audio_info(path)
-            known = _Header(
-                size,
-                mtime_ns,
-                info.frames,
-                info.sample_rate,
-                info.channels,
-                False,
-            )
-        if verify and not known.verified:
-            read_audio(path, stop=known.frames, resample=True, mixdown=True)
-            known = known._replace(verified=True)
-        return known
-    except OSError:  # let the reader of audio say what is wrong
-        try:
-            audio_info(path)
-        except AudioError as error:
-            return error
-        raise
-    except AudioError as error:
-        return error
-
-
-def _quick_info(path: str, size: int) -> AudioInfo | None:
-    """Parse the header of a plain WAV or FLAC file; None for anything else.
-
-    Several times faster than opening the file with libsndfile, and it sees
-    what libsndfile mends in silence: a WAV file cut short.
-    """
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(512)
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        return _riff_info(path, head, size)
-    if head[:4] == b"fLaC" and head[4] & 0x7F == 0 and len(head) >= 26:
-        # STREAMINFO: 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
-        bits = int.from_bytes(head[18:26], "big")
-        frames = bits & 0xFFFFFFFFF
-        if frames:
-            return AudioInfo(frames, bits >> 44, (bits >> 41 & 7) + 1)
-    return None
-
-
-def _riff_info(path: str, head: bytes, size: int) -> AudioInfo | None:
-    """Walk the chunks of a WAV file up to its samples."""
-    offset, rate, channels, block = 12, 0, 0, 0
-    while offset + 8 <= len(head):
-        length = int.from_bytes(head[offset + 4 : offset + 8], "little")
-        body = offset + 8
-        if head[offset : offset + 4] == b"fmt " and body + 16 <= len(head):
-            if head[body] not in (1, 3, 0xFE):  # PCM, float, extensible
-                return None
-            channels = int.from_bytes(head[body + 2 : body + 4], "little")
-            rate = int.from_bytes(head[body + 4 : body + 8], "little")
-            block = int.from_bytes(head[body + 12 : body + 14], "little")
-        if head[offset : offset + 4] == b"data":
-            if not (rate and channels and block):
-                return None
-            if length >= 0x7FFFF000:  # a stream's unknown length
-                length = size - body
-            if length > size - body:
-                raise AudioError(
-                    f"'{path}' is truncated: its header promises {length} "
-                    f"bytes of samples, {size - body} are there. Was a copy "
-                    "or an unpacking interrupted?"
-                )
-            if length < block:
-                raise AudioError(
-                    f"'{path}' holds no samples (an empty recording)."
-                )
-            return AudioInfo(length // block, rate, channels)
-        offset = body + length + length % 2
-    return None
-
-
 def _unsuitable(
-    path: Path, header: _Header, sample_rate: int, resample: bool, mixdown: bool
+    path: Path, header: Header, sample_rate: int, resample: bool, mixdown: bool
 ) -> str | None:
     """Say why a sound file cannot be used as it is."""
     if header.channels > 1 and not mixdown:
@@ -419,37 +292,6 @@ def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
             skipped_list,
             skipped[0],
         )
-
-
-@contextmanager
-def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
-    """Open a text file that appears under its name only when complete.
-
-    Arguments
-    ---------
-    path : path
-        The file to write; its folder is made where it is missing.
-
-    Yields
-    ------
-    text file
-        UTF-8, line ends as written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 suits nobody
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_manifest(rows: Iterable[Utterance], path: str | os.PathLike) -> None:
@@ -564,43 +406,3 @@ def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
             "under the corpus folder, or an absolute path."
         )
     return Utterance(record["ID"], duration, wav, start, stop, record["spk_id"])
-
-
-def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, _Header]:
-    """Read the cache; an unreadable or foreign one counts as empty."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            if json.loads(file.readline()) != _cache_stamp(root):
-                return {}
-            return {
-                name: _Header(*map(int, values[:5]), values[5] == "1")
-                for name, *values in csv.reader(file)
-            }
-    except FileNotFoundError:
-        return {}
-    except (ValueError, IndexError, TypeError) as error:
-        logger.warning("The cache '%s' is not used: %s", path, error)
-        return {}
-
-
-def _write_cache(path, root, recordings, headers, known) -> None:
-    """Remember the headers read so far, and those known from before."""
-    merged = dict(known)
-    for (name, _), header in zip(recordings, headers, strict=False):
-        if isinstance(header, _Header):
-            merged[name] = header
-        else:
-            merged.pop(name, None)
-    if merged == known:
-        return
-    with atomic_writer(path) as file:
-        file.write(json.dumps(_cache_stamp(root)) + "\n")
-        csv.writer(file, lineterminator="\n").writerows(
-            (name, *header[:5], int(header.verified))
-            for name, header in merged.items()
-        )
-
-
-def _cache_stamp(root: Path) -> dict:
-    """The first line of a cache: its format and the corpus it is about."""
-    return {"header_cache": 1, "data_root": str(root.resolve())}

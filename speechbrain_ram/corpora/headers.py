@@ -1,0 +1,244 @@
+"""What the headers of many files say: in parallel, and remembered.
+
+Plain WAV and FLAC headers are parsed here, from the first bytes of a file;
+libsndfile reads the others. A cache beside the manifest keeps the result; a
+file is looked up there by its path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain.utils.logger import get_logger
+from tqdm import tqdm
+
+from speechbrain_ram.audio import (
+    AudioError,
+    AudioInfo,
+    audio_info,
+    read_audio,
+)
+from speechbrain_ram.corpora.atomic import atomic_writer
+
+logger = get_logger(__name__)
+
+_CHUNK = 256  # files a task: handing over costs far less than reading
+_HEAD_BYTES = 512  # holds the header of nearly every WAV and FLAC file
+
+
+class Header(NamedTuple):
+    """One file, as its header and its folder describe it.
+
+    Arguments
+    ---------
+    size : int
+        Bytes.
+    mtime_ns : int
+        Time of the last change, nanoseconds.
+    frames : int
+        Samples per channel.
+    sample_rate : int
+        In Hz.
+    channels : int
+        1 is mono.
+    verified : bool
+        Whether the file was decoded to its end.
+    """
+
+    size: int
+    mtime_ns: int
+    frames: int
+    sample_rate: int
+    channels: int
+    verified: bool
+
+
+def read_headers(
+    data_root: str | os.PathLike,
+    names: Sequence[str],
+    cache: str | os.PathLike | None = None,
+    verify: bool = False,
+    workers: int | None = None,
+) -> list[Header | AudioError]:
+    """Read headers, those that a cache does not know already.
+
+    Arguments
+    ---------
+    data_root : path
+        The corpus folder.
+    names : sequence of str
+        Paths relative to it.
+    cache : path, optional
+        Read first and written last, also when the reading is interrupted.
+    verify : bool
+        Decode each file to its end, once.
+    workers : int, optional
+        Threads; by default 4 a processor, which hides the delay of a network
+        disk.
+
+    Returns
+    -------
+    list of Header or AudioError
+        In the order of `names`; the error says what is wrong with a file.
+
+    Example
+    -------
+    >>> import numpy, soundfile
+    >>> root = getfixture("tmp_path")
+    >>> soundfile.write(root / "a.wav", numpy.zeros(24000), 16000)
+    >>> read_headers(root, ["a.wav"])[0].frames
+    24000
+    >>> print(read_headers(root, ["b.wav"])[0])  # doctest: +ELLIPSIS
+    '...b.wav' does not exist. Is data_root the right folder?
+    """
+    root = Path(data_root)
+    known = _read_cache(cache, root) if cache else {}
+
+    def examine(chunk):
+        return [_examine(root, name, known.get(name), verify) for name in chunk]
+
+    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
+    headers: list[Header | AudioError] = []
+    try:
+        with (
+            ThreadPoolExecutor(workers or 4 * (os.cpu_count() or 1)) as pool,
+            tqdm(total=len(names), desc="Headers", unit="file") as bar,
+        ):
+            for result in pool.map(examine, chunks):
+                headers.extend(result)
+                bar.update(len(result))
+    finally:  # an interrupted run keeps what it has read
+        if cache:
+            _write_cache(cache, root, names, headers, known)
+    return headers
+
+
+def _examine(
+    root: Path, name: str, known: Header | None, verify: bool
+) -> Header | AudioError:
+    """Look at one file, through the cache where it still holds."""
+    path = os.path.join(root, name)
+    try:
+        status = os.stat(path)
+        size, mtime_ns = status.st_size, status.st_mtime_ns
+        if known is None or known[:2] != (size, mtime_ns):
+            info = _quick_info(path, size) or audio_info(path)
+            known = Header(
+                size,
+                mtime_ns,
+                info.frames,
+                info.sample_rate,
+                info.channels,
+                False,
+            )
+        if verify and not known.verified:
+            read_audio(path, sample_rate=known.sample_rate, mixdown=True)
+            known = known._replace(verified=True)
+        return known
+    except AudioError as error:
+        return error
+    except OSError as error:
+        try:  # the reader of audio says best what is wrong
+            audio_info(path)
+        except AudioError as reason:
+            return reason
+        return AudioError(f"'{path}' cannot be read: {error}.")
+
+
+def _quick_info(path: str, size: int) -> AudioInfo | None:
+    """Parse the header of a plain WAV or FLAC file; None for anything else.
+
+    Several times faster than opening the file with libsndfile, and it sees
+    what libsndfile mends in silence: a WAV file cut short.
+    """
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(_HEAD_BYTES)
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return _riff_info(path, head, size)
+    if head[:4] == b"fLaC" and len(head) >= 42 and head[4] & 0x7F == 0:
+        # STREAMINFO: 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
+        bits = int.from_bytes(head[18:26], "big")
+        frames = bits & 0xFFFFFFFFF
+        if frames:  # 0 is 'unknown'
+            return AudioInfo(frames, bits >> 44, (bits >> 41 & 7) + 1)
+    return None
+
+
+def _riff_info(path: str, head: bytes, size: int) -> AudioInfo | None:
+    """Walk the chunks of a WAV file up to its samples."""
+    offset, rate, channels, block = 12, 0, 0, 0
+    while offset + 8 <= len(head):
+        name = head[offset : offset + 4]
+        length = int.from_bytes(head[offset + 4 : offset + 8], "little")
+        body = offset + 8
+        if name == b"fmt " and body + 16 <= len(head):
+            kind = int.from_bytes(head[body : body + 2], "little")
+            if kind not in (1, 3, 0xFFFE):  # PCM, float, extensible
+                return None
+            channels = int.from_bytes(head[body + 2 : body + 4], "little")
+            rate = int.from_bytes(head[body + 4 : body + 8], "little")
+            block = int.from_bytes(head[body + 12 : body + 14], "little")
+        elif name == b"data":
+            if not (rate and channels and block):
+                return None
+            if length >= 0x7FFFF000:  # how a stream writes 'unknown'
+                length = size - body
+            if length > size - body:
+                raise AudioError(
+                    f"'{path}' is truncated: its header promises {length} "
+                    f"bytes of samples, {size - body} are there. Was a copy "
+                    "or an unpacking interrupted?"
+                )
+            if length < block:
+                raise AudioError(
+                    f"'{path}' holds no samples (an empty recording)."
+                )
+            return AudioInfo(length // block, rate, channels)
+        offset = body + length + length % 2  # chunks begin at even bytes
+    return None
+
+
+def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:
+    """Read the cache; an unreadable or foreign one counts as empty."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            if json.loads(file.readline()) != _cache_stamp(root):
+                return {}
+            return {
+                name: Header(*map(int, values[:5]), values[5] == "1")
+                for name, *values in csv.reader(file)
+            }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, IndexError, TypeError) as error:
+        logger.warning("The cache '%s' is not used: %s", path, error)
+        return {}
+
+
+def _write_cache(path, root, names, headers, known) -> None:
+    """Remember the headers read so far, and those known from before."""
+    merged = dict(known)
+    for name, header in zip(names, headers, strict=False):
+        if isinstance(header, Header):
+            merged[name] = header
+        else:
+            merged.pop(name, None)
+    if merged == known:
+        return
+    with atomic_writer(path) as file:
+        file.write(json.dumps(_cache_stamp(root)) + "\n")
+        csv.writer(file, lineterminator="\n").writerows(
+            (name, *header[:5], int(header.verified))
+            for name, header in merged.items()
+        )
+
+
+def _cache_stamp(root: Path) -> dict:
+    """The first line of a cache: its format and the corpus it is about."""
+    return {"header_cache": 1, "data_root": str(root.resolve())}
