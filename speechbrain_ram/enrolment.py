@@ -315,19 +315,17 @@ class EnrolmentDatabase:
             return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
         if number("application_id") == 0 and number("schema_version") == 0:
+            # Two processes may get here at once: the second changes nothing.
             with _transaction(connection):
-                # Asked again under the lock: another process may be first.
-                if number("schema_version") == 0:
-                    for statement in _SCHEMA.strip().split(";")[:-1]:
-                        connection.execute(statement)
-                    connection.execute(
-                        "INSERT INTO encoder VALUES (?, ?)",
-                        [self.fingerprint, self.embedding_dim],
-                    )
-                    connection.execute(
-                        f"PRAGMA application_id = {_APPLICATION_ID}"
-                    )
-                    connection.execute(f"PRAGMA user_version = {FORMAT}")
+                for statement in _SCHEMA.strip().split(";")[:-1]:
+                    connection.execute(statement)
+                connection.execute(
+                    "INSERT INTO encoder SELECT ?, ? "
+                    "WHERE NOT EXISTS (SELECT * FROM encoder)",
+                    [self.fingerprint, self.embedding_dim],
+                )
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
         if number("application_id") != _APPLICATION_ID:
             raise EnrolmentError(
                 f"'{self.path}' is an SQLite file, but no enrolment database."

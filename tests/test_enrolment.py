@@ -1,7 +1,9 @@
 """Tests of the enrolment database."""
 
+import contextlib
 import multiprocessing
 import sqlite3
+import threading
 
 import numpy as np
 import pytest
@@ -55,10 +57,12 @@ def test_identify_is_a_sort_of_all_cosines(tmp_path_factory, speakers, top):
 
 def test_names_break_ties(tmp_path):
     database = _open(tmp_path, dim=2)
-    for name in ("zoe", "ada", "bob"):
-        database.enroll(name, np.array([1.0, 0.0]))
-    found = database.identify(np.array([2.0, 0.0]), top=2)
-    assert [(m.name, m.score) for m in found] == [("ada", 1.0), ("bob", 1.0)]
+    names = [f"s{i:03d}" for i in range(150)]
+    models = {name: np.eye(2)[int(name[1:]) % 2] for name in names}
+    database.enroll_many(models)
+    found = database.identify(np.array([2.0, 0.0]), top=100)
+    assert [m.name for m in found] == names[0::2] + names[1:50:2]
+    assert [m.score for m in found] == [1.0] * 75 + [0.0] * 25
 
 
 def test_it_is_all_in_the_file(tmp_path):
@@ -111,6 +115,35 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     assert database.score("shared", np.eye(8)[0]) == pytest.approx(expected)
 
 
+def test_reading_and_writing_back_cannot_be_interleaved(tmp_path):
+    databases = [_open(tmp_path), _open(tmp_path)]
+    databases[0].enroll("ada", np.eye(8)[0])
+    both_have_read = threading.Barrier(2)
+    failures = []
+
+    def enroll(database):
+        vectors = database._vectors
+
+        def wait_for_the_other(blob):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_have_read.wait(timeout=0.3)
+            return vectors(blob)
+
+        database._vectors = wait_for_the_other
+        try:
+            database.enroll("ada", np.eye(8)[0])
+        except EnrolmentError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=enroll, args=[d]) for d in databases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert databases[0].speakers() == {"ada": 3}
+
+
 def test_a_writer_waits_and_then_says_so(tmp_path):
     database = _open(tmp_path, timeout=0.1)
     database.enroll("ada", np.eye(8)[0])
@@ -125,20 +158,24 @@ def test_a_writer_waits_and_then_says_so(tmp_path):
 
 def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     database = _open(tmp_path)
-    database.enroll("ada", np.eye(8)[0])
+    both = {"ada": np.eye(8)[:1], "bob": np.eye(8)[1:2]}
+    database.enroll_many(both)
+    vectors, calls = database._vectors, []
 
-    def full_disk(*_):
-        raise OSError("No space left on device")
+    def fails_the_second_time(blob):
+        calls.append(blob)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        return vectors(blob)
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "_vectors", full_disk)
+        patch.setattr(database, "_vectors", fails_the_second_time)
         with pytest.raises(OSError, match="No space"):
-            database.enroll("ada", np.eye(8)[1])
-    assert database.speakers() == {"ada": 1}
-    assert database.score("ada", np.eye(8)[0]) == 1.0
+            database.enroll_many(both)
+    assert database.speakers() == {"ada": 1, "bob": 1}
     with pytest.raises(EnrolmentError, match="'cy'"):
-        database.enroll_many({"bob": np.ones((1, 8)), "cy": np.ones((0, 8))})
-    assert database.speakers() == {"ada": 1}
+        database.enroll_many({"dan": np.ones((1, 8)), "cy": np.ones((0, 8))})
+    assert database.speakers() == {"ada": 1, "bob": 1}
 
 
 @pytest.mark.parametrize(("fingerprint", "dim"), [("beef", 8), ("f00d", 16)])
