@@ -10,34 +10,27 @@ relative lengths.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_ram.audio import audio_info, pad_waveforms, read_audio
+from speechbrain_ram.audio import (
+    AudioError,
+    audio_info,
+    pad_waveforms,
+    read_audio,
+)
+from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore, merge
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingSet:
-    """Utterances and their embeddings, row by row.
-
-    Arguments
-    ---------
-    ids : tuple of str
-        U unique utterance names.
-    matrix : np.ndarray
-        Shape [U, E] float32.
-    """
-
-    ids: tuple[str, ...]
-    matrix: np.ndarray
+_THREADS = 4  # decode while the encoder computes
+_SECONDS_BETWEEN_PARTS = 60
 
 
 def extract(
@@ -46,11 +39,13 @@ def extract(
     root: str | os.PathLike,
     sample_rate: int = 16000,
     max_frames_per_batch: int = 6000,
-    hop: int = 160,
+    hop: int | None = None,
     resample: bool = False,
     mixdown: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    store: EmbeddingStore | None = None,
+    distributed: bool = False,
 ) -> EmbeddingSet:
     """Embed every utterance once.
 
@@ -68,14 +63,19 @@ def extract(
     max_frames_per_batch : int
         Bound on frames of `hop` samples in a batch, padding included. An
         utterance longer than that is a batch of its own.
-    hop : int
-        Samples from one feature frame to the next.
+    hop : int, optional
+        Samples from one feature frame to the next; 10 ms if not given.
     resample, mixdown : bool
         As for :func:`speechbrain_ram.audio.read_audio`.
     device : str or torch.device
         Where `encode` wants its input.
     progress : bool
         Whether to show a progress bar on stderr.
+    store : EmbeddingStore, optional
+        Rows in it are not computed again; new ones are added.
+    distributed : bool
+        Share the work among the ranks of `torch.distributed`, all of which
+        must make this call; every rank gets the whole result.
 
     Returns
     -------
@@ -85,35 +85,41 @@ def extract(
     Raises
     ------
     AudioError
-        A recording cannot be used.
+        Recordings cannot be used: the first ten by name, before any is
+        embedded.
+    StoreError
+        The store is another encoder's.
     ValueError
         No utterance, or `encode` returns another shape.
     """
-    utterances = tuple(utterances)
+    utterances = tuple(dict.fromkeys(utterances))
     if not utterances:
         raise ValueError("No utterance to embed: is the trial list empty?")
+    hop = hop or sample_rate // 100
+    rank, world = 0, 1
+    if distributed:
+        rank = torch.distributed.get_rank()
+        world = torch.distributed.get_world_size()
     paths = [os.path.join(root, name) for name in utterances]
     reading = {
         "sample_rate": sample_rate,
         "resample": resample,
         "mixdown": mixdown,
     }
-    matrix: np.ndarray | None = None
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        seconds = list(pool.map(lambda p: audio_info(p).duration, paths))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = store.load() if store else None
+        files = np.array(list(pool.map(_file_state, paths)), np.int64)
+        todo = _not_in(known, utterances, files)
+        seconds = _durations(pool, [paths[i] for i in todo], reading)
         frames = [int(s * sample_rate) // hop + 1 for s in seconds]
-        batches = length_batches(frames, max_frames_per_batch)
+        batches = length_batches(frames, max_frames_per_batch)[rank::world]
 
         def load(batch: list[int]) -> list[torch.Tensor]:
-            return [read_audio(paths[i], **reading) for i in batch]
+            return [read_audio(paths[todo[i]], **reading) for i in batch]
 
-        bar = tqdm(
-            total=len(paths), unit="utt", desc="embed", disable=not progress
-        )
-        with bar:
-            for batch, wavs in zip(
-                batches, _ahead(pool, load, batches), strict=True
-            ):
+        def embed() -> Iterator[EmbeddingSet]:
+            waveforms = _ahead(pool, load, batches)
+            for batch, wavs in zip(batches, waveforms, strict=True):
                 padded, lens = pad_waveforms(wavs, hop)
                 with torch.inference_mode():
                     out = encode(padded.to(device), lens.to(device))
@@ -122,12 +128,44 @@ def extract(
                         f"encode must return [{len(batch)}, E] for this "
                         f"batch, got {tuple(out.shape)}."
                     )
-                rows = out.float().cpu().numpy()
-                if matrix is None:
-                    matrix = np.empty((len(paths), rows.shape[1]), np.float32)
-                matrix[batch] = rows
-                bar.update(len(batch))
-    return EmbeddingSet(utterances, matrix)
+                rows = [todo[i] for i in batch]
+                yield EmbeddingSet(
+                    tuple(utterances[row] for row in rows),
+                    out.float().cpu().numpy(),
+                    seconds[batch],
+                    files[rows],
+                )
+
+        bar = tqdm(
+            total=sum(map(len, batches)),
+            unit="utt",
+            desc="embed",
+            disable=not progress or rank > 0,
+        )
+        error = None
+        with bar:
+            try:
+                new = _collect(embed(), bar, store, f"{rank}-{os.getpid()}")
+            except Exception as problem:
+                if not distributed:
+                    raise
+                new, error = [], problem
+    if distributed:
+        new = _gather(new, error)
+    everything = merge([*([known] if known else []), *new])
+    if store and new:
+        if rank == 0:
+            store.save(everything)
+        if distributed:
+            torch.distributed.barrier()
+    row_of = {name: row for row, name in enumerate(everything.ids)}
+    rows = [row_of[name] for name in utterances]
+    return EmbeddingSet(
+        utterances,
+        everything.matrix[rows],
+        everything.seconds[rows],
+        everything.files[rows],
+    )
 
 
 def length_batches(frames: Sequence[int], max_frames: int) -> list[list[int]]:
@@ -163,6 +201,96 @@ def length_batches(frames: Sequence[int], max_frames: int) -> list[list[int]]:
             batches.append([i])
             longest = frames[i]
     return batches
+
+
+def _file_state(path: str) -> tuple[int, int]:
+    """Size and time of a file; a missing one is reported with the others."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return -1, -1
+    return state.st_size, state.st_mtime_ns
+
+
+def _not_in(
+    known: EmbeddingSet | None, utterances: Sequence[str], files: np.ndarray
+) -> list[int]:
+    """Indices of the utterances that must be embedded."""
+    rows = {} if known is None else {n: i for i, n in enumerate(known.ids)}
+    return [
+        i
+        for i, name in enumerate(utterances)
+        if name not in rows or (known.files[rows[name]] != files[i]).any()
+    ]
+
+
+def _durations(
+    pool: ThreadPoolExecutor, paths: Sequence[str], reading: dict
+) -> np.ndarray:
+    """Seconds by header; every unusable file is named before the work."""
+
+    def look(path: str) -> tuple[float, AudioError | None]:
+        try:
+            info = audio_info(path)
+            rate, channels = info.sample_rate, info.channels
+            if (rate, channels) != (reading["sample_rate"], 1):
+                read_audio(path, stop=1, **reading)  # says what is wrong
+            return info.duration, None
+        except AudioError as error:
+            return 0.0, error
+
+    found = list(pool.map(look, paths))
+    errors = [str(error) for _, error in found if error]
+    if errors:
+        more = f"\n... and {len(errors) - 10} more" if len(errors) > 10 else ""
+        raise AudioError(
+            f"{len(errors)} of {len(paths)} recordings cannot be used:\n"
+            + "\n".join(errors[:10])
+            + more
+        )
+    return np.array([duration for duration, _ in found], np.float32)
+
+
+def _collect(
+    embedded: Iterator[EmbeddingSet],
+    bar: tqdm,
+    store: EmbeddingStore | None,
+    name: str,
+) -> list[EmbeddingSet]:
+    """Run through, keeping a part on disk every minute and at the end."""
+    done: list[EmbeddingSet] = []
+    saved, last = 0, time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, last
+        if store and len(done) > saved:
+            store.save_part(f"{name}-{saved:08d}", merge(done[saved:]))
+        saved, last = len(done), time.monotonic()
+
+    try:
+        for batch in embedded:
+            done.append(batch)
+            bar.update(len(batch.ids))
+            if time.monotonic() - last > _SECONDS_BETWEEN_PARTS:
+                save()
+    finally:
+        save()
+    return done
+
+
+def _gather(
+    new: list[EmbeddingSet], error: Exception | None
+) -> list[EmbeddingSet]:
+    """Everybody's rows; an error on one rank is an error on all of them."""
+    parts = [None] * torch.distributed.get_world_size()
+    mine = merge(new)
+    torch.distributed.all_gather_object(parts, (mine, error))
+    for rank, (_, problem) in enumerate(parts):
+        if problem is not None:
+            if problem is error:
+                raise problem
+            raise RuntimeError(f"Rank {rank} failed: {problem}") from problem
+    return [part for part, _ in parts if part is not None]
 
 
 def _ahead(
