@@ -1,10 +1,18 @@
-"""What every test needs."""
+"""What several test files share: a tiny corpus, a tiny trained run."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
-import speechbrain  # noqa: F401  registers its lazy modules
+import speechbrain as sb
 from speechbrain.utils.importutils import LazyModule
+
+from speechbrain_ram.corpora.synthetic import make_synthetic
+from train_speaker_embeddings import train
+
+REPOSITORY = Path(__file__).parent.parent
+RECIPE = REPOSITORY / "hparams" / "ram_resnet34.yaml"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -17,3 +25,61 @@ def pytest_collection_modifyitems():
     for module in list(sys.modules.values()):
         if isinstance(module, LazyModule):
             module.__file__ = None
+
+
+def run_recipe(corpus, output_folder, *options, recipe=RECIPE, **overrides):
+    """Train as the command line would, on a tiny corpus, in this process.
+
+    `options` are SpeechBrain's, such as "--precision", "bf16"; `overrides`
+    are keys of the YAML.
+    """
+    settings = {
+        "make_corpus": None,  # the corpus is there
+        "data_root": str(corpus.train_root),
+        "trials": str(corpus.trials),
+        "trials_root": str(corpus.test_root),
+        "output_folder": str(output_folder),
+        "channels": [16, 16, 16, 16],
+        "number_of_epochs": 2,
+        "verify_every": 1,
+        "batch_size": 8,
+        "crop_seconds": 0.5,
+        "num_workers": 0,
+        "warmup_steps": 2,
+    }
+    settings.update(overrides)
+    arguments = [str(recipe), "--device", "cpu", "--noprogressbar", *options]
+    hparams_file, run_opts, _ = sb.parse_arguments(arguments)
+    train(hparams_file, run_opts, settings)
+    return Path(output_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """Six speakers to train on, four to test, a second each."""
+    return make_synthetic(
+        tmp_path_factory.mktemp("corpus") / "tiny",
+        n_speakers=6,
+        n_utterances=5,
+        n_test_speakers=4,
+        n_test_utterances=4,
+        min_seconds=0.8,
+        max_seconds=1.2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_corpus, tmp_path_factory):
+    """The output folder of two epochs on the tiny corpus."""
+    return run_recipe(tiny_corpus, tmp_path_factory.mktemp("run") / "ram")
+
+
+@pytest.fixture(scope="session")
+def speechocean():
+    """The folder of real speech, or a loud skip."""
+    folder = os.environ.get("SPEECHOCEAN762")
+    if not folder:
+        pytest.skip(
+            "SPEECHOCEAN762 is not set: no real speech, this test did NOT run"
+        )
+    return Path(folder)

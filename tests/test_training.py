@@ -1,0 +1,285 @@
+"""The main job from end to end, in miniature, and what stops it early."""
+
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import run_recipe
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_ram.audio import AudioError
+from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.scoring import read_scores
+from speechbrain_ram.trials import TrialError
+
+
+def weights(run):
+    newest = Checkpointer(run / "save").find_checkpoint()
+    return {
+        name: torch.load(newest.path / f"{name}.ckpt")
+        for name in ("embedding_model", "classifier", "optimizer")
+    }
+
+
+def assert_same(first, second):
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+def test_the_log_says_what_a_long_run_must(tiny_run):
+    lines = (tiny_run / "train_log.txt").read_text().splitlines()
+    assert lines[0].startswith("epoch: 0") and "valid EER" in lines[0]
+    assert len(lines) == 3
+    for name in (
+        "lr: ",
+        "train loss: ",
+        "train accuracy: ",
+        "train grad_norm: ",
+        "train utterances/s: ",
+        "valid loss: ",
+        "valid error: ",
+        "valid EER: ",
+        "valid minDCF(0.01): ",
+    ):
+        assert name in lines[1] and name in lines[2]
+
+
+def test_newest_and_best_checkpoint_are_kept(tiny_run):
+    checkpoints = Checkpointer(tiny_run / "save").list_checkpoints()
+    assert 1 <= len(checkpoints) <= 2
+    assert all("EER" in c.meta for c in checkpoints)
+
+
+def test_scores_are_written_for_every_trial(tiny_run, tiny_corpus):
+    trials, scores = read_scores(tiny_run / "scores.txt")
+    lines = tiny_corpus.trials.read_text().splitlines()
+    assert len(scores) == len(lines) == len(trials.labels)
+    assert np.abs(scores).max() <= 1 + 1e-6
+    label, enrol, test = lines[0].split()
+    first = (tiny_run / "scores.txt").read_text().split("\n")[0].split()
+    assert first[:2] == [enrol, test] and first[3] == label
+
+
+def test_number_of_speakers_comes_from_the_labels(tiny_run):
+    assert weights(tiny_run)["classifier"]["weight"].shape == (6, 512)
+
+
+def test_one_seed_one_result(tiny_run, tiny_corpus, tmp_path):
+    again = run_recipe(tiny_corpus, tmp_path / "again")
+    assert_same(weights(tiny_run), weights(again))
+    other = run_recipe(
+        tiny_corpus, tmp_path / "other", seed=7, number_of_epochs=1
+    )
+    assert not torch.equal(
+        weights(tiny_run)["classifier"]["weight"],
+        weights(other)["classifier"]["weight"],
+    )
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tiny_run, tiny_corpus, tmp_path, monkeypatch
+):
+    from speechbrain_ram.brain import SpeakerBrain
+
+    step = SpeakerBrain.fit_batch
+
+    def killed(self, batch):
+        if self.hparams.epoch_counter.current == 2 and self.step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tiny_corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "inference").exists()
+    monkeypatch.undo()
+    run_recipe(tiny_corpus, tmp_path / "run")
+    assert_same(weights(tiny_run), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "objective, form",
+    [
+        ("softmax", "paper"),
+        ("am", "paper"),
+        ("aam", "paper"),
+        ("ram", "hinge"),
+        ("raam", "released"),
+    ],
+)
+def test_every_objective_trains(tiny_corpus, tmp_path, objective, form):
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        objective=objective,
+        form=form,
+        number_of_epochs=1,
+        verify_untrained=False,
+    )
+    assert (run / "inference" / "hyperparams.yaml").is_file()
+
+
+def test_bfloat16_and_tensorboard(tiny_corpus, tmp_path):
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        "--precision",
+        "bf16",
+        number_of_epochs=1,
+        tensorboard=True,
+        verify_untrained=False,
+    )
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_without_trials_the_error_picks_the_checkpoint(tiny_corpus, tmp_path):
+    run = run_recipe(
+        tiny_corpus, tmp_path / "run", trials=None, number_of_epochs=1
+    )
+    assert not (run / "scores.txt").exists()
+    assert (run / "inference").is_dir()
+
+
+# -- bad input: named before training starts ------------------------------
+
+
+@pytest.fixture
+def broken(tiny_corpus, tmp_path):
+    """A copy of the training folder that a test may spoil."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus.train_root, folder)
+    return folder
+
+
+def first_file(folder):
+    return min(folder.rglob("*.wav"))
+
+
+def no_run(tiny_corpus, tmp_path, error, match, **overrides):
+    with pytest.raises(error, match=match):
+        run_recipe(tiny_corpus, tmp_path / "run", **overrides)
+    left = [f for f in (tmp_path / "run").rglob("*") if f.is_file()]
+    assert not [f for f in left if f.suffix in (".csv", ".ckpt")]
+
+
+def test_missing_folder(tiny_corpus, tmp_path):
+    gone = tmp_path / "gone"
+    no_run(tiny_corpus, tmp_path, ManifestError, str(gone), data_root=str(gone))
+
+
+def test_folder_without_audio(tiny_corpus, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "anna").mkdir(parents=True)
+    (empty / "anna" / "notes.txt").write_text("hello")
+    no_run(tiny_corpus, tmp_path, ManifestError, "empty", data_root=str(empty))
+
+
+def test_one_speaker_only(tiny_corpus, tmp_path, broken):
+    for speaker in sorted(broken.iterdir())[1:]:
+        shutil.rmtree(speaker)
+    no_run(
+        tiny_corpus,
+        tmp_path,
+        ManifestError,
+        "one speaker",
+        data_root=str(broken),
+    )
+
+
+def test_a_speaker_with_one_utterance_is_trained_on(
+    tiny_corpus, tmp_path, broken
+):
+    for file in sorted(first_file(broken).parents[1].rglob("*.wav"))[1:]:
+        file.unlink()
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        data_root=str(broken),
+        number_of_epochs=1,
+        verify_untrained=False,
+    )
+    assert weights(run)["classifier"]["weight"].shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (lambda f: f.write_bytes(b""), "empty"),
+        (lambda f: f.write_text("not audio at all"), "00001.wav"),
+        (lambda f: f.write_bytes(f.read_bytes()[:2000]), "00001.wav"),
+        (lambda f: soundfile.write(f, np.zeros(8000), 8000), "8000 Hz"),
+        (lambda f: soundfile.write(f, np.zeros(9000), 48000), "48000 Hz"),
+        (lambda f: soundfile.write(f, np.zeros((9000, 2)), 16000), "channels"),
+    ],
+)
+def test_an_unusable_file_is_named(tiny_corpus, tmp_path, broken, spoil, match):
+    file = first_file(broken)
+    spoil(file)
+    no_run(tiny_corpus, tmp_path, ManifestError, match, data_root=str(broken))
+
+
+def test_nan_samples_are_named(tiny_corpus, tmp_path, broken):
+    file = first_file(broken)
+    soundfile.write(file, np.full(16000, np.nan), 16000, subtype="FLOAT")
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            data_root=str(broken),
+            verify_untrained=False,
+        )
+
+
+def test_other_rates_and_channels_when_asked(tiny_corpus, tmp_path, broken):
+    files = sorted(broken.rglob("*.wav"))
+    soundfile.write(
+        files[0], np.random.default_rng(0).normal(0, 0.1, (48000, 2)), 48000
+    )
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        data_root=str(broken),
+        resample=True,
+        mixdown=True,
+        number_of_epochs=1,
+        verify_untrained=False,
+    )
+    assert (run / "inference").is_dir()
+
+
+def test_missing_trial_files_are_listed(tiny_corpus, tmp_path):
+    with pytest.raises(TrialError, match="16 of 16 recordings are missing"):
+        run_recipe(tiny_corpus, tmp_path / "run", trials_root=str(tmp_path))
+
+
+def test_unknown_settings(tiny_corpus, tmp_path):
+    for name, value in (("objective", "arcface"), ("form", "max")):
+        with pytest.raises((ValueError, TypeError), match=f"{name} is"):
+            run_recipe(tiny_corpus, tmp_path / "run", **{name: value})
+    with pytest.raises(KeyError, match="'margn' not found"):
+        run_recipe(tiny_corpus, tmp_path / "run", margn=0.2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_architecture(tiny_run, tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    with pytest.raises(ValueError, match="another architecture"):
+        run_recipe(tiny_corpus, run, channels=[16, 16, 16, 32])
+
+
+def test_channels_that_crash_torch_are_refused(tiny_corpus, tmp_path):
+    with pytest.raises(ValueError, match="crashes torch's CPU backward"):
+        run_recipe(tiny_corpus, tmp_path / "run", channels=[8, 16, 16, 16])

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Train a speaker encoder, verify it, and export it for inference.
+
+    python train_speaker_embeddings.py hparams/ram_resnet34.yaml
+    python train_speaker_embeddings.py hparams/ram_resnet34.yaml \
+        --objective am --margin 0.2 --seed 2 --precision bf16
+    torchrun --nproc_per_node=2 train_speaker_embeddings.py YAML
+
+Any key of the YAML is an option, and so are SpeechBrain's own (--help). The
+same command continues an interrupted run.
+"""
+
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+
+from speechbrain_ram.brain import SpeakerBrain
+from speechbrain_ram.corpora.manifest import read_manifest
+from speechbrain_ram.dataset import speaker_datasets
+from speechbrain_ram.embeddings import extract
+from speechbrain_ram.inference import encoder_section, export_inference
+from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.scoring import score_trials, write_scores
+from speechbrain_ram.trials import check_utterances, read_trials
+
+
+def train(hparams_file, run_opts, overrides):
+    """Everything from the YAML to OUTPUT/inference."""
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+    output = Path(hparams["output_folder"])
+    sb.create_experiment_directory(
+        experiment_directory=output,
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+
+    # Data: manifests, then datasets of crops; the labels count the speakers.
+    manifests = None
+    if if_main_process():
+        if hparams.get("make_corpus"):
+            hparams["make_corpus"]()
+        manifests = hparams["prepare"]()
+    train_csv, valid_csv = ddp_broadcast(manifests)
+    conversions = {
+        "resample": hparams["resample"],
+        "mixdown": hparams["mixdown"],
+    }
+    train_set, valid_set, label_encoder = speaker_datasets(
+        train_csv,
+        valid_csv,
+        hparams["data_root"],
+        crop_seconds=hparams["crop_seconds"],
+        sample_rate=hparams["encoder"]["sample_rate"],
+        seed=hparams["seed"],
+        **conversions,
+    )
+    trials = None
+    if hparams.get("trials"):
+        trials = read_trials(hparams["trials"])
+        check_utterances(trials, hparams["trials_root"])
+
+    # Modules: one row of the classifier for each speaker.
+    classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
+    hparams["checkpointer"].add_recoverable("classifier", classifier)
+    brain = SpeakerBrain(
+        modules={**hparams["modules"], "classifier": classifier},
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+        dev_trials=trials,
+        dev_root=hparams.get("trials_root"),
+        read_options=conversions,
+    )
+    loader = {
+        "batch_size": hparams["batch_size"],
+        "num_workers": hparams["num_workers"],
+    }
+    brain.fit(
+        hparams["epoch_counter"],
+        train_set,
+        valid_set,
+        train_loader_kwargs={**loader, "shuffle": True},
+        valid_loader_kwargs=loader,
+    )
+
+    # The best checkpoint becomes the folder that others load.
+    brain.checkpointer.recover_if_possible(min_key=brain.best_key)
+    some = read_manifest(valid_csv)[:1000]
+    embeddings = extract(
+        brain.encode,
+        [row.id for row in some],
+        hparams["data_root"],
+        **conversions,
+    )
+    if if_main_process():
+        export_inference(
+            output / "inference",
+            encoder_section(output / "hyperparams.yaml"),
+            hparams["encoder"]["embedding_model"],
+            classifier,
+            label_encoder,
+            torch.from_numpy(embeddings.matrix).mean(dim=0),
+        )
+        print(f"Inference folder: {output / 'inference'}")
+    if trials is not None:
+        verify(brain, trials, hparams, conversions, output)
+
+
+def verify(brain, trials, hparams, conversions, output):
+    """Score the trials with the best checkpoint and say how it did."""
+    embeddings = extract(
+        brain.encode, trials.utterances, hparams["trials_root"], **conversions
+    )
+    if not if_main_process():
+        return
+    scores = score_trials(trials, embeddings.ids, embeddings.matrix)
+    write_scores(trials, scores, output / "scores.txt")
+    untrained = getattr(brain, "untrained", None)
+    if untrained:
+        print(f"EER before training: {untrained['EER']:.2f} %")
+    print(evaluate(scores, trials.labels))
+
+
+if __name__ == "__main__":
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    sb.utils.distributed.ddp_init_group(run_opts)
+    train(hparams_file, run_opts, overrides)
