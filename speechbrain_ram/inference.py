@@ -1,254 +1,282 @@
-"""Ship a trained encoder, and load one.
+"""Use a trained encoder: embed, compare, decide.
 
-:func:`export_inference` writes one folder that SpeechBrain's own
-``EncoderClassifier`` and ``SpeakerRecognition`` load offline, from anywhere:
-it holds no path. :func:`load_encoder` reads such a folder, or the checkpoint
-of a run, for verification.
+:class:`SpeakerEncoder` is for people: files in, embeddings and decisions out.
+:func:`load_encoder` is what it and the verification scripts stand on. Both
+load exported folders and the checkpoints of runs without executing anything
+that is in them; SpeechBrain's own classes load the same folder, and execute
+its YAML.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import ruamel.yaml
+import numpy as np
 import torch
-from hyperpyyaml import load_hyperpyyaml
-from speechbrain.dataio.encoder import CategoricalEncoder
-from speechbrain.utils.checkpoints import Checkpointer
+from tqdm import tqdm
 
-# What follows the encoder in an exported hyperparams.yaml. The indentation
-# is HyperPyYAML's; {n_speakers} is the only thing filled in.
-_TAIL = """
-# Cosines to the training speakers, and their names.
-classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier
-  input_size: !ref <embedding_dim>
-  out_neurons: {n_speakers}
-label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
+from speechbrain_ram.architecture import EncoderError
+from speechbrain_ram.audio import AudioError
+from speechbrain_ram.decision import Decision
+from speechbrain_ram.embeddings import length_batches
+from speechbrain_ram.encoder_folder import encoder_section, export_inference
+from speechbrain_ram.loading import LoadedEncoder, load_encoder
+from speechbrain_ram.recordings import (
+    Piece,
+    Recording,
+    Segment,
+    describe,
+    is_silent,
+    split_into_pieces,
+    warn_of_clipping,
+)
 
-# encode_batch(normalize=True) takes the training speakers' mean off.
-mean_var_norm_emb: !new:speechbrain.processing.features.InputNormalization
-  norm_type: global
-  std_norm: False
-
-modules:
-  compute_features: !ref <compute_features>
-  mean_var_norm: !ref <mean_var_norm>
-  embedding_model: !ref <embedding_model>
-  mean_var_norm_emb: !ref <mean_var_norm_emb>
-  classifier: !ref <classifier>
-
-# Files are looked for beside this one, as NAME.ckpt.
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-  loadables:
-    embedding_model: !ref <embedding_model>
-    classifier: !ref <classifier>
-    mean_var_norm_emb: !ref <mean_var_norm_emb>
-    label_encoder: !ref <label_encoder>
-"""
+__all__ = [
+    "Comparison",
+    "EncoderError",
+    "LoadedEncoder",
+    "Segment",
+    "SpeakerEncoder",
+    "encoder_section",
+    "export_inference",
+    "load_encoder",
+]
 
 
-class EncoderError(ValueError):
-    """An encoder cannot be loaded or written; the message says why."""
-
-
-def encoder_section(hyperparams: str | os.PathLike) -> str:
-    """Cut the encoder out of a run's resolved hyperparams.yaml.
+@dataclass(frozen=True)
+class Comparison:
+    """What is known about two recordings.
 
     Arguments
     ---------
-    hyperparams : path
-        The file that SpeechBrain writes into the output folder, with every
-        reference and override resolved. Its key ``encoder`` is what
-        ``hparams/encoder.yaml`` became.
-
-    Returns
-    -------
-    str
-        A YAML document of its own: sizes, front-end and encoder.
+    score : float
+        Cosine of their embeddings, in [-1, 1].
+    threshold : float
+        Scores from here on count as one speaker.
+    same_speaker : bool
+        The decision.
+    llr : float, optional
+        Natural log-likelihood ratio, where the encoder is calibrated: above 0
+        the recordings speak for one speaker.
+    targets_below, nontargets_above : float, optional
+        Share of the development list's same-speaker pairs that scored lower,
+        and of its different-speaker pairs that scored higher.
     """
-    yaml = ruamel.yaml.YAML()
-    yaml.width = 80
-    with open(hyperparams, encoding="utf-8") as file:
-        document = yaml.load(file)
-    if "encoder" not in document:
-        raise EncoderError(
-            f"'{hyperparams}' has no key 'encoder'. Does the recipe !include "
-            "hparams/encoder.yaml under that name?"
+
+    score: float
+    threshold: float
+    same_speaker: bool
+    llr: float | None = None
+    targets_below: float | None = None
+    nontargets_above: float | None = None
+
+
+class SpeakerEncoder:
+    """Recordings in, embeddings and decisions out.
+
+    Files of another sample rate are resampled and several channels averaged,
+    unless that is forbidden. A recording longer than `window_seconds` is cut
+    into equal windows, whose embeddings are averaged; silent windows are left
+    out. Recordings are batched by length, and every embedding is the one that
+    the recording has alone.
+
+    Silence, recordings under 0.1 s and unreadable files raise an AudioError
+    that names them; clipping gives a warning. No NaN is ever returned.
+
+    Arguments
+    ---------
+    encoder : LoadedEncoder
+        From :func:`load_encoder`.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are converted.
+    window_seconds : float
+        Longest piece that is embedded at once.
+    batch_seconds : float
+        Bound on the audio of a batch, padding included.
+    """
+
+    def __init__(
+        self,
+        encoder: LoadedEncoder,
+        resample: bool = True,
+        mixdown: bool = True,
+        window_seconds: float = 60.0,
+        batch_seconds: float = 60.0,
+    ):
+        self.encoder = encoder
+        self.sample_rate = encoder.sample_rate
+        self.embedding_dim = encoder.embedding_dim
+        self.fingerprint = encoder.fingerprint
+        self.decision: Decision | None = encoder.decision
+        self.resample = resample
+        self.mixdown = mixdown
+        self.window_seconds = window_seconds
+        self.batch_seconds = batch_seconds
+
+    @classmethod
+    def from_folder(
+        cls, path: str | os.PathLike, device: str = "cpu", **options
+    ) -> SpeakerEncoder:
+        """Load an exported folder, or a run; nothing in it is executed.
+
+        Arguments
+        ---------
+        path : path
+            As for :func:`load_encoder`.
+        device : str
+            Such as 'cpu' or 'cuda:0'.
+        **options
+            As for the class.
+
+        Returns
+        -------
+        SpeakerEncoder
+        """
+        return cls(load_encoder(path, device), **options)
+
+    def embed(
+        self,
+        recordings: Recording | Iterable[Recording],
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Embed one recording or many.
+
+        Arguments
+        ---------
+        recordings : path, Segment, np.ndarray, torch.Tensor or iterable of them
+            An array is mono, of shape [samples], at `sample_rate`, in [-1, 1]
+            or of integers.
+        progress : bool
+            Whether to show a progress bar on stderr.
+
+        Returns
+        -------
+        np.ndarray
+            Shape [N, E], float32, finite, in the order given. Their lengths
+            are as the network gives them.
+
+        Raises
+        ------
+        AudioError
+            A recording cannot be used.
+        EncoderError
+            The encoder itself returns NaN.
+        """
+        kinds = (str, os.PathLike, Segment, np.ndarray, torch.Tensor)
+        single = isinstance(recordings, kinds)
+        items = [recordings] if single else list(recordings)
+        rate = self.sample_rate
+        options = (rate, self.window_seconds, self.resample, self.mixdown)
+        pieces: list[Piece] = []
+        for position, item in enumerate(items):
+            pieces += split_into_pieces(item, position, *options)
+        names = [describe(item, i) for i, item in enumerate(items)]
+
+        sums = np.zeros((len(items), self.embedding_dim), np.float64)
+        counts = np.zeros((len(items), 1))
+        batches = length_batches(
+            [piece.samples for piece in pieces],
+            int(self.batch_seconds * self.sample_rate),
         )
-    stream = ruamel.yaml.compat.StringIO()
-    yaml.dump(document["encoder"], stream)
-    return stream.getvalue()
+        with tqdm(
+            total=len(pieces), unit="piece", desc="embed", disable=not progress
+        ) as bar:
+            for batch in batches:
+                heard, wavs = [], []
+                for index in batch:
+                    wav = pieces[index].load()
+                    recording = pieces[index].recording
+                    warn_of_clipping(wav, names[recording])
+                    if not is_silent(wav):
+                        heard.append(recording)
+                        wavs.append(wav)
+                if wavs:
+                    rows = self.encoder.encode(*self.encoder.pad(wavs))
+                    np.add.at(sums, heard, rows.double().cpu().numpy())
+                    np.add.at(counts, heard, 1)
+                bar.update(len(batch))
+        silent = [
+            name for name, count in zip(names, counts, strict=True) if not count
+        ]
+        if silent:
+            raise AudioError(
+                f"{', '.join(silent[:10])}: only silence, {len(silent)} of "
+                f"{len(items)} recordings. Was the microphone muted?"
+            )
+        embeddings = (sums / counts).astype(np.float32)
+        if not np.isfinite(embeddings).all():
+            raise EncoderError(
+                "the encoder returns NaN or infinite embeddings. Did its "
+                "training diverge?"
+            )
+        return embeddings
 
+    def score(self, a: Recording, b: Recording) -> float:
+        """Cosine of two recordings' embeddings, in [-1, 1]."""
+        left, right = self.embed([a, b]).astype(np.float64)
+        cosine = left @ right / np.linalg.norm(left) / np.linalg.norm(right)
+        return float(np.clip(cosine, -1.0, 1.0))
 
-def export_inference(
-    folder: str | os.PathLike,
-    encoder_yaml: str,
-    embedding_model: torch.nn.Module,
-    classifier: torch.nn.Module,
-    label_encoder: CategoricalEncoder,
-    mean_embedding: torch.Tensor,
-) -> Path:
-    """Write the folder that SpeechBrain's inference classes load.
+    def same_speaker(
+        self, a: Recording, b: Recording, threshold: float | str | None = None
+    ) -> bool:
+        """Decide whether two recordings are of one speaker.
 
-    Written under a temporary name and renamed when complete, so that an
-    interrupted export leaves no half of a folder.
+        Arguments
+        ---------
+        a, b : path, Segment, np.ndarray or torch.Tensor
+            The recordings.
+        threshold : float or str, optional
+            The least cosine that counts as one speaker, or the name of one
+            that was saved at training: "EER" (the default) or "FAR=1%".
 
-    Arguments
-    ---------
-    folder : path
-        Replaced if it exists.
-    encoder_yaml : str
-        From :func:`encoder_section`.
-    embedding_model, classifier : torch.nn.Module
-        Trained, on any device.
-    label_encoder : CategoricalEncoder
-        The names of the classifier's rows.
-    mean_embedding : torch.Tensor
-        Shape [E]: what ``encode_batch(normalize=True)`` takes off.
+        Returns
+        -------
+        bool
 
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-    """
-    folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        text = "# Written by speechbrain_ram.inference.export_inference.\n\n"
-        text += encoder_yaml + _TAIL.format(n_speakers=len(label_encoder))
-        (part / "hyperparams.yaml").write_text(text, encoding="utf-8")
-        for name, module in (
-            ("embedding_model", embedding_model),
-            ("classifier", classifier),
-        ):
-            state = {k: v.cpu() for k, v in module.state_dict().items()}
-            torch.save(state, part / f"{name}.ckpt")
-        mean = mean_embedding.detach().float().cpu()
-        torch.save(
-            {"count": 1, "glob_mean": mean, "glob_std": torch.ones_like(mean)},
-            part / "mean_var_norm_emb.ckpt",
+        Raises
+        ------
+        ValueError
+            No threshold was saved and none is given.
+        """
+        return self.compare(a, b, threshold).same_speaker
+
+    def compare(
+        self, a: Recording, b: Recording, threshold: float | str | None = None
+    ) -> Comparison:
+        """Score, decision and what the development list says about them.
+
+        Arguments
+        ---------
+        a, b, threshold
+            As for :meth:`same_speaker`.
+
+        Returns
+        -------
+        Comparison
+        """
+        least = self.threshold(threshold)
+        score = self.score(a, b)
+        result = Comparison(score, least, score >= least)
+        if self.decision is None:
+            return result
+        return Comparison(
+            score,
+            least,
+            score >= least,
+            self.decision.llr(score),
+            *self.decision.shares(score),
         )
-        label_encoder.save(part / "label_encoder.ckpt")
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
 
-
-class LoadedEncoder:
-    """A front-end and an encoder, ready to embed.
-
-    Arguments
-    ---------
-    hparams : dict
-        Loaded from a folder's YAML: ``sample_rate``, ``embedding_dim``,
-        ``compute_features``, ``mean_var_norm``, ``embedding_model``.
-    device : str
-        Where to compute.
-    fingerprint : str
-        Changes when the weights or the YAML change.
-    """
-
-    def __init__(self, hparams: dict, device: str, fingerprint: str):
-        self.sample_rate = hparams["sample_rate"]
-        self.embedding_dim = hparams["embedding_dim"]
-        self.device = device
-        self.fingerprint = fingerprint
-        names = ("compute_features", "mean_var_norm", "embedding_model")
-        self.modules = {name: hparams[name].to(device) for name in names}
-        for module in self.modules.values():
-            module.eval()
-
-    @torch.inference_mode()
-    def encode(
-        self, waveforms: torch.Tensor, lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Embed a padded batch: [B, samples], [B] -> [B, E]."""
-        waveforms = waveforms.to(self.device)
-        lengths = lengths.to(self.device)
-        feats = self.modules["compute_features"](waveforms)
-        feats = self.modules["mean_var_norm"](feats, lengths)
-        return self.modules["embedding_model"](feats, lengths).squeeze(1)
-
-
-def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
-    """Load an encoder for verification.
-
-    Arguments
-    ---------
-    path : path
-        An exported folder; or a run's output folder, whose best checkpoint
-        is taken; or one checkpoint folder (``CKPT+...``) of a run. Loading a
-        YAML executes what it names: load only folders that you trust.
-    device : str
-        Such as 'cpu' or 'cuda:0'.
-
-    Returns
-    -------
-    LoadedEncoder
-
-    Raises
-    ------
-    EncoderError
-        Nothing there, or weights of another architecture.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise EncoderError(
-            f"'{path}' is not a folder. Expected an exported folder, a run's "
-            "output folder or one of its checkpoints."
-        )
-    if (path / "embedding_model.ckpt").is_file():
-        weights = path / "embedding_model.ckpt"
-        run = _folder_above(path, "hyperparams.yaml")
-    else:
-        run = path
-        weights = _best_checkpoint(path) / "embedding_model.ckpt"
-    yaml_file = run / "hyperparams.yaml"
-    text = yaml_file.read_text(encoding="utf-8")
-    if not (run / "embedding_model.ckpt").is_file():
-        text = encoder_section(yaml_file)
-    hparams = load_hyperpyyaml(text)
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    try:
-        hparams["embedding_model"].load_state_dict(state)
-    except RuntimeError as error:
-        raise EncoderError(
-            f"'{weights}' does not fit the architecture in '{yaml_file}'. "
-            f"Was the run continued with other settings? ({error})"
-        ) from error
-    digest = hashlib.sha256(text.encode())
-    digest.update(weights.read_bytes())
-    return LoadedEncoder(hparams, device, digest.hexdigest())
-
-
-def _folder_above(path: Path, name: str) -> Path:
-    """The nearest folder, `path` or above it, that holds a file."""
-    for folder in (path, *path.resolve().parents):
-        if (folder / name).is_file():
-            return folder
-    raise EncoderError(f"no {name} in '{path}' or above it.")
-
-
-def _best_checkpoint(run: Path) -> Path:
-    """The run's checkpoint of lowest EER, or error, or else the newest."""
-    checkpoints = Checkpointer(run / "save")
-    for key in ("EER", "error", None):
-        best = checkpoints.find_checkpoint(min_key=key)
-        if best is not None:
-            return best.path
-    raise EncoderError(
-        f"'{run}' is neither an exported folder (no embedding_model.ckpt) nor "
-        "a run with checkpoints (no save/CKPT+*)."
-    )
+    def threshold(self, value: float | str | None = None) -> float:
+        """A threshold by its name, the default one, or the number given."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if self.decision is None:
+            raise ValueError(
+                "No threshold was saved with this encoder, because no "
+                "development list was scored. Give one, such as threshold=0.5."
+            )
+        return self.decision.threshold("EER" if value is None else value)

@@ -1,0 +1,255 @@
+"""An encoder's architecture as plain data, read and built without executing.
+
+SpeechBrain describes a model in HyperPyYAML, and loading such a file runs
+whatever it names. Here the same file is only parsed: its objects become a
+dictionary of class names and numbers, which fits into JSON, and only classes
+on a short list are ever built from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ruamel.yaml
+import torch
+
+#: What an encoder consists of, in the order that data goes through it.
+PARTS = ("compute_features", "mean_var_norm", "embedding_model")
+
+#: The only callables that :func:`build` calls. Each takes numbers, strings
+#: and lists of them, and none of them opens a file or a connection.
+ALLOWED = (
+    "speechbrain.lobes.features.Fbank",
+    "speechbrain.processing.features.InputNormalization",
+    "speechbrain_ram.features.KaldiFbank",
+    "speechbrain_ram.features.make_front_end",
+    "speechbrain_ram.resnet.ResNet34",
+)
+
+
+class EncoderError(ValueError):
+    """An encoder cannot be loaded or written; the message says why."""
+
+
+def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
+    """Parse the YAML of an encoder into plain data; nothing is executed.
+
+    Arguments
+    ---------
+    text : str
+        YAML with ``sample_rate``, ``embedding_dim`` and the three parts as
+        ``!new:`` or ``!apply:`` objects, every reference resolved. The keys
+        may also stand under ``encoder``, as in a run's hyperparams.yaml.
+    name : str
+        What the text is called in an error.
+
+    Returns
+    -------
+    dict
+        ``sample_rate``, ``embedding_dim``, and for each part a dictionary of
+        ``arguments`` and the dotted name of what takes them: a ``class``
+        (``!new:``) or a ``function`` (``!apply:``).
+
+    Raises
+    ------
+    EncoderError
+        No YAML, a key is missing, or a part is not described by plain data.
+
+    Example
+    -------
+    >>> text = '''
+    ... sample_rate: 16000
+    ... embedding_dim: 512
+    ... compute_features: !new:speechbrain_ram.features.KaldiFbank
+    ... mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    ...   norm_type: sentence
+    ... embedding_model: !new:speechbrain_ram.resnet.ResNet34
+    ... '''
+    >>> read_architecture(text)["mean_var_norm"]["arguments"]
+    {'norm_type': 'sentence'}
+    """
+    try:
+        document = ruamel.yaml.YAML().load(text)
+    except ruamel.yaml.error.YAMLError as error:
+        raise EncoderError(f"'{name}' is no YAML: {error}") from error
+    if isinstance(document, Mapping) and "encoder" in document:
+        document = document["encoder"]
+    wanted = ("sample_rate", "embedding_dim", *PARTS)
+    have = document if isinstance(document, Mapping) else {}
+    missing = [key for key in wanted if key not in have]
+    if missing:
+        raise EncoderError(
+            f"'{name}' does not describe an encoder: it has no "
+            f"{', '.join(missing)}. Does the recipe !include "
+            "hparams/encoder.yaml under the key 'encoder'?"
+        )
+    return {
+        "sample_rate": _plain(document["sample_rate"], name),
+        "embedding_dim": _plain(document["embedding_dim"], name),
+        **{part: _object(document[part], part, name) for part in PARTS},
+    }
+
+
+def write_architecture(architecture: Mapping[str, Any]) -> str:
+    """The YAML that :func:`read_architecture` reads, for SpeechBrain.
+
+    Arguments
+    ---------
+    architecture : mapping
+        As plain data.
+
+    Returns
+    -------
+    str
+        HyperPyYAML without references.
+
+    Example
+    -------
+    >>> call = {"class": "torch.nn.Identity", "arguments": {"n": [1, True]}}
+    >>> data = {"sample_rate": 16000, **dict.fromkeys(PARTS, call)}
+    >>> print(write_architecture(data)[:76])
+    sample_rate: 16000
+    <BLANKLINE>
+    compute_features: !new:torch.nn.Identity
+      n: [1, true]
+    <BLANKLINE>
+    """
+    # JSON's scalars and lists are YAML's.
+    lines = [
+        f"{key}: {json.dumps(value)}"
+        for key, value in architecture.items()
+        if key not in PARTS
+    ]
+    for part in PARTS:
+        call = dict(architecture[part])
+        arguments = call.pop("arguments")
+        tags = {"class": "!new:", "function": "!apply:"}
+        ((kind, path),) = call.items()
+        lines += ["", f"{part}: {tags[kind]}{path}"]
+        lines += [f"  {k}: {json.dumps(v)}" for k, v in arguments.items()]
+    return "\n".join(lines) + "\n"
+
+
+def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
+    """Build the parts, without weights, from plain data.
+
+    Arguments
+    ---------
+    architecture : mapping
+        From :func:`read_architecture`, or from the JSON it was written to.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The three parts, in evaluation mode.
+
+    Raises
+    ------
+    EncoderError
+        A class that is not allowed, or arguments that it does not take.
+    """
+    modules = {}
+    for part in PARTS:
+        try:
+            call = dict(architecture[part])
+            arguments = dict(call.pop("arguments"))
+            (path,) = call.values()
+        except (KeyError, TypeError, ValueError) as error:
+            raise EncoderError(
+                f"the architecture does not describe '{part}' by a class or "
+                "function and its arguments. Was the file edited or cut off?"
+            ) from error
+        if path not in ALLOWED:
+            raise EncoderError(
+                f"'{part}' is a '{path}', which is not loaded from a folder "
+                f"for safety; allowed are {', '.join(ALLOWED)}. If you trust "
+                "the folder, load it with SpeechBrain's EncoderClassifier, "
+                "which executes what its YAML names."
+            )
+        module_name, _, attribute = path.rpartition(".")
+        make = getattr(importlib.import_module(module_name), attribute)
+        try:
+            modules[part] = make(**arguments).eval()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise EncoderError(
+                f"'{part}' cannot be built: {path} refuses {arguments} "
+                f"({error}). Was it written by another version?"
+            ) from error
+    return modules
+
+
+def fingerprint(
+    architecture: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> str:
+    """A name for an encoder: equal when it gives equal embeddings.
+
+    Arguments
+    ---------
+    architecture : mapping
+        As plain data.
+    weights : mapping of str to torch.Tensor
+        The state of the embedding model, on any device.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits (SHA-256 of both).
+
+    Example
+    -------
+    >>> fingerprint({}, {"w": torch.zeros(2)})[:8]
+    '5ff2a478'
+    """
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for key in sorted(weights):
+        tensor = weights[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _object(node: Any, part: str, name: str) -> dict:
+    """A tagged YAML node as its class name and arguments."""
+    tag = str(getattr(node, "tag", None) or "")
+    for prefix, kind in (("!new:", "class"), ("!apply:", "function")):
+        if tag.startswith(prefix):
+            # Without arguments the node is a scalar, an empty one.
+            arguments = node if getattr(node, "value", True) else {}
+            if not isinstance(arguments, Mapping):
+                break
+            return {
+                kind: tag.removeprefix(prefix),
+                "arguments": {
+                    str(key): _plain(value, name)
+                    for key, value in arguments.items()
+                },
+            }
+    raise EncoderError(
+        f"'{part}' in '{name}' is {tag or type(node).__name__}, an object "
+        "(!new:CLASS) with named arguments is needed."
+    )
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A YAML node as JSON's types, or an error where it is more than that."""
+    # ruamel gives every collection a tag, an empty one where there is none.
+    tag = getattr(value, "tag", None)
+    if tag is not None and getattr(tag, "value", None) is not None:
+        raise EncoderError(
+            f"'{name}' has {tag.value} where a number, a text or a list of "
+            "them is needed. Are its references resolved?"
+        )
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, name) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, name) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise EncoderError(f"'{name}' has {value!r}, which is no plain data.")

@@ -1,0 +1,141 @@
+"""From a folder to an encoder that computes; nothing in it is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_ram.architecture import (
+    EncoderError,
+    build,
+    fingerprint,
+    read_architecture,
+)
+from speechbrain_ram.audio import pad_waveforms
+from speechbrain_ram.encoder_folder import (
+    DESCRIPTION,
+    EncoderFolder,
+    read_folder,
+)
+
+
+class LoadedEncoder:
+    """A front-end and an encoder, ready to embed padded batches.
+
+    Arguments
+    ---------
+    folder : EncoderFolder
+        Architecture and weights.
+    device : str
+        Where to compute.
+    """
+
+    def __init__(self, folder: EncoderFolder, device: str = "cpu"):
+        self.folder = folder
+        self.sample_rate: int = folder.architecture["sample_rate"]
+        self.embedding_dim: int = folder.architecture["embedding_dim"]
+        self.fingerprint = folder.fingerprint
+        self.decision = folder.decision
+        self.device = device
+        self.modules = build(folder.architecture)
+        try:
+            self.modules["embedding_model"].load_state_dict(folder.weights)
+        except RuntimeError as error:
+            raise EncoderError(
+                "the weights do not fit the architecture. Was the run "
+                f"continued with other settings? ({error})"
+            ) from error
+        for module in self.modules.values():
+            module.to(device)
+
+    @property
+    def pad(
+        self,
+    ) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
+        """Batches waveforms for :meth:`encode`, as the front-end needs it."""
+        return getattr(self.modules["compute_features"], "pad", pad_waveforms)
+
+    @torch.inference_mode()
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed a padded batch: [B, samples], [B] -> [B, E]."""
+        waveforms = waveforms.to(self.device)
+        lengths = lengths.to(self.device)
+        feats = self.modules["compute_features"](waveforms)
+        feats = self.modules["mean_var_norm"](feats, lengths)
+        return self.modules["embedding_model"](feats, lengths).squeeze(1)
+
+
+def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
+    """Load an encoder for verification; nothing in the folder is executed.
+
+    Arguments
+    ---------
+    path : path
+        An exported folder; or a run's output folder, whose best checkpoint
+        is taken; or one checkpoint folder (``CKPT+...``) of a run.
+    device : str
+        Such as 'cpu' or 'cuda:0'.
+
+    Returns
+    -------
+    LoadedEncoder
+
+    Raises
+    ------
+    EncoderError
+        Nothing there, damaged, of another version, or weights of another
+        architecture.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise EncoderError(
+            f"'{path}' is not a folder. Expected an exported folder, a run's "
+            "output folder or one of its checkpoints."
+        )
+    if (path / DESCRIPTION).exists():
+        return LoadedEncoder(read_folder(path), device)
+    if (path / "embedding_model.ckpt").is_file():
+        checkpoint, run = path, _folder_above(path, "hyperparams.yaml")
+    else:
+        checkpoint, run = _best_checkpoint(path), path
+    text = (run / "hyperparams.yaml").read_text(encoding="utf-8")
+    architecture = read_architecture(text, str(run / "hyperparams.yaml"))
+    weights_file = checkpoint / "embedding_model.ckpt"
+    try:
+        # weights_only refuses a pickle that would call anything.
+        state = torch.load(weights_file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise EncoderError(
+            f"'{weights_file}' holds no plain weights: {error}"
+        ) from error
+    name = fingerprint(architecture, state)
+    folder = EncoderFolder(architecture, state, name, None, {})
+    return LoadedEncoder(folder, device)
+
+
+def _folder_above(path: Path, name: str) -> Path:
+    """The nearest folder, `path` or above it, that holds a file."""
+    for folder in (path, *path.resolve().parents):
+        if (folder / name).is_file():
+            return folder
+    raise EncoderError(f"no {name} in '{path}' or above it.")
+
+
+def _best_checkpoint(run: Path) -> Path:
+    """The run's checkpoint of lowest EER, or error, or else the newest."""
+    checkpoints = Checkpointer(run / "save")
+    for key in ("EER", "error", None):
+        best = checkpoints.find_checkpoint(min_key=key)
+        if best is not None:
+            return best.path
+    raise EncoderError(
+        f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
+        "with checkpoints (no save/CKPT+*)."
+    )
