@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench clean
+
+# Reinstalled when the dependencies change.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Train RAM-ResNet34 on a synthetic corpus, verify, report, export.
+demo: $(INSTALLED)
+	$(BIN)/python train_speaker_embeddings.py hparams/ram_resnet34.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+# Minutes long; the real-speech part needs SPEECHOCEAN762.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow or real"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/yamllint -s hparams recipes
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis
