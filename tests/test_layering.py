@@ -1,0 +1,72 @@
+"""A file imports only from the floors below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
+
+# The rooms of the house, bottom up. A new file must be given a floor here.
+FLOORS = [
+    # Alone: formulas, formats, readers.
+    "architecture audio calibration corpora.atomic embedding_store enrolment "
+    "features fused_torch fused_triton losses metrics pooling schedules "
+    "score_norm trials",
+    # On one of those each.
+    "bootstrap corpora.headers decision embeddings fused recordings resnet "
+    "scoring",
+    "class_parallel corpora.manifest model_card",
+    # What stands on manifests, and what writes a folder.
+    "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
+    "dataset encoder_folder",
+    "corpora.convert corpora.folder corpora.sitw loading",
+    # The SpeechBrain runtime, and the corpora of the paper.
+    "brain corpora.cnceleb corpora.voxceleb inference",
+    # What people type goes here.
+]
+FLOOR_OF = {
+    name: floor for floor, names in enumerate(FLOORS) for name in names.split()
+}
+
+
+def modules():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.name != "__init__.py":
+            name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+            yield name, file
+
+
+def imports(file):
+    """Names within the package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names = [node.module] + [
+                f"{node.module}.{alias.name}" for alias in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            assert package not in ("recipes", "benchmarks", "tests")
+            assert package not in ("train_speaker_embeddings",)
+            if package == "speechbrain_ram" and rest in FLOOR_OF:
+                yield rest
+
+
+@pytest.mark.parametrize("name, file", modules())
+def test_a_file_imports_only_from_below(name, file):
+    assert name in FLOOR_OF, f"give {name} a floor in {Path(__file__).name}"
+    for other in set(imports(file)):
+        assert FLOOR_OF[other] < FLOOR_OF[name], (
+            f"{name} (floor {FLOOR_OF[name]}) imports {other} "
+            f"(floor {FLOOR_OF[other]})"
+        )
+
+
+def test_every_room_is_there():
+    found = {name for name, _ in modules()}
+    assert set(FLOOR_OF) <= found, set(FLOOR_OF) - found
