@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
-    find_recordings,
     read_manifest,
     write_manifest,
 )

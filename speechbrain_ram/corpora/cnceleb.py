@@ -1,0 +1,289 @@
+"""CN-Celeb1 and 2 for training, CN-Celeb1's evaluation part for testing.
+
+As the two archives unpack side by side::
+
+    CN-Celeb_flac/data/id00000/singing-01-001.flac      all of CN-Celeb1
+    CN-Celeb_flac/dev/dev.lst                           its training speakers
+    CN-Celeb_flac/eval/enroll/id00800-enroll.flac       concatenated enrolment
+    CN-Celeb_flac/eval/test/id00800-singing-01-001.flac
+    CN-Celeb_flac/eval/lists/{enroll.lst,enroll.map,test.lst,trials.lst}
+    CN-Celeb2_flac/data/id10000/..., CN-Celeb2_flac/spk.lst
+
+The lists say ``.wav``, the files are ``.flac``; whichever is there is used.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.corpora.find import find_recordings
+from speechbrain_ram.corpora.guards import check_outside, check_overlap
+from speechbrain_ram.corpora.join import join_short
+from speechbrain_ram.corpora.manifest import (
+    ManifestError,
+    build_manifest,
+    write_manifest,
+)
+from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.trials import (
+    TrialList,
+    check_utterances,
+    read_models,
+    read_trials,
+    write_trials,
+)
+
+logger = get_logger(__name__)
+
+# Training speakers of each part: the lists of the second release, and the
+# round number that papers give.
+_EXPECTED = {"CN-Celeb1": (797, 800), "CN-Celeb2": (1996, 2000)}
+
+
+def prepare_cnceleb(
+    data_root: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    cnceleb1: str = "CN-Celeb_flac",
+    cnceleb2: str | None = "CN-Celeb2_flac",
+    join_below: float | None = None,
+    valid_fraction: float = 0.02,
+    seed: int = 1986,
+    sample_rate: int = 16000,
+    min_duration: float = 0.1,
+    verify: bool = False,
+    skip_bad: bool = False,
+    workers: int | None = None,
+) -> tuple[Path, Path]:
+    """Write the manifests and both protocols' trials.
+
+    Beside ``train.csv`` and ``valid.csv`` in `output_dir`, with paths
+    relative to `data_root`:
+
+    - ``cnceleb-concat.txt``: enrolment with the concatenated recording of
+      ``enroll.lst``;
+    - ``cnceleb-average.txt`` with ``cnceleb-average.models``: enrolment with
+      the average over the utterances of ``enroll.map``.
+
+    Arguments
+    ---------
+    data_root : path
+        The folder that holds both corpora.
+    output_dir : path
+        Outside of the corpora.
+    cnceleb1, cnceleb2 : str
+        Their folders, relative to `data_root`, or absolute. None for
+        `cnceleb2` trains on CN-Celeb1 alone.
+    join_below : float, optional
+        Seconds: shorter utterances of one speaker and genre are joined, up
+        to this length, into new files in ``OUTPUT_DIR/joined``.
+    valid_fraction, seed, sample_rate, min_duration, verify, skip_bad, workers
+        As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
+
+    Returns
+    -------
+    train_csv, valid_csv : pathlib.Path
+
+    Raises
+    ------
+    ManifestError
+        Missing folders or lists, a speaker in both corpora, a training
+        speaker in the test.
+    TrialError
+        Wrong trial lists, or lists naming files that are not there.
+    """
+    data_root, output_dir = Path(data_root), Path(output_dir)
+    first = _corpus_folder(data_root, cnceleb1, output_dir)
+    parts = {"CN-Celeb1": (first, first / "dev" / "dev.lst")}
+    if cnceleb2 is not None:
+        second = _corpus_folder(data_root, cnceleb2, output_dir)
+        parts["CN-Celeb2"] = (second, second / "spk.lst")
+
+    trials = {
+        name: _read_protocol(first, name) for name in ("concat", "average")
+    }
+    recordings: list[tuple[str, str]] = []
+    listed: dict[str, str] = {}
+    for name, (folder, speaker_list) in parts.items():
+        speakers = _read_speakers(speaker_list, name)
+        for speaker in speakers:
+            if listed.setdefault(speaker, name) != name:
+                raise ManifestError(
+                    f"The speaker '{speaker}' is in CN-Celeb1's dev.lst and "
+                    "in CN-Celeb2's spk.lst; one label would stand for two "
+                    "people. Do both folders hold the same corpus?"
+                )
+        recordings += _speaker_recordings(data_root, folder, speakers)
+    tested = {
+        os.path.basename(u).split("-")[0]
+        for u in (*trials["concat"].utterances, *trials["average"].test_ids)
+    }
+    check_overlap(
+        listed, tested, "CN-Celeb's eval part", "Is dev.lst the official list?"
+    )
+
+    rows = build_manifest(
+        data_root,
+        recordings,
+        cache=output_dir / "headers.cache",
+        sample_rate=sample_rate,
+        min_duration=min_duration,
+        verify=verify,
+        skipped_list=output_dir / "skipped.txt" if skip_bad else None,
+        workers=workers,
+    )
+    if join_below is not None:
+        rows = join_short(
+            rows, data_root, output_dir / "joined", join_below, _genre
+        )
+    train, valid = split_by_utterance(rows, valid_fraction, seed)
+    train_csv, valid_csv = output_dir / "train.csv", output_dir / "valid.csv"
+    write_manifest(train, train_csv)
+    write_manifest(valid, valid_csv)
+    prefix = os.path.relpath(first, data_root)
+    for name, each in trials.items():
+        _write_protocol(each, name, prefix, output_dir)
+    return train_csv, valid_csv
+
+
+def _corpus_folder(data_root: Path, name: str, output_dir: Path) -> Path:
+    """The folder of one part, after a look at it."""
+    folder = data_root / name
+    if not (folder / "data").is_dir():
+        raise ManifestError(
+            f"'{folder}/data' does not exist. Unpack the corpus into "
+            f"'{data_root}', or say where it is (cnceleb1, cnceleb2)."
+        )
+    check_outside(output_dir, folder)
+    return folder
+
+
+def _read_speakers(path: Path, part: str) -> list[str]:
+    """Read a list of speakers, one a line, and count them."""
+    try:
+        speakers = path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise ManifestError(
+            f"The list of {part}'s training speakers, '{path}', does not "
+            "exist. Is the archive unpacked to the end?"
+        ) from None
+    if len(set(speakers)) != len(speakers):
+        raise ManifestError(f"'{path}' names a speaker twice.")
+    if len(speakers) not in _EXPECTED[part]:
+        logger.warning(
+            "'%s' names %d speakers; the released list has %d, papers say %d.",
+            path,
+            len(speakers),
+            *_EXPECTED[part],
+        )
+    return speakers
+
+
+def _speaker_recordings(
+    data_root: Path, folder: Path, speakers: list[str]
+) -> list[tuple[str, str]]:
+    """List (path relative to data_root, speaker) of one part's speakers."""
+    found, wanted = find_recordings(folder / "data", (".flac", ".wav")), {}
+    for name in found:
+        speaker = name.split("/")[0]
+        # Toolkits convert in place: of a pair, the release's FLAC is taken.
+        wanted.setdefault((speaker, os.path.splitext(name)[0]), name)
+    known = set(speakers)
+    prefix = os.path.relpath(folder, data_root)
+    recordings = [
+        (f"{prefix}/data/{name}", speaker)
+        for (speaker, _), name in wanted.items()
+        if speaker in known
+    ]
+    missing = sorted(known - {speaker for _, speaker in recordings})
+    if missing:
+        logger.warning(
+            "%d of %d listed speakers have no recordings under '%s', the "
+            "first: %s. Is the archive unpacked to the end?",
+            len(missing),
+            len(known),
+            folder,
+            ", ".join(missing[:5]),
+        )
+    return recordings
+
+
+def _genre(name: str) -> str:
+    """The genre in a file name: ``singing-01-001.flac`` -> ``singing``."""
+    return os.path.basename(name).split("-")[0]
+
+
+def _read_protocol(folder: Path, name: str) -> TrialList:
+    """Read the evaluation trials, enrolled in one of the two ways.
+
+    The paths are relative to the corpus folder; every file is there.
+    """
+    lists = folder / "eval" / "lists"
+    file_name = {"concat": "enroll.lst", "average": "enroll.map"}[name]
+    models = read_models(lists / file_name)
+    first = next(iter(models.values()))[0]
+    below = folder / ("eval" if name == "concat" else "data")
+    suffix = None if (below / first).is_file() else ".flac"
+    trials = read_trials(
+        lists / "trials.lst", form="cnceleb", models=models, suffix=suffix
+    )
+    tests = tuple(f"eval/{test}" for test in trials.test_ids)
+    if name == "average":
+        located = TrialList(
+            trials.enrol_ids,
+            tests,
+            trials.enrol,
+            trials.test,
+            trials.labels,
+            {
+                model: tuple(f"data/{u}" for u in utterances)
+                for model, utterances in trials.models.items()
+            },
+        )
+    else:
+        several = [m for m, files in trials.models.items() if len(files) != 1]
+        if several:
+            raise ManifestError(
+                f"'{lists / file_name}' enrols '{several[0]}' with several "
+                "recordings, one concatenated recording was expected."
+            )
+        files = [trials.models[model][0] for model in trials.enrol_ids]
+        located = TrialList(
+            tuple(f"eval/{file}" for file in files),
+            tests,
+            trials.enrol,
+            trials.test,
+            trials.labels,
+        )
+    check_utterances(located, folder)
+    return located
+
+
+def _write_protocol(
+    trials: TrialList, name: str, prefix: str, output_dir: Path
+) -> None:
+    """Write trials, and models where enrolment is by model."""
+
+    def below_root(names):
+        return tuple(f"{prefix}/{each}" for each in names)
+
+    enrol_ids = trials.enrol_ids
+    if trials.models is None:
+        enrol_ids = below_root(enrol_ids)
+    else:
+        with atomic_writer(output_dir / f"cnceleb-{name}.models") as file:
+            for model, utterances in trials.models.items():
+                file.write(" ".join((model, *below_root(utterances))) + "\n")
+    write_trials(
+        TrialList(
+            enrol_ids,
+            below_root(trials.test_ids),
+            trials.enrol,
+            trials.test,
+            trials.labels,
+        ),
+        output_dir / f"cnceleb-{name}.txt",
+    )
