@@ -1,0 +1,312 @@
+"""Trial lists: every published form, exact errors, large lists in a moment."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechbrain_ram import trials as module
+from speechbrain_ram.trials import (
+    TrialError,
+    TrialList,
+    check_utterances,
+    read_models,
+    read_trials,
+    write_trials,
+)
+
+ROWS = [
+    ("id1/a/1.wav", "id1/b/2.wav", 1),
+    ("id1/a/1.wav", "id2/a/1.wav", 0),
+    ("id2/a/1.wav", "id1/a/1.wav", 0),
+]
+
+
+def rows(trials):
+    """The trials as (enrol, test, label) tuples."""
+    return [
+        (trials.enrol_ids[e], trials.test_ids[t], int(y))
+        for e, t, y in zip(
+            trials.enrol, trials.test, trials.labels, strict=True
+        )
+    ]
+
+
+def write(folder, text, name="trials.txt"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "template", "names"),
+    [
+        ("voxceleb", "{y} {e} {t}\n", "01"),
+        ("kaldi", "{e} {t} {y}\n", ["nontarget", "target"]),
+        ("sitw", "{e} {t} {y}\n", ["imp", "tgt"]),
+        ("cnceleb", "{e} {t} {y}\n", "01"),
+        ("voxceleb", "  {y}\t{e}   {t} \r\n\r\n", "01"),
+    ],
+)
+def test_every_form_is_read(tmp_path, form, template, names):
+    text = "".join(template.format(y=names[y], e=e, t=t) for e, t, y in ROWS)
+    trials = read_trials(write(tmp_path, text), form)
+    assert rows(trials) == ROWS
+    assert trials.enrol_ids == ("id1/a/1.wav", "id2/a/1.wav")
+    assert trials.utterances == ("id1/a/1.wav", "id2/a/1.wav", "id1/b/2.wav")
+    assert trials.enrol.dtype == trials.test.dtype == np.int32
+    assert trials.labels.dtype == np.int8
+    assert trials.models is None
+    assert len(trials) == 3
+
+
+def test_names_are_strings_whatever_they_look_like(tmp_path):
+    """Numbers, NA, quotes, comment signs: a table reader's traps."""
+    text = '1 0012 12\n0 NA #x\n0 "a nan\n0 1e3 True\n'
+    assert rows(read_trials(write(tmp_path, text))) == [
+        ("0012", "12", 1),
+        ("NA", "#x", 0),
+        ('"a', "nan", 0),
+        ("1e3", "True", 0),
+    ]
+
+
+def test_byte_order_mark_and_missing_last_newline(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf1 \xc3\xa9/1.wav b")
+    assert rows(read_trials(path)) == [("é/1.wav", "b", 1)]
+
+
+def test_duplicates_are_kept(tmp_path):
+    trials = read_trials(write(tmp_path, "1 a b\n0 a c\n1 a b\n"))
+    assert rows(trials) == [("a", "b", 1), ("a", "c", 0), ("a", "b", 1)]
+
+
+def test_names_of_another_machine_are_adapted(tmp_path):
+    text = "1 /old/vox/id1/a.wav id2/b\n0 id3/c.M4A id3.x/d\n"
+    trials = read_trials(
+        write(tmp_path, text), strip_prefix="/old/vox/", suffix=".flac"
+    )
+    assert rows(trials) == [
+        ("id1/a.flac", "id2/b.flac", 1),
+        ("id3/c.flac", "id3.x/d.flac", 0),
+    ]
+
+
+def test_names_that_become_one_are_one_utterance(tmp_path):
+    path = write(tmp_path, "1 a.wav b.wav\n0 a.flac c\n1 a c.wav\n")
+    trials = read_trials(path, suffix=".wav")
+    assert trials.enrol_ids == ("a.wav",)
+    assert trials.test_ids == ("b.wav", "c.wav")
+    assert trials.test.tolist() == [0, 1, 1]
+
+
+def test_sitw_enrolment_by_id(tmp_path):
+    enrol = write(
+        tmp_path, "12013 audio/x.flac\n00077 audio/y.flac\n", "enroll.lst"
+    )
+    keys = write(tmp_path, "12013 audio/t.flac imp\n12013 audio/u.flac tgt\n")
+    trials = read_trials(keys, "sitw", models=read_models(enrol))
+    assert rows(trials) == [
+        ("12013", "audio/t.flac", 0),
+        ("12013", "audio/u.flac", 1),
+    ]
+    assert trials.models == {"12013": ("audio/x.flac",)}  # the one it needs
+    assert trials.utterances == ("audio/x.flac", "audio/t.flac", "audio/u.flac")
+
+
+def test_models_of_several_utterances(tmp_path):
+    """CN-Celeb's enroll.map and Kaldi's spk2utt; names are adapted too."""
+    enrol = write(
+        tmp_path,
+        "id1-enroll id1/a.wav id1/b.wav\n\nid2-enroll id2/a.wav\n"
+        "id1-enroll id1/c.wav\n",
+        "enroll.map",
+    )
+    path = write(tmp_path, "id1-enroll test/t.wav 1\nid2-enroll test/t.wav 0\n")
+    trials = read_trials(
+        path, "cnceleb", models=read_models(enrol), suffix=".flac"
+    )
+    assert trials.models == {
+        "id1-enroll": ("id1/a.flac", "id1/b.flac", "id1/c.flac"),
+        "id2-enroll": ("id2/a.flac",),
+    }
+    assert trials.enrol_ids == ("id1-enroll", "id2-enroll")
+    assert trials.utterances[-1] == "test/t.flac"
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "message"),
+    [
+        ("1 a b\n\n0 a\n", "voxceleb", r"line 3: '0 a' has 2 fields"),
+        ("1 a b\n0 a b c\n", "voxceleb", r"line 2: '0 a b c' has 4 fields"),
+        ("1 a b c d e\n", "voxceleb", r"line 1: .* has 6 fields"),
+        ("1 a b\n0 a b c d e\n", "voxceleb", r"line 2: .* has 6 fields"),
+        ("1 a b\n2 a c\n", "voxceleb", r"line 2: '2 a c' has the label '2'"),
+        ("a b target\na c tgt\n", "kaldi", "line 2: .* has the label 'tgt'"),
+        ("1 a b\n", "kaldi", "LABEL target or nontarget.*sitw, cnceleb"),
+        (b"1 a b\n0 \xff c\n", "voxceleb", "line 2: .* is not UTF-8"),
+        ("", "voxceleb", "holds no trials"),
+        ("\n  \n", "voxceleb", "holds no trials"),
+        ("1 a b\n", "vox", "form must be one of voxceleb, kaldi"),
+    ],
+)
+def test_errors_name_file_line_text_and_expectation(
+    tmp_path, text, form, message
+):
+    with pytest.raises(TrialError, match=message) as caught:
+        read_trials(write(tmp_path, text), form)
+    assert form == "vox" or "trials.txt" in str(caught.value)
+
+
+def test_a_late_error_is_found_in_its_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    lines = ["1 a b\n"] * 11 + ["maybe a b\n"]
+    with pytest.raises(TrialError, match="line 12: 'maybe a b'"):
+        read_trials(write(tmp_path, "".join(lines)))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(TrialError, match=r"nothing\.txt' does not exist"):
+        read_trials(tmp_path / "nothing.txt")
+    with pytest.raises(TrialError, match=r"nothing\.lst' does not exist"):
+        read_models(tmp_path / "nothing.lst")
+
+
+def test_enrolment_lists_are_checked(tmp_path):
+    with pytest.raises(TrialError, match="line 2: 'id2' names no utterance"):
+        read_models(write(tmp_path, "id1 a.wav\nid2\n"))
+    with pytest.raises(TrialError, match="enrolment list .* is empty"):
+        read_models(write(tmp_path, "\n"))
+    path = write(tmp_path, "m1 t.wav 1\nm2 t.wav 0\n")
+    with pytest.raises(TrialError, match="1 enrolment models are not.*: m2"):
+        read_trials(path, "cnceleb", models={"m1": ("a.wav",)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((("a", "a"), ("b",), [0], [0], [1]), "enrol_ids must be unique"),
+        ((("a",), ("b", "b"), [0], [0], [1]), "test_ids must be unique"),
+        ((("a",), ("b",), [1], [0], [1]), r"enrol indices .* \[0, 1\)"),
+        ((("a",), ("b",), [0], [-1], [1]), r"test indices .* \[-1, -1\]"),
+        ((("a",), ("b",), [0, 0], [0], [1]), "must have one length"),
+        ((("a",), ("b",), [0], [0], [2]), "labels must be 1"),
+        ((("a",), ("b",), [0], [0], [1], {"c": ("x",)}), "1 .* models .*: a"),
+        ((("a",), ("b",), [0], [0], [1], {"a": ()}), "1 .* models .*: a"),
+    ],
+)
+def test_trial_lists_check_themselves(arguments, message):
+    with pytest.raises(TrialError, match=message):
+        TrialList(*arguments)
+
+
+names = st.text("ab0./-", min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.tuples(names, names, st.integers(0, 1)), min_size=1, max_size=30
+    )
+)
+def test_writing_and_reading_back(tmp_path_factory, wanted):
+    path = tmp_path_factory.mktemp("lists") / "trials.txt"
+    path.write_text("".join(f"{y} {e} {t}\n" for e, t, y in wanted))
+    trials = read_trials(path)
+    assert rows(trials) == wanted
+    copy = path.with_name("copy.txt")
+    write_trials(trials, copy)
+    assert copy.read_text() == path.read_text()
+    assert [p.name for p in sorted(path.parent.iterdir())] == [
+        "copy.txt",
+        "trials.txt",
+    ]
+
+
+def test_chunks_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    wanted = [(f"e{i % 5}", f"t{i * i % 11}", i % 2) for i in range(50)]
+    path = write(tmp_path, "".join(f"{y} {e} {t}\n" for e, t, y in wanted))
+    trials = read_trials(path)
+    assert rows(trials) == wanted
+    write_trials(trials, tmp_path / "copy.txt")
+    assert (tmp_path / "copy.txt").read_text() == path.read_text()
+
+
+def test_missing_recordings_are_listed_before_any_work(tmp_path):
+    wanted = [f"spk/{i}.wav" for i in range(15)]
+    text = "".join(f"1 spk/0.wav {name}\n" for name in wanted)
+    trials = read_trials(write(tmp_path, text))
+    (tmp_path / "spk").mkdir()
+    for name in wanted[:3]:
+        (tmp_path / name).touch()
+    with pytest.raises(TrialError) as caught:
+        check_utterances(trials, tmp_path)
+    message = str(caught.value)
+    assert "12 of 15 recordings are missing" in message
+    assert "and 2 more" in message
+    assert "spk/3.wav" in message
+    assert "spk/12.wav" in message
+    assert "spk/13.wav" not in message
+    assert "spk/2.wav" not in message
+    for name in wanted:
+        (tmp_path / name).touch()
+    check_utterances(trials, tmp_path)
+    check_utterances([trials, trials], str(tmp_path))
+
+
+def test_a_large_list_takes_little_memory(tmp_path):
+    """300,000 lines: far less than a string an entry would take."""
+    n = 300_000
+    line = "id{:05d}-enroll test/id{:05d}-singing-01-{:03d}.wav {}\n"
+    with open(tmp_path / "big.lst", "w") as file:
+        for start in range(0, n, 1000):
+            block = "".join(
+                line.format(start % 196, i % 17, i % 1000, i % 2)
+                for i in range(start, start + 1000)
+            )
+            file.write(block)
+    size = os.path.getsize(tmp_path / "big.lst")
+    code = """
+        import resource, sys, time
+        from speechbrain_ram.trials import read_trials
+        rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, start = rss(), time.process_time()
+        trials = read_trials(sys.argv[1], "cnceleb")
+        print(len(trials), time.process_time() - start, 1024*(rss() - before))
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "big.lst"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    length, seconds, peak = out.stdout.split()
+    assert int(length) == n
+    assert int(peak) < 4 * size  # 1.0 at 3.5 million lines
+    assert float(seconds) < 5  # about 0.2
+
+
+@pytest.mark.real
+def test_the_published_lists():
+    corpus = os.environ.get("SPEECHOCEAN762")
+    if not corpus:
+        pytest.skip("SPEECHOCEAN762 is not set: real lists were NOT read")
+    dev = read_trials(Path(corpus) / "dev_trials.txt")
+    assert len(dev) == 38_000
+    assert dev.labels.sum() == 7_600
+    assert len(dev.utterances) == 800
+    check_utterances(dev, Path(corpus) / "dev")
+    voxceleb = Path(corpus).parent / "trials" / "veri_test2.txt"
+    if not voxceleb.is_file():
+        pytest.skip(f"no '{voxceleb}': VoxCeleb1-O was NOT read")
+    official = read_trials(voxceleb)
+    assert len(official) == 37_611
+    assert official.labels.sum() == 18_802
+    assert len(official.utterances) == 4_708
