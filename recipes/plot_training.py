@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Draw the learning curve of a run from its log.
+
+python recipes/plot_training.py OUTPUT_FOLDER curve.png
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read_log(log: Path) -> list[dict[str, float]]:
+    """One dictionary an epoch: what SpeechBrain's FileTrainLogger wrote."""
+    epochs = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        pairs = re.findall(r"([\w()./ ]+?): ([-+.\de]+)(?:,|$| -)", line)
+        epochs.append({name.strip(): float(value) for name, value in pairs})
+    return epochs
+
+
+def plot(epochs: list[dict[str, float]], picture: Path) -> None:
+    """Loss and classification above, EER below, over the epochs."""
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(6, 5), constrained_layout=True
+    )
+    for name, style in (("train loss", "-"), ("valid loss", "--")):
+        known = [e for e in epochs if name in e]
+        above.plot(
+            [e["epoch"] for e in known],
+            [e[name] for e in known],
+            style,
+            color="black",
+            label=name.replace("valid", "validation"),
+        )
+    above.set_ylabel("loss (nats)")
+    above.legend()
+    for name, marker in (("valid error", ""), ("valid EER", "o")):
+        known = [e for e in epochs if name in e]
+        below.plot(
+            [e["epoch"] for e in known],
+            [e[name] for e in known],
+            marker=marker,
+            label={
+                "valid error": "classification error, validation",
+                "valid EER": "EER, development trials",
+            }[name],
+        )
+    below.set_yscale("log")
+    below.yaxis.set_major_formatter("{x:g}")
+    below.set_ylabel("%")
+    below.set_xlabel("epoch")
+    below.grid(True, which="both", alpha=0.3)
+    below.legend()
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_folder", type=Path)
+    parser.add_argument("picture", type=Path)
+    arguments = parser.parse_args()
+    plot(read_log(arguments.output_folder / "train_log.txt"), arguments.picture)
