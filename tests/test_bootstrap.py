@@ -1,0 +1,169 @@
+"""The bootstrap against lists written out trial by trial, and coverage."""
+
+import numpy as np
+import pytest
+
+from speechbrain_ram.bootstrap import (
+    Interval,
+    _Resampled,
+    bootstrap,
+    paired_bootstrap,
+)
+from speechbrain_ram.metrics import eer, evaluate, min_dcf
+
+
+def speaker_list(n=3000, speakers=20, effect=1.0, seed=0, decimals=None):
+    """Trials whose scores depend on who speaks."""
+    rng = np.random.default_rng(seed)
+    shift = effect * rng.standard_normal(speakers)
+    labels = (rng.random(n) < 0.4).astype(np.int8)
+    enrol = rng.integers(0, speakers, n)
+    other = (enrol + rng.integers(1, speakers, n)) % speakers
+    test = np.where(labels, enrol, other)
+    scores = rng.standard_normal(n) + 2.5 * labels
+    scores += (shift[enrol] + shift[test]) / 2
+    if decimals is not None:
+        scores = scores.round(decimals)
+    return scores, labels, enrol, test
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_a_replicate_is_the_list_with_repeated_trials(decimals):
+    scores, labels, enrol, test = speaker_list(decimals=decimals)
+    system = _Resampled(scores, labels, enrol, test)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        weights = rng.multinomial(20, np.full(20, 1 / 20))
+        times = np.where(
+            labels == 1, weights[enrol], weights[enrol] * weights[test]
+        )
+        written_out = np.repeat(scores, times), np.repeat(labels, times)
+        curve = system.replicate(weights)
+        assert curve.n_target == written_out[1].sum()
+        assert curve.eer()[0] == pytest.approx(eer(*written_out))
+        for p in (0.5, 0.05):
+            assert curve.min_dcf(p)[0] == pytest.approx(
+                min_dcf(*written_out, p)
+            )
+
+
+def test_a_draw_without_targets_is_drawn_again():
+    system = _Resampled([0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"))
+    assert system.replicate(np.array([0, 2, 1])) is None
+    result = bootstrap([0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"))
+    assert np.isfinite([result["EER"].low, result["EER"].high]).all()
+
+
+def test_interval_holds_the_value_and_is_reproducible():
+    trials = speaker_list()
+    first = bootstrap(*trials, replicates=200, seed=3)
+    assert bootstrap(*trials, replicates=200, seed=3) == first
+    assert bootstrap(*trials, replicates=200, seed=4) != first
+    exact = evaluate(*trials[:2])
+    assert list(first) == [
+        "EER",
+        "minDCF(0.01)",
+        "minDCF(0.001)",
+        "minDCF(0.05)",
+    ]
+    assert first["EER"].value == exact.eer
+    assert first["minDCF(0.05)"].value == exact.min_dcf[0.05]
+    for interval in first.values():
+        assert interval.low <= interval.value <= interval.high
+    narrow = bootstrap(*trials, replicates=200, seed=3, level=0.5)["EER"]
+    assert first["EER"].low < narrow.low < narrow.high < first["EER"].high
+
+
+def test_names_of_speakers_may_be_strings():
+    scores, labels, enrol, test = speaker_list(500)
+    names = np.array([f"{i:02d}" for i in range(20)])
+    assert bootstrap(
+        scores, labels, names[enrol], names[test], replicates=20
+    ) == bootstrap(scores, labels, enrol, test, replicates=20)
+
+
+def test_intervals_grow_with_what_speakers_have_in_common():
+    """Resampling trials would not see the difference."""
+
+    def width(effect):
+        trials = speaker_list(20_000, effect=effect)
+        interval = bootstrap(*trials, p_targets=(), replicates=100)["EER"]
+        return interval.high - interval.low
+
+    assert width(1.0) > 3 * width(0.0)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth():
+    """95 % intervals hold the EER of endless speakers about 95 % of times."""
+    truth = eer(*speaker_list(1_000_000, speakers=20_000)[:2])
+    held = 0
+    for seed in range(200):
+        trials = speaker_list(4000, speakers=60, seed=seed + 1)
+        interval = bootstrap(*trials, p_targets=(), replicates=200)["EER"]
+        held += interval.low <= truth <= interval.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_pairing_sees_what_two_intervals_do_not():
+    """A small gain on every trial, hidden by the spread of speakers."""
+    scores, labels, enrol, test = speaker_list(6000, effect=1.5)
+    better = scores + 0.15 * labels
+    result = paired_bootstrap(
+        better, scores, labels, enrol, test, replicates=300
+    )["EER"]
+    assert result.value == eer(better, labels) - eer(scores, labels)
+    assert result.high < 0
+    assert result.p_value < 0.01
+    alone = [
+        bootstrap(s, labels, enrol, test, replicates=100)["EER"]
+        for s in (better, scores)
+    ]
+    assert alone[0].high > alone[1].low
+
+
+def test_a_system_does_not_differ_from_itself():
+    scores, labels, enrol, test = speaker_list(500)
+    for difference in paired_bootstrap(
+        scores, scores * 2, labels, enrol, test, replicates=50
+    ).values():
+        assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+        assert difference.p_value == 1
+
+
+def test_noise_is_not_significant():
+    scores, labels, enrol, test = speaker_list(4000, seed=7)
+    noise = np.random.default_rng(8).standard_normal((2, 4000))
+    result = paired_bootstrap(
+        scores + noise[0],
+        scores + noise[1],
+        labels,
+        enrol,
+        test,
+        replicates=200,
+    )["EER"]
+    assert result.low < 0 < result.high
+    assert result.p_value > 0.05
+
+
+def test_intervals_print_themselves():
+    assert f"{Interval(5.5, 4.25, 6.75):.2f}" == "5.50 [4.25, 6.75]"
+
+
+@pytest.mark.parametrize(
+    ("enrol", "test", "message"),
+    [
+        (list("ab"), list("ab"), r"\(2,\) and \(2,\) for \(3,\) scores"),
+        (list("aaa"), list("aaa"), "at least two speakers"),
+        (list("aab"), list("bbc"), "1 trials contradict .* index 0: label 1"),
+        (list("aab"), list("abb"), "1 trials contradict .* index 2: label 0"),
+    ],
+)
+def test_speakers_that_do_not_fit_are_refused(enrol, test, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap([0.9, 0.1, 0.2], [1, 0, 0], enrol, test)
+
+
+def test_levels_in_percent_are_refused():
+    with pytest.raises(ValueError, match="got 95"):
+        bootstrap(*speaker_list(100), replicates=10, level=95)
