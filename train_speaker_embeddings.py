@@ -21,6 +21,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
 from speechbrain_ram.dataset import speaker_datasets
+from speechbrain_ram.decision import Decision
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.metrics import evaluate
@@ -96,9 +97,14 @@ def train(hparams_file, run_opts, overrides):
         brain.encode,
         [row.id for row in some],
         hparams["data_root"],
+        pad=brain.pad,
         **conversions,
     )
+    decision = None
+    if trials is not None:
+        decision = verify(brain, trials, hparams, conversions, output)
     if if_main_process():
+        objective = "{objective}, margin {margin}, scale {scale}"
         export_inference(
             output / "inference",
             encoder_section(output / "hyperparams.yaml"),
@@ -106,25 +112,30 @@ def train(hparams_file, run_opts, overrides):
             classifier,
             label_encoder,
             torch.from_numpy(embeddings.matrix).mean(dim=0),
+            decision,
+            {"objective": objective.format(**hparams), **hparams["facts"]},
         )
         print(f"Inference folder: {output / 'inference'}")
-    if trials is not None:
-        verify(brain, trials, hparams, conversions, output)
 
 
 def verify(brain, trials, hparams, conversions, output):
     """Score the trials with the best checkpoint and say how it did."""
     embeddings = extract(
-        brain.encode, trials.utterances, hparams["trials_root"], **conversions
+        brain.encode,
+        trials.utterances,
+        hparams["trials_root"],
+        pad=brain.pad,
+        **conversions,
     )
     if not if_main_process():
-        return
+        return None
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)
     write_scores(trials, scores, output / "scores.txt")
     untrained = getattr(brain, "untrained", None)
     if untrained:
         print(f"EER before training: {untrained['EER']:.2f} %")
     print(evaluate(scores, trials.labels))
+    return Decision.fit(scores, trials.labels, Path(hparams["trials"]).name)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.embeddings import extract
+from speechbrain_ram.embeddings import Padding, extract
 from speechbrain_ram.metrics import eer, min_dcf
 from speechbrain_ram.scoring import score_trials
 from speechbrain_ram.trials import TrialList
@@ -204,6 +204,11 @@ class SpeakerBrain(sb.Brain):
 
     # -- verification -----------------------------------------------------
 
+    @property
+    def pad(self) -> Padding | None:
+        """How the front-end batches waveforms; None is the host's way."""
+        return getattr(self.modules["compute_features"], "pad", None)
+
     @torch.no_grad()
     def encode(
         self, waveforms: torch.Tensor, lengths: torch.Tensor
@@ -244,6 +249,7 @@ class SpeakerBrain(sb.Brain):
             self.dev_root,
             sample_rate=self.hparams.encoder["sample_rate"],
             progress=not self.noprogressbar,
+            pad=self.pad,
             **self.read_options,
         )
         scores = score_trials(

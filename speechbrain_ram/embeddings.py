@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -28,6 +29,7 @@ from speechbrain_ram.audio import (
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore, merge
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Padding = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 
 _THREADS = 4  # decode while the encoder computes
 _SECONDS_BETWEEN_PARTS = 60
@@ -46,6 +48,7 @@ def extract(
     progress: bool = True,
     store: EmbeddingStore | None = None,
     distributed: bool = False,
+    pad: Padding | None = None,
 ) -> EmbeddingSet:
     """Embed every utterance once.
 
@@ -76,6 +79,9 @@ def extract(
     distributed : bool
         Share the work among the ranks of `torch.distributed`, all of which
         must make this call; every rank gets the whole result.
+    pad : callable, optional
+        Batches waveforms; given by front-ends that do not frame as the host's
+        Fbank does (:meth:`speechbrain_ram.features.KaldiFbank.pad`).
 
     Returns
     -------
@@ -96,6 +102,7 @@ def extract(
     if not utterances:
         raise ValueError("No utterance to embed: is the trial list empty?")
     hop = hop or sample_rate // 100
+    pad = pad or partial(pad_waveforms, hop=hop)
     rank, world = 0, 1
     if distributed:
         rank = torch.distributed.get_rank()
@@ -120,7 +127,7 @@ def extract(
         def embed() -> Iterator[EmbeddingSet]:
             waveforms = _ahead(pool, load, batches)
             for batch, wavs in zip(batches, waveforms, strict=True):
-                padded, lens = pad_waveforms(wavs, hop)
+                padded, lens = pad(wavs)
                 with torch.inference_mode():
                     out = encode(padded.to(device), lens.to(device))
                 if out.ndim != 2 or len(out) != len(batch):

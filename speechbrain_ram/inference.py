@@ -12,13 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from speechbrain_ram.architecture import EncoderError
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.audio import AudioError, pad_waveforms
 from speechbrain_ram.decision import Decision
 from speechbrain_ram.embeddings import length_batches
 from speechbrain_ram.encoder_folder import encoder_section, export_inference
@@ -176,6 +177,9 @@ class SpeakerEncoder:
 
         sums = np.zeros((len(items), self.embedding_dim), np.float64)
         counts = np.zeros((len(items), 1))
+        pad = self.encoder.pad or partial(
+            pad_waveforms, hop=self.sample_rate // 100
+        )
         batches = length_batches(
             [piece.samples for piece in pieces],
             int(self.batch_seconds * self.sample_rate),
@@ -193,7 +197,7 @@ class SpeakerEncoder:
                         heard.append(recording)
                         wavs.append(wav)
                 if wavs:
-                    rows = self.encoder.encode(*self.encoder.pad(wavs))
+                    rows = self.encoder.encode(*pad(wavs))
                     np.add.at(sums, heard, rows.double().cpu().numpy())
                     np.add.at(counts, heard, 1)
                 bar.update(len(batch))

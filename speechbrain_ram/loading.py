@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from speechbrain_ram.architecture import (
     fingerprint,
     read_architecture,
 )
-from speechbrain_ram.audio import pad_waveforms
+from speechbrain_ram.embeddings import Padding
 from speechbrain_ram.encoder_folder import (
     DESCRIPTION,
     EncoderFolder,
@@ -54,11 +53,9 @@ class LoadedEncoder:
             module.to(device)
 
     @property
-    def pad(
-        self,
-    ) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
-        """Batches waveforms for :meth:`encode`, as the front-end needs it."""
-        return getattr(self.modules["compute_features"], "pad", pad_waveforms)
+    def pad(self) -> Padding | None:
+        """How the front-end batches waveforms; None is the host's way."""
+        return getattr(self.modules["compute_features"], "pad", None)
 
     @torch.inference_mode()
     def encode(
