@@ -1,0 +1,143 @@
+"""What every benchmark here shares: fair timing, and tables that last.
+
+Ours and theirs run by turns in one process, so that a busy minute of the
+machine hits both; the median of the rounds is reported, and the quartiles are
+kept for ``compare.py``. On a CPU with one thread the clock is the process's
+own CPU time, which other programs do not lengthen much; otherwise it is the
+wall, after a device synchronisation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchaudio
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The hardware and versions that a table was made with."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    parts = [
+        f"{cpu}, {os.cpu_count()} cores",
+        torch.backends.cpu.get_cpu_capability(),
+        f"{torch.get_num_threads()} thread(s)",
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchaudio {torchaudio.__version__}",
+    ]
+    if torch.cuda.is_available():
+        parts.append(
+            f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        )
+    return "; ".join(parts)
+
+
+def clock(device: str = "cpu") -> float:
+    """Seconds; see the module's docstring for which."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    if torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def alternate(
+    cases: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Run the cases by turns and return the seconds of each round."""
+    for _ in range(warmup):
+        for run in cases.values():
+            run()
+    seconds = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            start = clock(device)
+            run()
+            seconds[name].append(clock(device) - start)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(seconds) < 2:
+        seconds = seconds * 2
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"low": low, "median": middle, "high": high}
+
+
+class Table:
+    """Rows of text for people, numbers with quartiles for ``compare.py``.
+
+    Arguments
+    ---------
+    name : str
+        File name without ending, in `folder`.
+    title, about : str
+        The heading, and a paragraph on what was measured and how.
+    columns : list of str
+        The table's head.
+    folder : path
+        ``benchmarks/results`` by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        about: str,
+        columns: list[str],
+        folder: str | os.PathLike | None = None,
+    ):
+        self.name, self.title, self.about = name, title, about
+        self.columns = columns
+        self.folder = Path(folder) if folder else RESULTS
+        self.rows: list[list[str]] = []
+        self.numbers: dict[str, dict[str, float]] = {}
+
+    def add(self, *cells: object) -> None:
+        """A row; also printed, so that a long run shows where it is."""
+        self.rows.append([str(cell) for cell in cells])
+        print("| " + " | ".join(self.rows[-1]) + " |", flush=True)
+
+    def note(self, key: str, seconds: list[float]) -> None:
+        """Keep a measurement for ``compare.py`` under a lasting name."""
+        self.numbers[key] = summary(seconds)
+
+    def markdown(self) -> str:
+        """The page."""
+        lines = [f"# {self.title}", "", self.about, "", machine(), ""]
+        lines.append("| " + " | ".join(self.columns) + " |")
+        lines.append("|" + " --- |" * len(self.columns))
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def write(self) -> None:
+        """NAME.md and NAME.json, each renamed into place when whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine(), "numbers": self.numbers}
+        for ending, text in (
+            ("md", self.markdown()),
+            ("json", json.dumps(content, indent=1) + "\n"),
+        ):
+            path = self.folder / f"{self.name}.{ending}"
+            temporary = path.with_suffix(f".{ending}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        print(f"wrote {self.folder / self.name}.md")
