@@ -1,0 +1,441 @@
+"""Extraction: batches equal single utterances; the store; several ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import (
+    InputNormalization,
+    make_padding_mask,
+)
+
+from speechbrain_ram import embeddings as module
+from speechbrain_ram.audio import AudioError, pad_waveforms
+from speechbrain_ram.embedding_store import (
+    EmbeddingSet,
+    EmbeddingStore,
+    StoreError,
+    merge,
+)
+from speechbrain_ram.embeddings import extract, length_batches
+
+RATE = 16000
+
+
+class StandIn:
+    """The host's front-end, then masked statistics of a few frames' context.
+
+    Padding that leaks by one frame anywhere changes what it returns.
+    """
+
+    def __init__(self, dim=24):
+        generator = torch.Generator().manual_seed(0)
+        self.features = Fbank(n_mels=20)
+        self.normalise = InputNormalization(norm_type="sentence")
+        self.kernel = torch.randn(dim, 20, 5, generator=generator) / 10
+        self.batches = []
+
+    def __call__(self, wavs, lens):
+        self.batches.append(tuple(wavs.shape))
+        feats = self.normalise(self.features(wavs), lens)
+        mask = make_padding_mask(feats, lens).transpose(1, 2)  # [B, 1, T]
+        feats = feats.transpose(1, 2) * mask
+        out = torch.nn.functional.conv1d(feats, self.kernel, padding=2)
+        out = torch.tanh(out) * mask
+        mean = out.sum(2) / mask.sum(2)
+        spread = ((out - mean[..., None]) * mask).square().sum(2)
+        return torch.cat([mean, (spread / mask.sum(2)).sqrt()], 1)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Twelve files, 0.1 to 1.3 s, many not a whole number of hops long."""
+    root = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(0)
+    names = []
+    for i in range(12):
+        name = f"spk{i % 3}/utt{i}.wav"
+        (root / name).parent.mkdir(exist_ok=True)
+        samples = 1600 + 1567 * i + (i % 4) * 31
+        soundfile.write(root / name, 0.1 * rng.standard_normal(samples), RATE)
+        names.append(name)
+    return root, names
+
+
+@pytest.mark.parametrize("hop", [160, 80])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1600], [1600, 1600], [1601, 1599], [320, 159, 160, 161, 1], [4000, 3999]],
+)
+def test_padded_frames_are_masked_exactly(lengths, hop):
+    """The mask that SpeechBrain makes has n // hop + 1 frames for n samples."""
+    wavs, lens = pad_waveforms(
+        [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)], hop
+    )
+    assert wavs.shape[1] % hop == 0
+    assert 0 <= wavs.shape[1] - max(lengths) < hop
+    frames = wavs.shape[1] // hop + 1
+    feats = torch.zeros(len(lengths), frames, 3)
+    valid = make_padding_mask(feats, lens).squeeze(-1).sum(1)
+    assert valid.tolist() == [n // hop + 1 for n in lengths]
+    for i, (row, n) in enumerate(zip(wavs, lengths, strict=True)):
+        assert (row[:n] == i + 1).all()
+        assert (row[n:] == 0).all()
+    full = [n // hop + 1 == frames for n in lengths]
+    assert [rel == 1.0 for rel in lens.tolist()] == full
+
+
+@pytest.mark.parametrize(
+    "wavs", [[], [torch.ones(5), torch.ones(0)], [torch.ones(2, 5)]]
+)
+def test_padding_refuses_what_is_no_waveform(wavs):
+    with pytest.raises(AudioError, match=r"shape \[samples\] are needed"):
+        pad_waveforms(wavs)
+
+
+@pytest.mark.parametrize("max_frames", [1, 100, 100_000])
+def test_batches_equal_single_utterances(recordings, max_frames):
+    root, names = recordings
+    encoder = StandIn()
+    result = extract(
+        encoder, names, root, max_frames_per_batch=max_frames, progress=False
+    )
+    assert result.ids == tuple(names)
+    assert result.matrix.dtype == np.float32
+    for name, row, seconds in zip(
+        names, result.matrix, result.seconds, strict=True
+    ):
+        wav, _ = soundfile.read(root / name, dtype="float32")
+        alone = encoder(torch.from_numpy(wav)[None], torch.ones(1))
+        np.testing.assert_allclose(row, alone[0].numpy(), atol=1e-5)
+        assert seconds == pytest.approx(len(wav) / RATE)
+
+
+def test_lengths_relative_to_samples_would_be_off(recordings):
+    """What pad_waveforms is for: the usual lengths fail the test above."""
+    root, names = recordings
+    wavs = [
+        torch.from_numpy(soundfile.read(root / n, dtype="float32")[0])
+        for n in names
+    ]
+    encoder = StandIn()
+    padded = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+    usual = torch.tensor([len(w) / padded.shape[1] for w in wavs])
+    alone = torch.cat([encoder(w[None], torch.ones(1)) for w in wavs])
+    assert (encoder(padded, usual) - alone).abs().max() > 1e-3
+
+
+def test_batches_are_bounded_and_of_like_length(recordings):
+    root, names = recordings
+    encoder = StandIn()
+    extract(encoder, names, root, max_frames_per_batch=250, progress=False)
+    assert sum(size for size, _ in encoder.batches) == len(names)
+    assert len(encoder.batches) < len(names)
+    for size, samples in encoder.batches:
+        assert size == 1 or size * (samples // 160) <= 250
+    longest = [samples for _, samples in encoder.batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_every_item_is_in_one_batch():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(1, 500, 200).tolist()
+    batches = length_batches(frames, 1000)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    for batch in batches:
+        longest = max(frames[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 1000
+    assert len(batches) < 70  # 50,000 frames need at least 50
+    assert length_batches([5000, 3], 10) == [[0], [1]]
+
+
+def test_duplicates_are_embedded_once(recordings):
+    root, names = recordings
+    encoder = StandIn()
+    result = extract(encoder, names[:2] * 3, root, progress=False)
+    assert result.ids == tuple(names[:2])
+    assert sum(size for size, _ in encoder.batches) == 2
+
+
+def test_progress_is_shown_on_stderr(recordings, capfd):
+    root, names = recordings
+    extract(StandIn(), names, root)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "embed" in err
+    assert "12/12" in err
+    extract(StandIn(), names, root, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reading_never_runs_far_ahead():
+    started = []
+
+    def load(item):
+        started.append(item)
+        return item
+
+    with module.ThreadPoolExecutor(4) as pool:
+        for done in module._ahead(pool, load, range(50), depth=4):
+            assert len(started) <= done + 6
+    assert started[-1] == 49
+
+
+def test_broken_files_are_all_named_before_any_is_embedded(tmp_path):
+    good = 0.1 * np.ones(3200)
+    soundfile.write(tmp_path / "good.wav", good, RATE)
+    soundfile.write(tmp_path / "slow.wav", good, 8000)
+    soundfile.write(tmp_path / "two.wav", np.stack([good, good], 1), RATE)
+    (tmp_path / "empty.wav").touch()
+    names = ["good.wav", "slow.wav", "two.wav", "empty.wav", "gone.wav"]
+    encoder = StandIn()
+    with pytest.raises(AudioError) as caught:
+        extract(encoder, names, tmp_path, progress=False)
+    message = str(caught.value)
+    assert "4 of 5 recordings cannot be used" in message
+    for part in ("8000 Hz", "2 channels", "0 bytes", "gone.wav' does not"):
+        assert part in message
+    assert encoder.batches == []
+    # and the first two can be allowed
+    result = extract(
+        encoder,
+        names[:3],
+        tmp_path,
+        resample=True,
+        mixdown=True,
+        progress=False,
+    )
+    np.testing.assert_allclose(result.seconds, [0.2, 0.4, 0.2], rtol=1e-6)
+
+
+def test_what_encoders_may_not_do(recordings):
+    root, names = recordings
+    with pytest.raises(ValueError, match=r"\[12, E\] .* got \(12, 1, 4\)"):
+        extract(
+            lambda wavs, lens: torch.zeros(len(wavs), 1, 4),
+            names,
+            root,
+            progress=False,
+        )
+    with pytest.raises(ValueError, match="No utterance to embed"):
+        extract(StandIn(), [], root)
+
+
+# The store
+
+
+def test_a_store_is_used_again(recordings, tmp_path):
+    root, names = recordings
+    store = EmbeddingStore(tmp_path / "new" / "e.safetensors", "encoder 1")
+    first = extract(StandIn(), names[:8], root, store=store, progress=False)
+    encoder = StandIn()
+    again = extract(encoder, names[:8], root, store=store, progress=False)
+    assert encoder.batches == []
+    assert (again.matrix == first.matrix).all()
+    assert (again.seconds == first.seconds).all()
+    # more files: only these are embedded, the others stay
+    extract(encoder, names[6:], root, store=store, progress=False)
+    assert sum(size for size, _ in encoder.batches) == 4
+    assert set(store.load().ids) == set(names)
+    assert [p.name for p in store.path.parent.iterdir()] == ["e.safetensors"]
+
+
+def test_a_changed_file_is_embedded_again(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, rng.standard_normal(3200) / 9, RATE)
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    names = ["a.wav", "b.wav"]
+    first = extract(StandIn(), names, tmp_path, store=store, progress=False)
+    soundfile.write(tmp_path / "b.wav", rng.standard_normal(3200) / 9, RATE)
+    os.utime(tmp_path / "b.wav", ns=(1, 1))  # same size, another time
+    encoder = StandIn()
+    second = extract(encoder, names, tmp_path, store=store, progress=False)
+    assert sum(size for size, _ in encoder.batches) == 1
+    assert (first.matrix[0] == second.matrix[0]).all()
+    assert np.abs(first.matrix[1] - second.matrix[1]).max() > 1e-3
+    third = extract(encoder, names, tmp_path, store=store, progress=False)
+    assert (third.matrix == second.matrix).all()
+
+
+class Interrupted(StandIn):
+    def __call__(self, wavs, lens):
+        if len(self.batches) == 5:
+            raise KeyboardInterrupt
+        return super().__call__(wavs, lens)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(recordings, tmp_path):
+    root, names = recordings
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    options = {"store": store, "max_frames_per_batch": 1, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        extract(Interrupted(), names, root, **options)
+    assert not store.path.exists()
+    assert len(store.load().ids) == 5
+    encoder = StandIn()
+    result = extract(encoder, names, root, **options)
+    assert len(encoder.batches) == 7
+    assert not store.parts.exists()
+    whole = extract(
+        StandIn(), names, root, max_frames_per_batch=1, progress=False
+    )
+    np.testing.assert_array_equal(result.matrix, whole.matrix)
+
+
+def test_parts_are_saved_while_it_runs(recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_PARTS", -1)
+    root, names = recordings
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    seen = []
+
+    class Watching(StandIn):
+        def __call__(self, wavs, lens):
+            rows = store.load()
+            seen.append(0 if rows is None else len(rows.ids))
+            return super().__call__(wavs, lens)
+
+    extract(
+        Watching(),
+        names,
+        root,
+        store=store,
+        max_frames_per_batch=1,
+        progress=False,
+    )
+    assert seen == list(range(12))
+
+
+def test_another_encoders_store_is_refused(recordings, tmp_path):
+    root, names = recordings
+    path = tmp_path / "e.safetensors"
+    extract(
+        StandIn(),
+        names[:2],
+        root,
+        store=EmbeddingStore(path, "0123456789abcdef"),
+        progress=False,
+    )
+    other = EmbeddingStore(path, "fedcba9876543210")
+    with pytest.raises(
+        StoreError, match="another encoder.*0123456789ab, this one is fedcba"
+    ):
+        extract(StandIn(), names[:2], root, store=other, progress=False)
+
+
+def test_other_files_are_no_stores(tmp_path):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "e.safetensors"
+    path.write_bytes(b"something else")
+    with pytest.raises(StoreError, match="cannot be read as an embedding"):
+        EmbeddingStore(path, "x").load()
+    save_file({"a": np.zeros(2)}, path)
+    with pytest.raises(StoreError, match="is not an embedding store"):
+        EmbeddingStore(path, "x").load()
+
+
+def test_of_two_rows_of_a_name_the_last_stays():
+    def one(value, *ids):
+        n = len(ids)
+        return EmbeddingSet(
+            ids, np.full((n, 2), value), np.zeros(n), np.zeros((n, 2))
+        )
+
+    joined = merge([one(1.0, "a", "b"), one(2.0, "b", "c")])
+    assert joined.ids == ("a", "b", "c")
+    assert joined.matrix[:, 0].tolist() == [1, 2, 2]
+    assert merge([]) is None
+
+
+# Several ranks
+
+WORKER = """
+import sys
+import numpy as np
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_embeddings import Interrupted, StandIn
+from speechbrain_ram.embedding_store import EmbeddingStore
+from speechbrain_ram.embeddings import extract
+
+root, out, fail = sys.argv[2:5]
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+names = [f"spk{i % 3}/utt{i}.wav" for i in range(12)]
+encoder = StandIn()
+if fail == "yes" and rank == 1:
+    def encoder(wavs, lens):
+        raise ValueError("out of luck")
+result = extract(
+    encoder, names, root, store=EmbeddingStore(out + "/e.safetensors", "x"),
+    max_frames_per_batch=1, progress=False, distributed=True,
+)
+np.savez(f"{out}/{rank}.npz", matrix=result.matrix, n=len(encoder.batches))
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(folder, root, fail):
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+            str(Path(__file__).parent),
+            str(root),
+            str(folder),
+            fail,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_two_ranks_share_the_work(recordings, tmp_path):
+    root, names = recordings
+    # an error on one rank is an error on both, and loses no finished row
+    failed = launch(tmp_path, root, "yes")
+    assert failed.returncode != 0
+    assert "Rank 1 failed: out of luck" in failed.stderr
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    assert len(store.load().ids) == 6
+    # the next run has the other rank's half to do, and shares it
+    done = launch(tmp_path, root, "no")
+    assert done.returncode == 0, done.stderr
+    alone = extract(StandIn(), names, root, progress=False)
+    for rank in range(2):
+        saved = np.load(tmp_path / f"{rank}.npz")
+        np.testing.assert_allclose(saved["matrix"], alone.matrix, atol=1e-5)
+        assert saved["n"] == 3
+    assert set(store.load().ids) == set(names)
+    assert not store.parts.exists()
+
+
+@pytest.mark.real
+def test_real_speech_in_batches_and_alone():
+    corpus = os.environ.get("SPEECHOCEAN762")
+    if not corpus:
+        pytest.skip("SPEECHOCEAN762 is not set: real speech was NOT embedded")
+    root = Path(corpus) / "dev"
+    names = [str(p.relative_to(root)) for p in sorted(root.glob("*/*.ogg"))]
+    names = names[::25]
+    batched = extract(StandIn(), names, root, progress=False)
+    alone = extract(
+        StandIn(), names, root, max_frames_per_batch=1, progress=False
+    )
+    np.testing.assert_allclose(batched.matrix, alone.matrix, atol=1e-4)
