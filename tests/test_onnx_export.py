@@ -1,0 +1,187 @@
+"""Tests of ONNX export, in the real runtimes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_encoder import DIM, export_small, voice
+
+from speechbrain_ram.architecture import EncoderError
+from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.loading import load_encoder
+from speechbrain_ram.onnx_export import (
+    export_sherpa,
+    export_waveform,
+    quantise,
+)
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    return {
+        name: load_encoder(export_small(folder / name, name))
+        for name in ("fbank", "kaldi")
+    }
+
+
+@pytest.fixture(scope="module")
+def files(encoders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    written = {
+        name: export_waveform(encoder, folder / f"{name}.onnx")
+        for name, encoder in encoders.items()
+    }
+    written["sherpa"] = export_sherpa(encoders["kaldi"], folder / "s.onnx")
+    return written
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
+    (value,) = session.get_inputs()
+    return session.run(None, {value.name: np.asarray(x, np.float32)})[0]
+
+
+def alone(encoder, wavs):
+    """Without a padding mask."""
+    return encoder.encode(torch.as_tensor(wavs), torch.ones(len(wavs))).numpy()
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("front_end", ["fbank", "kaldi"])
+@pytest.mark.parametrize("shape", [(1, 1600), (1, 48000), (3, 16079)])
+def test_it_computes_what_pytorch_does(encoders, files, front_end, shape):
+    wavs = np.stack(
+        [voice(shape[1] / 16000, 100 + 60 * i, seed=i) for i in range(shape[0])]
+    )
+    ours = alone(encoders[front_end], wavs)
+    theirs = run(files[front_end], wavs)
+    assert theirs.shape == (shape[0], DIM)
+    scale = np.abs(ours).max()
+    assert np.abs(ours - theirs).max() < 1e-4 * max(scale, 1)
+
+
+def test_metadata(encoders, files):
+    def read(path):
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+        return {p.key: p.value for p in model.metadata_props}
+
+    encoder = encoders["fbank"]
+    metadata = read(files["fbank"])
+    assert metadata["sample_rate"] == "16000"
+    assert metadata["output_dim"] == str(DIM)
+    assert metadata["fingerprint"] == encoder.fingerprint
+    thresholds = json.loads(metadata["thresholds"])
+    assert thresholds == encoder.decision.thresholds
+    metadata = read(files["sherpa"])
+    assert metadata["framework"] == "wespeaker"
+    assert metadata["normalize_samples"] == "0"
+
+
+def client(path):
+    sherpa_onnx = pytest.importorskip("sherpa_onnx")
+    config = sherpa_onnx.SpeakerEmbeddingExtractorConfig(
+        model=str(path), num_threads=1
+    )
+    extractor = sherpa_onnx.SpeakerEmbeddingExtractor(config)
+
+    def embed(wav):
+        stream = extractor.create_stream()
+        stream.accept_waveform(16000, wav)
+        stream.input_finished()
+        return np.array(extractor.compute(stream))
+
+    return sherpa_onnx, extractor, embed
+
+
+@pytest.mark.parametrize("seconds", [0.33, 1.0, 2.345])
+def test_sherpa_onnx_gives_our_embeddings(encoders, files, seconds):
+    _, extractor, embed = client(files["sherpa"])
+    assert extractor.dim == DIM
+    wav = voice(seconds)
+    ours = alone(encoders["kaldi"], wav[None])[0]
+    assert cosine(ours, embed(wav)) > 0.99999
+
+
+@pytest.mark.real
+def test_sherpa_onnx_enrols_and_searches_real_speakers(
+    encoders, files, speechocean
+):
+    import soundfile
+
+    sherpa_onnx, extractor, embed = client(files["sherpa"])
+    manager = sherpa_onnx.SpeakerEmbeddingManager(extractor.dim)
+    speakers = sorted((speechocean / "dev").iterdir())[:3]
+    encoder = SpeakerEncoder(encoders["kaldi"])
+    for speaker in speakers:
+        paths = sorted(speaker.glob("*.ogg"))[:2]
+        wavs = [soundfile.read(p, dtype="float32")[0] for p in paths]
+        theirs = np.stack([embed(wav) for wav in wavs])
+        for a, b in zip(encoder.embed(paths), theirs, strict=True):
+            assert cosine(a, b) > 0.999
+        assert manager.add(speaker.name, list(theirs))
+        assert manager.search(theirs[0], threshold=0.5)
+        assert manager.verify(speaker.name, theirs[0], threshold=0.5)
+
+
+def test_int8_is_smaller_and_close(encoders, files, tmp_path):
+    examples = [voice(1.0, 100 + 20 * i, seed=i)[None] for i in range(6)]
+    small = quantise(files["fbank"], tmp_path / "int8.onnx", examples)
+    wav = voice(1.2, 150)[None]
+    assert cosine(run(small, wav)[0], run(files["fbank"], wav)[0]) > 0.95
+    kinds = {node.op_type for node in onnx.load(small).graph.node}
+    assert "QuantizeLinear" in kinds
+    assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+def test_an_encoder_of_other_features_is_no_sherpa_model(encoders, tmp_path):
+    with pytest.raises(EncoderError, match="Train one with --frontend kaldi"):
+        export_sherpa(encoders["fbank"], tmp_path / "s.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_missing_extra_is_named(encoders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"speechbrain-ram\[onnx\]"):
+        export_waveform(encoders["fbank"], tmp_path / "a.onnx")
+
+
+def test_the_server_of_ten_lines(files, tmp_path):
+    import io
+    import subprocess
+    import urllib.request
+
+    import soundfile
+
+    script = Path(__file__).parent.parent / "examples" / "serve_onnx.py"
+    server = subprocess.Popen(
+        [sys.executable, script, files["fbank"], "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = server.stdout.readline().strip()
+        wav = voice(1.0)
+        body = io.BytesIO()
+        soundfile.write(body, wav, 16000, format="WAV", subtype="FLOAT")
+        request = urllib.request.Request(address, body.getvalue())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+    finally:
+        server.terminate()
+        server.wait()
+    np.testing.assert_allclose(
+        answer, run(files["fbank"], wav[None])[0], rtol=1e-5
+    )
