@@ -7,7 +7,8 @@
     torchrun --nproc_per_node=2 train_speaker_embeddings.py YAML
 
 Any key of the YAML is an option, and so are SpeechBrain's own (--help). The
-same command continues an interrupted run.
+same command continues an interrupted run. Exit status 75: asked to leave by a
+signal or --max_hours, with a checkpoint written (docs/robust-training.md).
 """
 
 import sys
@@ -25,7 +26,9 @@ from speechbrain_ram.decision import Decision
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.processes import n_processes
 from speechbrain_ram.scoring import score_trials, write_scores
+from speechbrain_ram.stopping import StopRequest, leave_on_signals
 from speechbrain_ram.trials import check_utterances, read_trials
 
 
@@ -33,6 +36,7 @@ def train(hparams_file, run_opts, overrides):
     """Everything from the YAML to OUTPUT/inference."""
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
+    stop = StopRequest(hparams["max_hours"])  # its clock starts here
     output = Path(hparams["output_folder"])
     sb.create_experiment_directory(
         experiment_directory=output,
@@ -77,6 +81,7 @@ def train(hparams_file, run_opts, overrides):
         dev_trials=trials,
         dev_root=hparams.get("trials_root"),
         read_options=conversions,
+        stop=stop,
     )
     loader = {
         "batch_size": hparams["batch_size"],
@@ -91,13 +96,14 @@ def train(hparams_file, run_opts, overrides):
     )
 
     # The best checkpoint becomes the folder that others load.
-    brain.checkpointer.recover_if_possible(min_key=brain.best_key)
+    brain.load_best()
     some = read_manifest(valid_csv)[:1000]
     embeddings = extract(
         brain.encode,
         [row.id for row in some],
         hparams["data_root"],
         pad=brain.pad,
+        distributed=n_processes() > 1,
         **conversions,
     )
     decision = None
@@ -125,6 +131,7 @@ def verify(brain, trials, hparams, conversions, output):
         trials.utterances,
         hparams["trials_root"],
         pad=brain.pad,
+        distributed=n_processes() > 1,
         **conversions,
     )
     if not if_main_process():
@@ -140,5 +147,6 @@ def verify(brain, trials, hparams, conversions, output):
 
 if __name__ == "__main__":
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    leave_on_signals()
     sb.utils.distributed.ddp_init_group(run_opts)
     train(hparams_file, run_opts, overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import speechbrain as sb
@@ -12,16 +11,19 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.embeddings import Padding, extract
 from speechbrain_ram.metrics import eer, min_dcf
+from speechbrain_ram.processes import n_processes
+from speechbrain_ram.robust_brain import RobustBrain
 from speechbrain_ram.scoring import score_trials
 from speechbrain_ram.trials import TrialList
 
 logger = get_logger(__name__)
 
 
-class SpeakerBrain(sb.Brain):
+class SpeakerBrain(RobustBrain):
     """Trains front-end, encoder and classifier with any margin objective.
 
-    What it reads from the YAML, beside SpeechBrain's own run options:
+    What it reads from the YAML, beside SpeechBrain's own run options and what
+    :class:`RobustBrain` reads:
 
     ===================  ====================================================
     modules              compute_features, mean_var_norm, embedding_model and
@@ -45,8 +47,10 @@ class SpeakerBrain(sb.Brain):
     read_options : dict
         ``resample`` and ``mixdown`` of the trials' recordings.
     *args, **kwargs
-        As for ``speechbrain.Brain``.
+        As for :class:`RobustBrain`.
     """
+
+    kept_attributes = ("rate", "untrained")
 
     def __init__(
         self,
@@ -99,8 +103,8 @@ class SpeakerBrain(sb.Brain):
         """Loss of the batch; counts the right answers on the way."""
         targets = batch.spk_id_encoded.data.to(self.device)
         right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
-        self.n_right += right.sum()  # stays on the device: no waiting
-        self.n_seen += len(right)
+        self.tally.n_right += right.sum()  # on the device: no waiting
+        self.tally.n_seen += len(right)
         with torch.autocast(self.device_type, enabled=False):
             return self.hparams.compute_cost(cosines, targets)
 
@@ -112,29 +116,9 @@ class SpeakerBrain(sb.Brain):
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
-    def optimizers_step(self):
-        """Note the gradient's norm, before clipping, then step."""
-        grads = [
-            p.grad for p in self.modules.parameters() if p.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm(grads)
-        self.grad_norm += norm.detach() / self.scaler.get_scale()
-        self.n_steps += 1
-        super().optimizers_step()
-
-    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **kw):
-        """SpeechBrain's loader, less a last training batch of one.
-
-        Batch normalisation cannot be trained on a single utterance.
-        """
-        if stage == sb.Stage.TRAIN:
-            world = 1
-            if torch.distributed.is_initialized():
-                world = torch.distributed.get_world_size()
-            share = math.ceil(len(dataset) / world)
-            if share % kw.get("batch_size", 1) == 1:
-                kw["drop_last"] = True
-        loader = super().make_dataloader(dataset, stage, ckpt_prefix, **kw)
+    def make_dataloader(self, dataset, stage, *args, **kwargs):
+        """RobustBrain's loader; notes the length of an epoch."""
+        loader = super().make_dataloader(dataset, stage, *args, **kwargs)
         if stage == sb.Stage.TRAIN:
             self.steps_per_epoch = len(loader)
             self.train_set = dataset
@@ -155,33 +139,27 @@ class SpeakerBrain(sb.Brain):
                 "architecture or another number of speakers. Use another "
                 f"--output_folder, or remove them. ({error})"
             ) from error
-        fresh = self.hparams.epoch_counter.current == 0
-        if fresh and getattr(self.hparams, "verify_untrained", False):
+        if self.optimizer_step == 0 and getattr(
+            self.hparams, "verify_untrained", False
+        ):
             self.untrained = self.verify()
             self._log({"epoch": 0}, valid_stats=self.untrained)
 
     def on_stage_start(self, stage, epoch=None):
-        """Reset the counts of the epoch."""
-        self.n_right = torch.zeros((), dtype=torch.long, device=self.device)
-        self.n_seen = 0
+        """Choose the crops of the epoch, start the clock."""
+        super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
-            self.grad_norm = torch.zeros((), device=self.device)
-            self.n_steps = 0
             self.train_set.set_epoch(epoch)
             self.started = time.perf_counter()
+            self.seen_before = self.tally.n_seen  # by an interrupted run
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log; after a validation also verify, and save a checkpoint."""
-        accuracy = 100 * float(self.n_right) / max(self.n_seen, 1)
         if stage == sb.Stage.TRAIN:
-            seconds = time.perf_counter() - self.started
-            self.train_stats = {
-                "loss": stage_loss,
-                "accuracy": accuracy,
-                "grad_norm": float(self.grad_norm) / max(self.n_steps, 1),
-                "utterances/s": self.n_seen / seconds,
-            }
+            self.train_stats = self._training_stats()
+            super().on_stage_end(stage, stage_loss, epoch)
             return
+        accuracy = 100 * int(self.tally.n_right) / max(self.tally.n_seen, 1)
         stats = {"loss": stage_loss, "error": 100 - accuracy}
         if stage == sb.Stage.VALID:
             last = epoch == self.hparams.epoch_counter.limit
@@ -193,6 +171,21 @@ class SpeakerBrain(sb.Brain):
             self.checkpointer.save_and_keep_only(
                 meta=stats, min_keys=[self.best_key]
             )
+
+    def _training_stats(self) -> dict[str, float]:
+        total = self.tally.joint()
+        seconds = time.perf_counter() - self.started
+        stats = {
+            "loss": total.loss_sum / max(total.n_seen, 1),
+            "accuracy": 100 * total.n_right / max(total.n_seen, 1),
+            "grad_norm": total.grad_norm / max(total.n_steps, 1),
+            "utterances/s": (total.n_seen - self.seen_before) / seconds,
+        }
+        if self.n_bad_steps:
+            stats["skipped steps"] = self.n_bad_steps
+        if self.faults[sb.Stage.TRAIN].messages:
+            stats["unreadable"] = len(self.faults[sb.Stage.TRAIN].messages)
+        return stats
 
     def _log(self, meta, train_stats=None, valid_stats=None):
         if not if_main_process():
@@ -227,6 +220,7 @@ class SpeakerBrain(sb.Brain):
         torch.Tensor
             Shape [B, E], float32.
         """
+        self.leave_if_asked()
         waveforms = waveforms.to(self.device)
         lengths = lengths.to(self.device)
         with self.evaluation_ctx:
@@ -237,6 +231,11 @@ class SpeakerBrain(sb.Brain):
             # each length.
             encoder = _unwrapped(self.modules["embedding_model"])
             return encoder(feats, lengths).squeeze(1).float()
+
+    def load_best(self) -> None:
+        """Load the weights of the best checkpoint, after training."""
+        best = self.checkpointer.find_checkpoint(min_key=self.best_key)
+        self.checkpointer.load_modules(best)
 
     def verify(self) -> dict[str, float]:
         """Error rates on the dev trials, {} where there are none."""
@@ -250,6 +249,7 @@ class SpeakerBrain(sb.Brain):
             sample_rate=self.hparams.encoder["sample_rate"],
             progress=not self.noprogressbar,
             pad=self.pad,
+            distributed=n_processes() > 1,
             **self.read_options,
         )
         scores = score_trials(

@@ -1,0 +1,440 @@
+"""Checkpoints that are whole or not there.
+
+SpeechBrain's Checkpointer writes ``CKPT.yaml`` first and the parameters
+afterwards, in place: a run that is killed in between leaves a folder that
+looks like a checkpoint. :class:`SafeCheckpointer` writes to a hidden folder,
+notes a checksum of every file, syncs, and renames. The folders remain
+SpeechBrain's: its own Checkpointer reads them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from speechbrain.utils.checkpoints import (
+    METAFNAME,
+    Checkpoint,
+    Checkpointer,
+    ckpt_recency,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+#: Of the folders; a reader refuses the numbers it does not know. Folders
+#: without a number are SpeechBrain's own, which carry no checksums.
+FORMAT = 1
+
+_CHUNK = 1 << 22  # bytes hashed at once
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says why."""
+
+
+class SafeCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, for runs that are killed.
+
+    ====================  ===================================================
+    writing               to ``.NAME.part``, synced, then renamed
+    damage                found by checksum, reported by name, skipped
+    pruning               after the new one is on the disk; the newest and
+                          the one before it always stay
+    full disk             a :class:`CheckpointError`; older ones stay intact
+    clock set back        does not change which one is the newest
+    ====================  ===================================================
+
+    Arguments
+    ---------
+    checkpoints_dir : path
+        As for SpeechBrain's.
+    *args, **kwargs
+        As for SpeechBrain's.
+
+    Example
+    -------
+    >>> model = torch.nn.Linear(2, 2)
+    >>> folder = getfixture("tmp_path")
+    >>> checkpointer = SafeCheckpointer(folder, {"model": model})
+    >>> older = checkpointer.save_checkpoint()
+    >>> newer = checkpointer.save_checkpoint()
+    >>> _ = (newer.path / "model.ckpt").write_bytes(b"torn")
+    >>> SafeCheckpointer(folder).find_checkpoint().path == older.path
+    True
+    """
+
+    def __init__(self, checkpoints_dir, *args, **kwargs):
+        super().__init__(checkpoints_dir, *args, **kwargs)
+        self._sound: dict[Path, Checkpoint] = {}
+        self._damaged: dict[Path, str] = {}
+
+    # -- writing ----------------------------------------------------------
+
+    def save_checkpoint(
+        self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
+    ) -> Checkpoint | None:
+        """Write one checkpoint; its folder appears when it is complete.
+
+        Arguments
+        ---------
+        meta, end_of_epoch, name, verbosity
+            As for SpeechBrain's.
+
+        Returns
+        -------
+        Checkpoint or None
+            None on other ranks than 0.
+
+        Raises
+        ------
+        CheckpointError
+            The disk is full, or the folder cannot be written.
+        """
+        try:
+            part = super().save_checkpoint(
+                meta or {}, end_of_epoch, name, verbosity
+            )
+            final = None if part is None else self._publish(part)
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError without an errno.
+            if not _is_of_the_disk(error):
+                raise
+            self._sweep()
+            raise CheckpointError(self._why_not_written(error)) from error
+        ddp_barrier()
+        return final
+
+    def save_and_keep_only(
+        self,
+        meta=None,
+        end_of_epoch=True,
+        name=None,
+        num_to_keep=1,
+        keep_recent=True,
+        importance_keys=(),
+        max_keys=(),
+        min_keys=(),
+        ckpt_predicate=None,
+        verbosity=logging.INFO,
+    ) -> None:
+        """Write one checkpoint, then remove those of least importance.
+
+        Arguments
+        ---------
+        meta, end_of_epoch, name, num_to_keep, keep_recent, importance_keys
+            As for SpeechBrain's, whose own method adds to its default of
+            `importance_keys` with every call.
+        max_keys, min_keys, ckpt_predicate, verbosity
+            As for SpeechBrain's.
+        """
+        self.save_checkpoint(meta, end_of_epoch, name, verbosity)
+        recent = [ckpt_recency] if keep_recent else []
+        self.delete_checkpoints(
+            num_to_keep=num_to_keep,
+            max_keys=max_keys,
+            min_keys=min_keys,
+            importance_keys=[*importance_keys, *recent],
+            ckpt_predicate=ckpt_predicate,
+            verbosity=verbosity,
+        )
+
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep=1,
+        min_keys=None,
+        max_keys=None,
+        importance_keys: Sequence[Callable] = (ckpt_recency,),
+        ckpt_predicate=None,
+        verbosity=logging.INFO,
+    ) -> None:
+        """Remove checkpoints, but never the newest nor the one before it.
+
+        Should the newest turn out to be damaged, there is one to fall back
+        on. Damaged ones are not removed: a person may want to look.
+
+        Arguments
+        ---------
+        num_to_keep, min_keys, max_keys, importance_keys
+            As for SpeechBrain's.
+        ckpt_predicate, verbosity
+            As for SpeechBrain's.
+        """
+        if num_to_keep < 0:
+            raise ValueError(f"num_to_keep is {num_to_keep}, below 0.")
+        orders = [
+            *({"min_key": key} for key in min_keys or ()),
+            *({"max_key": key} for key in max_keys or ()),
+            *({"importance_key": key} for key in importance_keys),
+        ]
+        keep = set(self.find_checkpoints(max_num_checkpoints=2))
+        candidates = set()
+        for order in orders:
+            ranked = self.find_checkpoints(
+                ckpt_predicate=ckpt_predicate, **order
+            )
+            candidates.update(ranked)
+            keep.update(ranked[:num_to_keep])
+        ddp_barrier()
+        if if_main_process():
+            for checkpoint in candidates - keep:
+                self._remove(checkpoint.path, verbosity)
+        ddp_barrier()
+
+    # -- reading ----------------------------------------------------------
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints that are whole; each is checked once.
+
+        Raises
+        ------
+        CheckpointError
+            One was written by a newer version of this package.
+        """
+        found = []
+        for path in self._list_checkpoint_dirs():
+            if path in self._damaged:
+                continue
+            try:
+                if path not in self._sound:
+                    self._sound[path] = read_checkpoint(path)
+                found.append(self._sound[path])
+            except DamagedCheckpoint as error:
+                self._damaged[path] = str(error)
+                logger.warning("%s It is skipped.", error)
+        return found
+
+    def recover_if_possible(
+        self, importance_key=None, max_key=None, min_key=None, **kwargs
+    ) -> Checkpoint | None:
+        """Load the newest, or the best, checkpoint that is whole.
+
+        Arguments
+        ---------
+        importance_key, max_key, min_key, **kwargs
+            As for SpeechBrain's.
+
+        Raises
+        ------
+        CheckpointError
+            There are checkpoints, and every one is damaged.
+        """
+        chosen = super().recover_if_possible(
+            importance_key, max_key, min_key, **kwargs
+        )
+        if chosen is None and self._damaged and not self.list_checkpoints():
+            raise CheckpointError(
+                "every checkpoint is damaged:\n"
+                + "\n".join(self._damaged.values())
+                + f"\nTo begin anew, delete '{self.checkpoints_dir}'."
+            )
+        return chosen
+
+    def load_modules(self, checkpoint: Checkpoint) -> None:
+        """Load the weights of a checkpoint, and nothing else.
+
+        `recover_if_possible` would also set counters, random generators and
+        the log back to where that checkpoint was written.
+
+        Arguments
+        ---------
+        checkpoint : Checkpoint
+            From :meth:`find_checkpoint`.
+        """
+        everything = self.recoverables
+        self.recoverables = {
+            name: each
+            for name, each in everything.items()
+            if isinstance(each, torch.nn.Module)
+        }
+        try:
+            self.load_checkpoint(checkpoint)
+        finally:
+            self.recoverables = everything
+
+    # -- internals --------------------------------------------------------
+
+    def _new_checkpoint_dirpath(self) -> Path:
+        return _part(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name: str) -> Path:
+        return _part(super()._custom_checkpoint_dirpath(name))
+
+    def _save_checkpoint_metafile(
+        self, fpath, meta_to_include=None, end_of_epoch=True
+    ) -> dict:
+        """Called first of all, on rank 0 only."""
+        self._sweep(except_for=fpath.parent)
+        meta = super()._save_checkpoint_metafile(fpath, {}, end_of_epoch)
+        times = [ckpt_recency(each) for each in self.list_checkpoints()]
+        # A clock that was set back must not make the newest look old.
+        meta["unixtime"] = max([meta["unixtime"], *(t + 1e-3 for t in times)])
+        return {**meta, **(meta_to_include or {}), "format": FORMAT}
+
+    def _publish(self, part: Checkpoint) -> Checkpoint:
+        """Checksums, sync, rename."""
+        files = {
+            file.name: _checksum(file)
+            for file in sorted(part.path.iterdir())
+            if file.name != METAFNAME
+        }
+        meta = {**part.meta, "files": files}
+        meta["checksum"] = _checksum_of_meta(meta)
+        text = "# yamllint disable\n" + yaml.dump(meta)
+        (part.path / METAFNAME).write_text(text, encoding="utf-8")
+        for file in part.path.iterdir():
+            _sync(file)
+        _sync(part.path)
+        final = part.path.with_name(part.path.name[1 : -len(".part")])
+        if final.exists():  # a name that the caller chose
+            self._remove(final)
+        part.path.rename(final)
+        _sync(final.parent)
+        self._damaged.pop(final, None)
+        self._sound[final] = Checkpoint(
+            final,
+            meta,
+            {
+                name: final / file.relative_to(part.path)
+                for name, file in part.paramfiles.items()
+            },
+        )
+        return self._sound[final]
+
+    def _remove(self, path: Path, verbosity=logging.INFO) -> None:
+        """Out of sight first: removing many files can be cut short, too."""
+        hidden = _part(path)
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        self._sound.pop(path, None)
+        shutil.rmtree(hidden)
+        logger.log(verbosity, "Deleted checkpoint %s", path)
+
+    def _sweep(self, except_for: Path | None = None) -> None:
+        """Clear what a killed run left of a checkpoint."""
+        if if_main_process():
+            for part in self.checkpoints_dir.glob(".*.part"):
+                if part != except_for:
+                    shutil.rmtree(part, ignore_errors=True)
+
+    def _why_not_written(self, error: Exception) -> str:
+        free = shutil.disk_usage(self.checkpoints_dir).free
+        last = self.find_checkpoint()
+        kept = (
+            "There is no older one."
+            if last is None
+            else f"The last checkpoint, '{last.path}', is intact."
+        )
+        return (
+            f"a checkpoint in '{self.checkpoints_dir}' could not be written "
+            f"({free / 1e6:.1f} MB free): {error}. {kept} Is the disk full? "
+            "Make room, then run the same command to continue."
+        )
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Describe a checkpoint folder, after checking every byte.
+
+    Arguments
+    ---------
+    path : path
+        A folder ``CKPT+...``.
+
+    Returns
+    -------
+    Checkpoint
+        SpeechBrain's: path, meta and paramfiles.
+
+    Raises
+    ------
+    DamagedCheckpoint
+        A file is missing or not what was written.
+    CheckpointError
+        The format number is of a newer version.
+    """
+    path = Path(path)
+    try:
+        text = (path / METAFNAME).read_text(encoding="utf-8")
+        meta = yaml.safe_load(text)
+        number = meta.get("format", 0)
+        if number == FORMAT and meta["checksum"] != _checksum_of_meta(meta):
+            raise DamagedCheckpoint(f"'{path / METAFNAME}' is damaged.")
+        if not isinstance(meta["unixtime"], float):
+            raise KeyError("unixtime")
+    except (OSError, ValueError, yaml.YAMLError, KeyError, AttributeError) as e:
+        raise DamagedCheckpoint(
+            f"'{path / METAFNAME}' is damaged ({type(e).__name__}: {e})."
+        ) from e
+    if number not in (0, FORMAT):
+        raise CheckpointError(
+            f"'{path}' has format {number}, this version of speechbrain-ram "
+            f"reads formats up to {FORMAT}. Was it written by a newer one?"
+        )
+    for name, written in meta.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"'{file}' of a checkpoint is missing.")
+        if _checksum(file) != written:
+            raise DamagedCheckpoint(
+                f"'{file}' is damaged: it has {file.stat().st_size} bytes "
+                "and another checksum than when it was written."
+            )
+    files = {each.stem: each for each in path.glob("*.ckpt")}
+    return Checkpoint(path, meta, files)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checksum_of_meta(meta: dict) -> str:
+    """Of everything but itself; YAML keeps floats exactly."""
+    rest = {key: value for key, value in meta.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    if isinstance(error, CheckpointError):
+        return False
+    if isinstance(error, OSError):
+        return True
+    return "file write failed" in str(error) or "No space" in str(error)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that no space, or no quota, is left."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    )

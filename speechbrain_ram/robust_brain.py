@@ -1,0 +1,460 @@
+"""SpeechBrain's Brain for runs that are killed, starved and split up.
+
+What :class:`RobustBrain` adds to its base class:
+
+- a checkpoint holds everything that decides how training goes on: random
+  generators, the sums of the running epoch, the log, the list of faults;
+- signals and ``max_hours`` write a checkpoint and leave, see
+  :mod:`speechbrain_ram.stopping`;
+- recordings that fail are skipped, see :mod:`speechbrain_ram.faults`;
+- a step whose loss or gradients are not finite leaves no trace;
+- a step of several processes is the step of one with the joint batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import zipfile
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.checkpoints import CheckpointError, is_full_disk
+from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.faults import Batch, FaultList, SkipUnreadable
+from speechbrain_ram.joint_batches import JointBatchSampler
+from speechbrain_ram.processes import all_numbers, gathered, n_processes
+from speechbrain_ram.random_state import random_state, restore_random_state
+from speechbrain_ram.stopping import (
+    Interrupted,
+    StopRequest,
+    let_worker_outlive_signals,
+)
+from speechbrain_ram.sync_batch_norm import sync_batch_norm
+
+logger = get_logger(__name__)
+
+_LOADER_TIMEOUT = 600  # seconds without a batch: a worker hangs
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were NaN or infinite too often in a row."""
+
+
+class WorkerError(RuntimeError):
+    """A process that loads data died, or hangs."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """What the steps of an epoch add up to, on this process.
+
+    Arguments
+    ---------
+    n_right : int or torch.Tensor
+        Right answers; a tensor stays on its device until the end.
+    n_seen : int
+        Utterances.
+    loss_sum : float
+        Sum of their losses.
+    n_steps : int
+        Optimiser steps.
+    grad_norm : float
+        Sum of the gradients' norms, the same on all processes.
+    """
+
+    n_right: int | torch.Tensor = 0
+    n_seen: int = 0
+    loss_sum: float = 0.0
+    n_steps: int = 0
+    grad_norm: float = 0.0
+
+    def joint(self) -> Tally:
+        """Give the sums over all processes, which must all call this."""
+        mine = dataclasses.replace(self, n_right=int(self.n_right))
+        total = Tally(n_steps=mine.n_steps, grad_norm=mine.grad_norm)
+        for each in gathered(mine):
+            total.n_right += each.n_right
+            total.n_seen += each.n_seen
+            total.loss_sum += each.loss_sum
+        return total
+
+
+@functools.partial(register_checkpoint_hooks, save_on_main_only=False)
+class RobustBrain(sb.Brain):
+    """A Brain whose training survives.
+
+    What it reads from the YAML:
+
+    ==================  =====================================================
+    max_hours           leave with a checkpoint after so long; 0 is never
+    max_fault_share     share of unreadable utterances that stops training
+    max_bad_steps       so many steps in a row without a finite loss stop it
+    output_folder       where the lists of faults go
+    train_logger        SpeechBrain's FileTrainLogger, whose file is kept in
+                        step with the checkpoints
+    ==================  =====================================================
+
+    A subclass lists in `kept_attributes` what else its epochs carry over.
+
+    Arguments
+    ---------
+    stop : StopRequest, optional
+        Made where the clock of ``max_hours`` starts.
+    *args, **kwargs
+        As for ``speechbrain.Brain``.
+    """
+
+    kept_attributes: tuple[str, ...] = ()
+
+    def __init__(self, *args, stop: StopRequest | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stop = stop or StopRequest(getattr(self.hparams, "max_hours", 0))
+        self.stopping = False
+        self.tally = Tally()
+        self.n_bad_steps = self.bad_in_a_row = 0
+        self.faults: dict[sb.Stage, FaultList] = {}
+        self._resumed: dict | None = None  # of the epoch that goes on
+        self._random: dict | None = None  # to be set before the next step
+
+    # -- the run ----------------------------------------------------------
+
+    def fit(self, *args, **kwargs):
+        """Train; see ``speechbrain.Brain.fit``.
+
+        Raises
+        ------
+        Interrupted
+            A signal, or ``max_hours``; a SystemExit with status 75.
+        FaultError, NonFiniteError, WorkerError, CheckpointError
+            Training cannot go on; the same command continues it.
+        """
+        with self.stop.listening():
+            try:
+                super().fit(*args, **kwargs)
+            except Interrupted as leaving:
+                logger.warning(
+                    "%s. The same command goes on from checkpoint %s.",
+                    leaving.reason,
+                    self._last_checkpoint(),
+                )
+                raise
+            except (OSError, RuntimeError) as error:
+                raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        """Put into plain words what comes from below."""
+        text = str(error)
+        goes_on = (
+            f"The last checkpoint is {self._last_checkpoint()}; the same "
+            "command continues from it."
+        )
+        if is_full_disk(error):
+            return CheckpointError(f"the disk is full: {error}. {goes_on}")
+        if "DataLoader worker" in text or "DataLoader timed out" in text:
+            return WorkerError(
+                f"a process that loads data died or hangs: {text} The system "
+                "kills what takes too much memory; try fewer num_workers. "
+                + goes_on
+            )
+        if n_processes() > 1 and "onnection" in text:
+            return RuntimeError(f"another process died: {text} {goes_on}")
+        return error
+
+    def _last_checkpoint(self) -> str:
+        found = self.checkpointer and self.checkpointer.find_checkpoint()
+        return f"'{found.path.name}'" if found else "none"
+
+    def on_fit_start(self):
+        """Continue, or begin with an empty log."""
+        self._log_to_restore = None
+        super().on_fit_start()
+        log = getattr(self.hparams.train_logger, "save_file", None)
+        if log is None or not if_main_process():
+            return
+        if self._log_to_restore is not None:
+            with atomic_writer(log) as file:
+                file.write(self._log_to_restore)
+        elif self.optimizer_step == 0 and os.path.exists(log):
+            # Of a run that ended before its first checkpoint.
+            os.replace(log, f"{log}.old")
+
+    def _wrap_distributed(self):
+        """SpeechBrain's, with a batch normalisation that CPUs have."""
+        if self.distributed_launch and self.device_type == "cpu":
+            for name, module in self.modules.items():
+                self.modules[name] = sync_batch_norm(module)
+        super()._wrap_distributed()
+
+    # -- the data ---------------------------------------------------------
+
+    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **kw):
+        """SpeechBrain's loader, around a dataset that skips what fails."""
+        folder = self.hparams.output_folder
+        name = {sb.Stage.TRAIN: "training"}.get(stage, "validation")
+        self.faults[stage] = FaultList(
+            len(dataset),
+            getattr(self.hparams, "max_fault_share", 0.0),
+            f"{folder}/{name}_faults.txt" if if_main_process() else None,
+            name,
+        )
+        if stage == sb.Stage.TRAIN:
+            ids = "\n".join(dataset.data_ids).encode()
+            self.data_fingerprint = hashlib.blake2b(ids).hexdigest()[:16]
+        if kw.get("num_workers", 0) > 0:
+            kw["worker_init_fn"] = let_worker_outlive_signals
+            kw["timeout"] = _LOADER_TIMEOUT
+        return super().make_dataloader(
+            SkipUnreadable(dataset), stage, ckpt_prefix, collate_fn=Batch, **kw
+        )
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        """Share every batch among the processes."""
+        rest = dict(loader_kwargs)
+        rest.pop("shuffle", None)
+        self.train_sampler = JointBatchSampler(
+            len(dataset),
+            rest.pop("batch_size", 1),
+            int(os.environ.get("SB_GLOBAL_SEED", 0)),
+            *((self.rank, n_processes()) if n_processes() > 1 else (0, 1)),
+        )
+        return {**rest, "batch_sampler": self.train_sampler}
+
+    # -- the step ---------------------------------------------------------
+
+    def fit_batch(self, batch: Batch) -> torch.Tensor:
+        """One step, or none where the batch is no good.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss; NaN, which the running average leaves out, where the
+            step was skipped.
+        """
+        self._restore_random()
+        sizes = self._agree(batch)
+        if 0 in sizes:  # a process has nothing to train on
+            return torch.tensor(float("nan"))
+        batch = batch.data
+        should_step = self.step % self.grad_accumulation_factor == 0
+        self.on_fit_batch_start(batch, should_step)
+        before = dataclasses.replace(self.tally)
+        self._keep_buffers()
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            finite = all(
+                each
+                for (each,) in all_numbers(
+                    (int(torch.isfinite(loss)),), self.device
+                )
+            )
+            if finite:
+                scaled = loss / self.grad_accumulation_factor
+                if len(sizes) > 1:  # a mean over the joint batch
+                    scaled = scaled * (len(batch) * len(sizes) / sum(sizes))
+                self.scaler.scale(scaled).backward()
+        if finite and should_step:
+            finite = self._step_if_finite()
+        if not finite:
+            self.tally = before
+            self._skip_step(batch, float(loss.detach()))
+            return torch.tensor(float("nan"))
+        self.bad_in_a_row = 0
+        self.tally.loss_sum += float(loss.detach()) * len(batch)
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        return loss.detach().cpu()
+
+    def _agree(self, batch: Batch) -> list[int]:
+        """Tell each other batch sizes, faults and wishes to leave."""
+        wish = int(self.stop.reason() is not None)
+        mine = (len(batch.data or ()), len(batch.faults), wish)
+        shares = all_numbers(mine, self.device)
+        self.stopping = any(wish for *_, wish in shares)
+        if any(n_faults for _, n_faults, _ in shares):
+            faults = self.faults[sb.Stage.TRAIN]
+            for each in gathered(batch.faults):
+                faults.add(each)
+            faults.check()
+        return [size for size, *_ in shares]
+
+    def _step_if_finite(self) -> bool:
+        """The optimiser's step, unless the gradients are not finite."""
+        grads = [
+            p.grad for p in self.modules.parameters() if p.grad is not None
+        ]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        norm /= self.scaler.get_scale()
+        finite = norm < float("inf")  # not so for NaN
+        if finite:
+            self.tally.grad_norm += norm
+            self.tally.n_steps += 1
+        elif not self.scaler.is_enabled():
+            return False
+        self.optimizers_step()  # a scaler skips by itself, and scales down
+        return True
+
+    def _keep_buffers(self):
+        """Statistics of batch normalisation change in the forward pass."""
+        buffers = list(self.modules.buffers())
+        self._buffers_before = [(b, b.detach().clone()) for b in buffers]
+
+    def _skip_step(self, batch, loss: float):
+        """Undo what the forward pass did; stop if that is the rule now."""
+        for buffer, kept in self._buffers_before:
+            buffer.copy_(kept)
+        self.zero_grad(set_to_none=True)
+        self.n_bad_steps += 1
+        self.bad_in_a_row += 1
+        limit = getattr(self.hparams, "max_bad_steps", 10)
+        what = (
+            f"step {self.step} of epoch {self.hparams.epoch_counter.current} "
+            f"has loss {loss} and gradients that are not all finite"
+        )
+        logger.warning("%s; it is skipped: %s", what, ", ".join(batch.id))
+        if self.bad_in_a_row >= limit:
+            raise NonFiniteError(
+                f"{limit} steps in a row (max_bad_steps) were skipped; {what}."
+                " Is the learning rate too high, or are recordings broken? "
+                f"The last good checkpoint is {self._last_checkpoint()}. The "
+                f"last batch: {', '.join(batch.id)}"
+            )
+
+    def evaluate_batch(self, batch: Batch, stage):
+        """One batch of validation, without what cannot be read."""
+        self.leave_if_asked()
+        self.faults[stage].add(batch.faults)
+        self.faults[stage].check()
+        if batch.data is None:
+            return torch.tensor(float("nan"))
+        return super().evaluate_batch(batch.data, stage)
+
+    # -- checkpoints within an epoch --------------------------------------
+
+    def leave_if_asked(self):
+        """Leave where a checkpoint has everything already."""
+        if self.stop.signal:
+            raise Interrupted(f"{self.stop.signal} was received")
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        """Between optimiser steps only: gradients are not saved."""
+        if self.step % self.grad_accumulation_factor:
+            return False
+        return self.stopping or super()._should_save_intra_epoch_ckpt(
+            last_ckpt_time, steps_since_ckpt
+        )
+
+    def _save_intra_epoch_ckpt(self):
+        super()._save_intra_epoch_ckpt()
+        if self.stopping:
+            reason = self.stop.reason() or "another process was asked to leave"
+            raise Interrupted(reason)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Begin the sums of the epoch, or go on with them."""
+        self.tally = Tally()
+        if stage == sb.Stage.TRAIN and self._resumed is not None:
+            # Of all processes; the others begin at nothing.
+            self.tally = Tally(**self._resumed)
+            if not if_main_process():
+                self.tally.n_right = self.tally.n_seen = 0
+                self.tally.loss_sum = 0.0
+            self._resumed = None
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Call after a training stage: validation must not lose it."""
+        self._restore_random()
+        if stage == sb.Stage.TRAIN and self.checkpointer is not None:
+            self._save_intra_epoch_ckpt()
+
+    def _restore_random(self):
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+
+    @mark_as_saver
+    def _save(self, path):
+        """On every process; rank 0 writes."""
+        state = {
+            "step": self.step,
+            "avg_train_loss": self.avg_train_loss,
+            "optimizer_step": self.optimizer_step,
+            "tally": dataclasses.asdict(self.tally.joint()),
+            "n_bad_steps": self.n_bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+            "faults": self.faults[sb.Stage.TRAIN].messages,
+            "joint_batch": self.train_sampler.joint_size,
+            "data": self.data_fingerprint,
+            "random": gathered(random_state()),
+            "kept": {
+                name: getattr(self, name)
+                for name in self.kept_attributes
+                if hasattr(self, name)
+            },
+            "log": self._read_log(),
+        }
+        if if_main_process():
+            torch.save(state, path)
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        if not zipfile.is_zipfile(path):  # SpeechBrain's own, by a Brain
+            super()._recover(path, end_of_epoch)
+            return
+        state = torch.load(path, weights_only=True)
+        if not end_of_epoch:
+            self._check_same_epoch(state, path)
+            self._resumed = state["tally"]
+        for name in (
+            "step",
+            "avg_train_loss",
+            "optimizer_step",
+            "n_bad_steps",
+            "bad_in_a_row",
+        ):
+            setattr(self, name, state[name])
+        for name, value in state["kept"].items():
+            setattr(self, name, value)
+        self.faults[sb.Stage.TRAIN].restore(state["faults"])
+        self._log_to_restore = state["log"]
+        rank = self.rank if n_processes() > 1 else 0
+        self._random = state["random"][min(rank, len(state["random"]) - 1)]
+        if end_of_epoch:
+            # The next draw is the loader's; within an epoch that was earlier.
+            self._restore_random()
+
+    def _check_same_epoch(self, state: dict, path) -> None:
+        """Can this run finish the epoch that another one began?"""
+        joint = self.train_sampler.joint_size
+        if state["joint_batch"] != joint:
+            raise CheckpointError(
+                f"'{path}' was written within an epoch of joint batches of "
+                f"{state['joint_batch']} utterances, now they have {joint}. "
+                "Keep (number of processes) x batch_size, or delete "
+                f"'{os.path.dirname(path)}' to go on from the end of the "
+                "epoch before."
+            )
+        if state["data"] != self.data_fingerprint:
+            logger.warning(
+                "The training utterances are others than when the checkpoint "
+                "was written: the rest of this epoch may repeat some, or miss "
+                "some."
+            )
+
+    def _read_log(self) -> str | None:
+        log = getattr(self.hparams.train_logger, "save_file", None)
+        if log is None or not os.path.exists(log):
+            return None
+        with open(log, encoding="utf-8") as file:
+            return file.read()
