@@ -14,7 +14,6 @@ FLAC holds the same samples as WAV in about half the space.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,21 +21,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from speechbrain_ram.audio import AudioError, audio_info
 from speechbrain_ram.corpora.atomic import atomic_writer
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside
+from speechbrain_ram.corpora.transcode import (
+    FORMATS,
+    import_av,
+    transcode_chunk,
+)
 
 _CHUNK = 64  # files a task
-_FORMATS = {"flac": "FLAC", "wav": "WAV"}
-
-# An encoder's padding aside, the decoded length is the container's; a file
-# that ends early misses more. 0.1 s is two AAC frames at 22 kHz.
-_TOLERANCE_SECONDS = 0.1
 
 
 class Conversion(NamedTuple):
@@ -99,8 +95,8 @@ def convert_tree(
         complete stays, and a rerun continues.
     """
     import_av()
-    if to not in _FORMATS:
-        raise ValueError(f"to is '{to}', allowed are {', '.join(_FORMATS)}.")
+    if to not in FORMATS:
+        raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")
     source, destination = Path(source), Path(destination)
     check_outside(destination, source)
     names = find_recordings(source, extensions)
@@ -132,132 +128,14 @@ def convert_tree(
 def _map(chunks: list, workers: int) -> Iterator[list[str]]:
     """Convert chunks in order, in processes where that pays."""
     if workers == 1 or len(chunks) == 1:
-        yield from map(_convert_chunk, chunks)
+        yield from map(transcode_chunk, chunks)
         return
     # Spawned: a fork would copy locks of threads that torch has started.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        yield from pool.map(_convert_chunk, chunks)
+        yield from pool.map(transcode_chunk, chunks)
     finally:  # after an error, what has not begun is not begun
         pool.shutdown(cancel_futures=True)
-
-
-def import_av():
-    """Import PyAV, or say how to get it."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "Reading m4a files needs PyAV: pip install 'speechbrain-ram[m4a]'"
-        ) from error
-    return av
-
-
-def _convert_chunk(task: tuple) -> list[str]:
-    """Convert some files; 'converted', 'skipped' or what is wrong of each."""
-    source, destination, names, to, sample_rate = task
-    outcomes = []
-    for name in names:
-        path = os.path.join(source, name)
-        target = Path(destination, os.path.splitext(name)[0] + f".{to}")
-        if _is_complete(target, sample_rate):
-            outcomes.append("skipped")
-            continue
-        try:
-            samples = decode(path, sample_rate)
-        except AudioError as error:
-            outcomes.append(f"{name}: {error}")
-            continue
-        _write_checked(target, samples, sample_rate, to)
-        outcomes.append("converted")
-    return outcomes
-
-
-def _is_complete(path: Path, sample_rate: int) -> bool:
-    """Whether an earlier run finished this file: it was renamed then."""
-    try:
-        return audio_info(path).sample_rate == sample_rate
-    except AudioError:
-        return False
-
-
-def decode(path: str | os.PathLike, sample_rate: int = 16000) -> np.ndarray:
-    """Decode a recording of any format that FFmpeg knows.
-
-    Arguments
-    ---------
-    path : path
-        The file.
-    sample_rate : int
-        In Hz, of the result.
-
-    Returns
-    -------
-    np.ndarray
-        Shape [samples], int16, mono.
-
-    Raises
-    ------
-    AudioError
-        Not audio, or damaged, or shorter than its container says.
-    """
-    av = import_av()
-    pieces = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise AudioError(f"'{path}' has no audio stream.")
-            stream = container.streams.audio[0]
-            promised = None
-            if stream.duration is not None:
-                promised = float(stream.duration * stream.time_base)
-            resampler = av.AudioResampler("s16", "mono", sample_rate)
-            for frame in container.decode(stream):
-                pieces += [f.to_ndarray()[0] for f in resampler.resample(frame)]
-            pieces += [f.to_ndarray()[0] for f in resampler.resample(None)]
-    except (av.FFmpegError, OSError) as error:
-        raise AudioError(f"'{path}' cannot be decoded: {error}") from error
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-    if len(samples) == 0:
-        raise AudioError(f"'{path}' holds no samples.")
-    seconds = len(samples) / sample_rate
-    if promised is not None and seconds < promised - _TOLERANCE_SECONDS:
-        raise AudioError(
-            f"'{path}' is truncated: {promised:.2f} s are promised, "
-            f"{seconds:.2f} s could be decoded."
-        )
-    return samples
-
-
-def _write_checked(
-    target: Path, samples: np.ndarray, sample_rate: int, to: str
-) -> None:
-    """Write, read the header back, rename; leave nothing half-written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            soundfile.write(
-                temporary,
-                samples,
-                sample_rate,
-                format=_FORMATS[to],
-                subtype="PCM_16",
-            )
-            complete = audio_info(temporary).frames == len(samples)
-        except (soundfile.SoundFileError, AudioError):
-            complete = False  # libsndfile does not say why
-        if not complete:
-            raise OSError(
-                errno.ENOSPC,
-                "the file could not be written to its end, as when the disk "
-                "is full or a quota is used up. Make room and run again: "
-                "finished files are kept",
-                str(target),
-            )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", help="folder with m4a files")
     parser.add_argument("destination", help="folder for the new files")
-    parser.add_argument("--to", choices=sorted(_FORMATS), default="flac")
+    parser.add_argument("--to", choices=sorted(FORMATS), default="flac")
     parser.add_argument("--workers", type=int, help="processes")
     options = parser.parse_args(arguments)
     result = convert_tree(

@@ -1,0 +1,159 @@
+"""m4a to FLAC and WAV: same sound, no half files, no silent losses."""
+
+import errno
+import os
+import sys
+
+import miniature
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_ram.corpora import convert
+from speechbrain_ram.corpora.convert import convert_tree, main
+from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.corpora.transcode import DecodeError, decode
+
+pytest.importorskip("av", reason="the extra m4a is not installed")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return miniature.voxceleb2(
+        tmp_path / "vox2", miniature.voices(2, 2), folder="dev/aac"
+    )
+
+
+def m4a_files(root):
+    return sorted(root.rglob("*.m4a"))
+
+
+@pytest.mark.parametrize("to", ["flac", "wav"])
+def test_sound_is_kept(tmp_path, source, to):
+    result = convert_tree(source, tmp_path / "out", to=to, workers=1)
+    assert result == (4, 0, [])
+    for path, samples in zip(
+        m4a_files(source), sum(map(list, miniature.voices(2, 2)), []),
+        strict=True,
+    ):  # fmt: skip
+        relative = path.relative_to(source).with_suffix(f".{to}")
+        found, rate = soundfile.read(tmp_path / "out" / relative)
+        info = soundfile.info(tmp_path / "out" / relative)
+        assert (rate, found.ndim, info.subtype) == (16000, 1, "PCM_16")
+        # AAC rounds up to frames of 1,024 samples; the sound begins on time.
+        assert 0 <= len(found) - len(samples) < 1024
+        correlation = np.corrcoef(found[: len(samples)], samples)[0, 1]
+        assert correlation > 0.9
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not (tmp_path / "out" / "broken.txt").exists()
+
+
+def test_stereo_and_other_rates_become_16_khz_mono(tmp_path):
+    time = np.arange(44100) / 44100
+    left, right = (np.sin(2 * np.pi * f * time) for f in (500, 3000))
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 44100)
+    samples = decode(tmp_path / "a.wav")
+    assert samples.dtype == np.int16
+    assert abs(len(samples) - 16000) <= 32
+    spectrum = np.abs(np.fft.rfft(samples[:15900] * np.hanning(15900)))
+    peaks = np.argsort(spectrum)[-40:] * 16000 / 15900
+    assert {round(p / 500) for p in peaks} == {1, 6}
+
+
+def test_rerun_continues(tmp_path, source):
+    out = tmp_path / "out"
+    convert_tree(source, out, workers=1)
+    files = sorted(out.rglob("*.flac"))
+    files[0].unlink()
+    times = [path.stat().st_mtime_ns for path in files[1:]]
+    assert convert_tree(source, out, workers=1) == (1, 3, [])
+    assert [path.stat().st_mtime_ns for path in files[1:]] == times
+    assert files[0].is_file()
+
+
+def test_broken_files_are_listed_and_tried_again(tmp_path, source):
+    first, second, third, _ = m4a_files(source)
+    whole = first.read_bytes()
+    first.write_bytes(b"")
+    second.write_bytes(b"no audio at all " * 50)
+    third.write_bytes(third.read_bytes()[:-2000])  # its index is at the end
+    result = convert_tree(source, tmp_path / "out", workers=1)
+    assert result[:2] == (1, 0)
+    listed = (tmp_path / "out" / "broken.txt").read_text().splitlines()
+    assert listed == result.broken
+    assert [line.split(": ")[0] for line in listed] == [
+        str(path.relative_to(source)) for path in (first, second, third)
+    ]
+    assert len(list((tmp_path / "out").rglob("*.flac"))) == 1
+    first.write_bytes(whole)
+    again = convert_tree(source, tmp_path / "out", workers=1)
+    assert (again.converted, again.skipped, len(again.broken)) == (1, 1, 2)
+
+
+def test_audio_that_ends_early_is_broken(tmp_path, source):
+    """An MP4 with its index first survives cutting, and says less."""
+    path = tmp_path / "early.m4a"
+    samples = miniature.voices(2, 2)[0][0]
+    miniature.write_m4a(path, samples, movflags="faststart")
+    assert len(decode(path)) >= len(samples)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(DecodeError, match="truncated|cannot be decoded"):
+        decode(path)
+
+
+def test_several_processes(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(convert, "_CHUNK", 2)
+    assert convert_tree(source, tmp_path / "out", workers=2) == (4, 0, [])
+
+
+@pytest.mark.parametrize("when", ["write", "short"])
+def test_full_disk_stops_and_leaves_no_half_file(
+    tmp_path, source, monkeypatch, when
+):
+    original = soundfile.write
+
+    def full(path, samples, *rest, **options):
+        if "00002" in str(path):
+            if when == "write":
+                raise soundfile.LibsndfileError(2)
+            samples = samples[: len(samples) // 2]
+        original(path, samples, *rest, **options)
+
+    monkeypatch.setattr(soundfile, "write", full)
+    with pytest.raises(OSError, match="disk is full.*run again") as caught:
+        convert_tree(source, tmp_path / "out", workers=1)
+    assert caught.value.errno == errno.ENOSPC
+    assert not [p for p in (tmp_path / "out").rglob("*") if "00002" in p.name]
+    monkeypatch.setattr(soundfile, "write", original)
+    result = convert_tree(source, tmp_path / "out", workers=1)
+    assert result.skipped >= 1 and not result.broken
+
+
+def test_sources_that_are_no_good(tmp_path, source):
+    with pytest.raises(ManifestError, match="lies within the corpus"):
+        convert_tree(source, source / "flac")
+    with pytest.raises(ManifestError, match="no file below it ends in .*m4a"):
+        (tmp_path / "bare").mkdir()
+        convert_tree(tmp_path / "bare", tmp_path / "out")
+    with pytest.raises(ValueError, match="to is 'mp3', allowed are flac, wav"):
+        convert_tree(source, tmp_path / "out", to="mp3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra(tmp_path, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"speechbrain-ram\[m4a\]"):
+        convert_tree(source, tmp_path / "out")
+
+
+def test_command_line(tmp_path, source, capsys):
+    arguments = [str(source), str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 0
+    assert "4 converted, 0 were there already, 0 broken" in (
+        capsys.readouterr().out
+    )
+    os.truncate(m4a_files(source)[0], 10)
+    (tmp_path / "out/dev/aac/id00012/21Uxsk56VDQ/00001.flac").unlink()
+    assert main(arguments) == 1
+    assert "broken.txt" in capsys.readouterr().out
