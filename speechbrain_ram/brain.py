@@ -234,6 +234,7 @@ class SpeakerBrain(RobustBrain):
 
     def load_best(self) -> None:
         """Load the weights of the best checkpoint, after training."""
+        self.modules.eval()  # a run that had been finished trains nothing
         best = self.checkpointer.find_checkpoint(min_key=self.best_key)
         self.checkpointer.load_modules(best)
 
