@@ -141,6 +141,7 @@ class SpeakerEncoder:
         self,
         recordings: Recording | Iterable[Recording],
         progress: bool = False,
+        failures: dict[int, str] | None = None,
     ) -> np.ndarray:
         """Embed one recording or many.
 
@@ -151,6 +152,9 @@ class SpeakerEncoder:
             or of integers.
         progress : bool
             Whether to show a progress bar on stderr.
+        failures : dict, optional
+            If given, a recording that cannot be used leaves its position and
+            the reason here, and no row, instead of raising.
 
         Returns
         -------
@@ -168,48 +172,63 @@ class SpeakerEncoder:
         kinds = (str, os.PathLike, Segment, np.ndarray, torch.Tensor)
         single = isinstance(recordings, kinds)
         items = [recordings] if single else list(recordings)
-        rate = self.sample_rate
-        options = (rate, self.window_seconds, self.resample, self.mixdown)
-        pieces: list[Piece] = []
-        for position, item in enumerate(items):
-            pieces += split_into_pieces(item, position, *options)
         names = [describe(item, i) for i, item in enumerate(items)]
+        bad: dict[int, str] = {}
 
-        sums = np.zeros((len(items), self.embedding_dim), np.float64)
-        counts = np.zeros((len(items), 1))
-        pad = self.encoder.pad or partial(
-            pad_waveforms, hop=self.sample_rate // 100
+        def failed(position: int, error: AudioError) -> None:
+            if failures is None:
+                raise error
+            bad[position] = str(error)
+
+        pieces: list[Piece] = []
+        options = (
+            self.sample_rate,
+            self.window_seconds,
+            self.resample,
+            self.mixdown,
         )
+        for position, item in enumerate(items):
+            try:
+                pieces += split_into_pieces(item, position, *options)
+            except AudioError as error:
+                failed(position, error)
+        sums = np.zeros((len(items), self.embedding_dim))
+        counts = np.zeros((len(items), 1))
         batches = length_batches(
             [piece.samples for piece in pieces],
             int(self.batch_seconds * self.sample_rate),
+        )
+        pad = self.encoder.pad or partial(
+            pad_waveforms, hop=self.sample_rate // 100
         )
         with tqdm(
             total=len(pieces), unit="piece", desc="embed", disable=not progress
         ) as bar:
             for batch in batches:
                 heard, wavs = [], []
-                for index in batch:
-                    wav = pieces[index].load()
-                    recording = pieces[index].recording
-                    warn_of_clipping(wav, names[recording])
+                for piece in (pieces[index] for index in batch):
+                    try:
+                        wav = piece.load()
+                        warn_of_clipping(wav, names[piece.recording])
+                    except AudioError as error:
+                        failed(piece.recording, error)
+                        continue
                     if not is_silent(wav):
-                        heard.append(recording)
+                        heard.append(piece.recording)
                         wavs.append(wav)
                 if wavs:
                     rows = self.encoder.encode(*pad(wavs))
                     np.add.at(sums, heard, rows.double().cpu().numpy())
                     np.add.at(counts, heard, 1)
                 bar.update(len(batch))
-        silent = [
-            name for name, count in zip(names, counts, strict=True) if not count
-        ]
-        if silent:
-            raise AudioError(
-                f"{', '.join(silent[:10])}: only silence, {len(silent)} of "
-                f"{len(items)} recordings. Was the microphone muted?"
-            )
-        embeddings = (sums / counts).astype(np.float32)
+        for position, count in enumerate(counts):
+            if count == 0 and position not in bad:
+                why = "holds only silence. Was the microphone muted?"
+                failed(position, AudioError(f"{names[position]} {why}"))
+        if failures is not None:
+            failures.update(sorted(bad.items()))
+        good = [i for i in range(len(items)) if i not in bad]
+        embeddings = (sums[good] / counts[good]).astype(np.float32)
         if not np.isfinite(embeddings).all():
             raise EncoderError(
                 "the encoder returns NaN or infinite embeddings. Did its "

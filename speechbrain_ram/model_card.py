@@ -61,7 +61,7 @@ print(encoder.compare("a.wav", "b.wav"))
 ```
 
 ```
-speechbrain-ram compare path/of/this/folder a.wav b.wav
+speechbrain-ram compare --encoder path/of/this/folder a.wav b.wav
 ```
 
 With SpeechBrain alone (it executes what `hyperparams.yaml` names, so trust the

@@ -153,15 +153,15 @@ def quantise(
     path : path
         The file to write.
     examples : iterable of np.ndarray
-        What the graph will see: each shape [1, samples], or [1, frames, 80].
-        A hundred utterances of real speech are plenty.
+        What the graph will see, see :func:`graph_inputs`. A hundred
+        utterances of real speech are plenty.
 
     Returns
     -------
     pathlib.Path
         The file.
     """
-    _, onnxruntime = _import_onnx()
+    name = _session(source).get_inputs()[0].name
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -169,11 +169,7 @@ def quantise(
         quantize_static,
     )
 
-    session = onnxruntime.InferenceSession(
-        str(source), providers=["CPUExecutionProvider"]
-    )
-    name = session.get_inputs()[0].name
-    feeds = iter([{name: np.asarray(e, np.float32)} for e in examples])
+    feeds = ({name: np.asarray(e, np.float32)} for e in examples)
 
     class Examples(CalibrationDataReader):
         def get_next(self) -> Mapping[str, np.ndarray] | None:
@@ -191,6 +187,82 @@ def quantise(
             weight_type=QuantType.QInt8,
         )
     return Path(path)
+
+
+#: Exporters by the client that the file is for.
+EXPORTS = {"server": export_waveform, "sherpa-onnx": export_sherpa}
+
+
+def graph_inputs(
+    encoder: LoadedEncoder,
+    path: str | os.PathLike,
+    waveforms: Iterable[np.ndarray],
+) -> Iterator[np.ndarray]:
+    """What an exported graph is fed for recordings, batches of one.
+
+    Arguments
+    ---------
+    encoder : LoadedEncoder
+        The encoder that was exported.
+    path : path
+        The exported file.
+    waveforms : iterable of np.ndarray
+        Shape [samples] each.
+
+    Yields
+    ------
+    np.ndarray
+        Shape [1, samples], or [1, frames, bands] where the client computes
+        the features.
+    """
+    takes_features = _session(path).get_inputs()[0].name == "features"
+    for waveform in waveforms:
+        batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
+        if takes_features:
+            front_end = encoder.modules["compute_features"]
+            batch = front_end(batch.to(encoder.device)).cpu()
+        yield batch.numpy()
+
+
+def difference(
+    encoder: LoadedEncoder,
+    path: str | os.PathLike,
+    waveforms: Iterable[np.ndarray],
+) -> float:
+    """How far an exported graph is from PyTorch.
+
+    Arguments
+    ---------
+    encoder, path, waveforms
+        As for :func:`graph_inputs`.
+
+    Returns
+    -------
+    float
+        The largest difference of any embedding's component, relative to the
+        largest component of that embedding where that is above 1.
+    """
+    waveforms = list(waveforms)
+    session = _session(path)
+    name = session.get_inputs()[0].name
+    worst = 0.0
+    for waveform, fed in zip(
+        waveforms, graph_inputs(encoder, path, waveforms), strict=True
+    ):
+        (theirs,) = session.run(None, {name: fed})
+        batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
+        ours = encoder.encode(batch, torch.ones(1)).cpu().numpy()
+        worst = max(
+            worst, float(np.abs(ours - theirs).max() / max(1, abs(ours).max()))
+        )
+    return worst
+
+
+def _session(path: str | os.PathLike):
+    _, onnxruntime = _import_onnx()
+    return onnxruntime.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
 
 
 def _export(

@@ -69,16 +69,21 @@ def export_small(folder, front_end="fbank", decision=True, seed=0, **options):
 
 
 def voice(seconds, pitch=120.0, rate=16000, seed=0):
-    """Something voiced: a pulse train through two resonances, and noise."""
+    """Something voiced: gliding harmonics in moving resonances, and noise.
+
+    It changes all the time, as speech does: in a band that stays constant,
+    the normalisation of its variance would enlarge float32's rounding.
+    """
     generator = np.random.default_rng(seed)
     time = np.arange(int(seconds * rate)) / rate
+    glide = 1 + 0.2 * np.sin(2 * np.pi * 1.3 * time)
+    phase = 2 * np.pi * pitch * np.cumsum(glide) / rate
     wave = np.zeros_like(time)
-    for harmonic in range(1, int(rate / 2 / pitch)):
-        frequency = harmonic * pitch
-        level = sum(
-            1 / (1 + ((frequency - formant) / 150) ** 2)
-            for formant in (5 * pitch, 14 * pitch)
-        )
-        wave += level * np.sin(2 * np.pi * frequency * time)
-    wave += 0.05 * generator.standard_normal(len(time))
+    for harmonic in range(1, int(rate / 2.5 / pitch)):
+        for formant, speed in ((5 * pitch, 3.1), (14 * pitch, 2.3)):
+            centre = formant * (1 + 0.4 * np.sin(2 * np.pi * speed * time))
+            distance = (harmonic * pitch - centre) / 150
+            wave += np.sin(harmonic * phase) / (1 + distance**2)
+    wave *= 0.5 + 0.5 * np.sin(2 * np.pi * 4 * time) ** 2
+    wave += 0.2 * generator.standard_normal(len(time))
     return (0.3 * wave / np.abs(wave).max()).astype(np.float32)

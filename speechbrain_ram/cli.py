@@ -1,0 +1,382 @@
+"""The command ``speechbrain-ram``.
+
+Results go to stdout, as text or with ``--json`` as one JSON object; progress
+and complaints go to stderr. Exit codes: 0, done (``compare``, ``identify``:
+it is the same, an enrolled speaker); 1, it is another one; 2, an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import speechbrain_ram
+
+# Heavy imports are in the commands: --help must not wait for PyTorch.
+
+ERROR = 2
+
+
+def command(function: Callable) -> Callable:
+    """Add --json; print what a command returns; turn errors into exit 2.
+
+    The command returns (facts, text) or (facts, text, exit code).
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    @wraps(function)
+    def run(as_json: bool, **options: Any) -> None:
+        warnings.showwarning = lambda message, *_: click.echo(
+            f"Warning: {message}", err=True
+        )
+        try:
+            facts, text, *code = function(**options)
+        except (ValueError, OSError, ImportError) as error:
+            if as_json:
+                click.echo(json.dumps({"error": str(error)}))
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(ERROR)
+        click.echo(json.dumps(facts) if as_json else text)
+        sys.exit(*code)
+
+    return run
+
+
+encoder_option = click.option(
+    "-e",
+    "--encoder",
+    "folder",
+    required=True,
+    envvar="SPEECHBRAIN_RAM_ENCODER",
+    show_envvar=True,
+    help="Exported folder, or a run's output folder.",
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Such as cuda:0."
+)
+database_option = click.option(
+    "-d",
+    "--database",
+    required=True,
+    envvar="SPEECHBRAIN_RAM_DATABASE",
+    show_envvar=True,
+    help="File of enrolled speakers; the first enrolment creates it.",
+)
+threshold_option = click.option(
+    "--threshold",
+    help="Least score of one speaker: a number, EER or FAR=1%.  [default: EER]",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(speechbrain_ram.__version__)
+def main() -> None:
+    """Tell speakers apart with an encoder trained by speechbrain-ram.
+
+    Nothing that an encoder's folder contains is executed.
+    """
+
+
+@main.command()
+@encoder_option
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@threshold_option
+@device_option
+@command
+def compare(folder, a, b, threshold, device):
+    """Decide whether recordings A and B are of one speaker.
+
+    Exits with 0 for the same speaker, 1 for another, 2 on an error.
+    """
+    result = _load(folder, device).compare(a, b, _number_or_name(threshold))
+    verdict = "same speaker" if result.same_speaker else "different speakers"
+    text = f"{verdict}: score {result.score:.3f}, "
+    text += f"threshold {result.threshold:.3f}"
+    if result.llr is not None:
+        text += f", log-likelihood ratio {result.llr:+.1f}"
+    if result.targets_below is not None:
+        text += (
+            "\nOn the development list "
+            f"{100 * result.targets_below:.1f} % of same-speaker pairs score "
+            f"lower, {100 * result.nontargets_above:.1f} % of "
+            "different-speaker pairs score higher."
+        )
+    return asdict(result), text, 0 if result.same_speaker else 1
+
+
+@main.command()
+@encoder_option
+@click.argument("inputs", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", required=True, help="File to write, .npz.")
+@click.option("--data-root", default=".", help="What $data_root stands for.")
+@click.option("--skip-bad", is_flag=True, help="Leave unusable files out.")
+@device_option
+@command
+def embed(folder, inputs, output, data_root, skip_bad, device):
+    """Embed files, folders of them, or a manifest (.csv) into one .npz.
+
+    It holds ids [N], embeddings [N, E] and the encoder's fingerprint.
+    """
+    found = _recordings(inputs, data_root)
+    encoder = _load(folder, device)
+    failures: dict[int, str] | None = {} if skip_bad else None
+    rows = encoder.embed(found.values(), progress=True, failures=failures)
+    failures = failures or {}
+    ids = [name for i, name in enumerate(found) if i not in failures]
+    for reason in failures.values():
+        click.echo(f"Left out: {reason}", err=True)
+    if not output.endswith(".npz"):
+        raise ValueError(f"'{output}' does not end with .npz.")
+    temporary = f"{output}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(
+            file,
+            ids=np.array(ids, dtype=str),
+            embeddings=rows,
+            fingerprint=encoder.fingerprint,
+        )
+    os.replace(temporary, output)
+    facts = {
+        "output": output,
+        "embedded": len(rows),
+        "dimensions": encoder.embedding_dim,
+        "left_out": list(failures.values()),
+    }
+    return facts, f"{len(rows)} embeddings in {output}"
+
+
+@main.command()
+@encoder_option
+@database_option
+@click.argument("name", required=False)
+@click.argument("files", nargs=-1, type=click.Path())
+@click.option(
+    "--folders",
+    type=click.Path(),
+    help="Enrol every subfolder of this one under its name instead.",
+)
+@device_option
+@command
+def enroll(folder, database, name, files, folders, device):
+    """Enrol speaker NAME with FILES, or add them to what is enrolled."""
+    if bool(folders) == bool(name and files):
+        raise click.UsageError("Give NAME and FILES, or --folders.")
+    from speechbrain_ram.corpora.manifest import find_recordings
+
+    if folders:
+        parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
+        found = {
+            p.name: [p / file for file in find_recordings(p)] for p in parents
+        }
+    else:
+        found = {name: [Path(file) for file in files]}
+    encoder = _load(folder, device)
+    opened = _database(database, encoder)
+    everything = [file for group in found.values() for file in group]
+    rows = encoder.embed(everything, progress=True)
+    ends = np.cumsum([len(group) for group in found.values()])[:-1]
+    counts = opened.enroll_many(
+        dict(zip(found, np.split(rows, ends), strict=True))
+    )
+    text = [f"{who}: {count} recordings" for who, count in counts.items()]
+    return {"speakers": counts}, "\n".join(text)
+
+
+@main.command()
+@encoder_option
+@database_option
+@click.argument("file", type=click.Path())
+@click.option("--top", default=5, show_default=True, help="Candidates shown.")
+@threshold_option
+@device_option
+@command
+def identify(folder, database, file, top, threshold, device):
+    """Find the enrolled speaker of FILE.
+
+    Exits with 0 if the best score reaches the threshold, else with 1.
+    """
+    encoder = _load(folder, device)
+    least = encoder.threshold(_number_or_name(threshold))
+    embedding = encoder.embed(file)[0]
+    matches = _database(database, encoder).identify(embedding, top)
+    known = matches[0].score >= least
+    facts = {
+        "speaker": matches[0].name if known else None,
+        "threshold": least,
+        "matches": [asdict(match) for match in matches],
+    }
+    lines = [facts["speaker"] or "nobody enrolled", f"threshold {least:.3f}"]
+    lines += [f"{match.score:6.3f}  {match.name}" for match in matches]
+    return facts, "\n".join(lines), 0 if known else 1
+
+
+@main.command()
+@encoder_option
+@database_option
+@click.argument("name")
+@command
+def forget(folder, database, name):
+    """Remove speaker NAME from the enrolled ones."""
+    _database(database, _load(folder)).remove(name)
+    return {"removed": name}, f"{name} removed"
+
+
+@main.command()
+@encoder_option
+@click.argument("trials", type=click.Path())
+@click.option("--root", required=True, help="Where the list's paths start.")
+@click.option("-o", "--output", required=True, help="Score file to write.")
+@device_option
+@command
+def score(folder, trials, root, output, device):
+    """Score a trial list (LABEL ENROL TEST) into ENROL TEST SCORE LABEL."""
+    from speechbrain_ram.scoring import score_trials, write_scores
+    from speechbrain_ram.trials import check_utterances, read_trials
+
+    listed = read_trials(trials)
+    check_utterances(listed, root)
+    encoder = _load(folder, device)
+    names = listed.utterances
+    rows = encoder.embed([Path(root) / n for n in names], progress=True)
+    write_scores(listed, score_trials(listed, names, rows), output)
+    facts = {"output": output, "trials": len(listed), "files": len(names)}
+    return facts, f"{len(listed)} scores in {output}"
+
+
+@main.command()
+@click.argument("scores", nargs=-1, required=True, type=click.Path())
+@command
+def evaluate(scores):
+    """Print EER and detection costs of score files."""
+    from speechbrain_ram import metrics
+    from speechbrain_ram.scoring import read_scores
+
+    facts, lines = {}, []
+    for path in scores:
+        trials, values = read_scores(path)
+        result = metrics.evaluate(values, trials.labels)
+        facts[path] = asdict(result)
+        costs = ", ".join(
+            f"minDCF({prior:g}) {cost:.4f}"
+            for prior, cost in result.min_dcf.items()
+        )
+        lines.append(
+            f"{path}: EER {result.eer:.3f} %, {costs} "
+            f"({result.n_target} target, {result.n_nontarget} non-target)"
+        )
+    return facts, "\n".join(lines)
+
+
+@main.command()
+@encoder_option
+@click.argument("output", type=click.Path())
+@click.option(
+    "--for",
+    "client",
+    type=click.Choice(["server", "sherpa-onnx"]),
+    default="server",
+    show_default=True,
+    help="Waveform in, or Kaldi's features in with sherpa-onnx's metadata.",
+)
+@click.option("--int8", "examples", help="Quantise; folder of speech to see.")
+@command
+def export(folder, output, client, examples):
+    """Export to ONNX, checked against PyTorch."""
+    from speechbrain_ram import onnx_export
+    from speechbrain_ram.audio import read_audio
+
+    encoder = _load(folder)
+    rate = encoder.sample_rate
+    onnx_export.EXPORTS[client](encoder.encoder, output)
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)
+    probes = [noise[:rate], noise]
+    error = onnx_export.difference(encoder.encoder, output, probes)
+    facts = {"output": output, "difference": error}
+    text = f"{output}: differs from PyTorch by {error:.1e} at most"
+    if examples:
+        paths = [str(p) for p in _recordings([examples], ".").values()][:100]
+        wavs = [read_audio(p, 0, None, rate, True, True) for p in paths]
+        fed = onnx_export.graph_inputs(encoder.encoder, output, wavs)
+        onnx_export.quantise(output, output, fed)
+        text += f"; then quantised on {len(wavs)} files"
+    facts["bytes"] = Path(output).stat().st_size
+    return facts, f"{text}; {facts['bytes'] / 1e6:.1f} MB"
+
+
+@main.command()
+@encoder_option
+@click.option(
+    "-d",
+    "--database",
+    envvar="SPEECHBRAIN_RAM_DATABASE",
+    help="Also list who is enrolled.",
+)
+@command
+def info(folder, database):
+    """Show what an encoder is, and who is enrolled."""
+    encoder = _load(folder)
+    loaded = encoder.encoder.folder
+    network = encoder.encoder.modules["embedding_model"]
+    facts = {
+        "fingerprint": encoder.fingerprint,
+        "sample_rate": encoder.sample_rate,
+        "embedding_dim": encoder.embedding_dim,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **loaded.facts,
+    }
+    if encoder.decision is not None:
+        facts["EER"] = encoder.decision.eer
+        facts["thresholds"] = encoder.decision.thresholds
+        facts["development list"] = encoder.decision.trials
+    if database:
+        facts["enrolled"] = _database(database, encoder).speakers()
+    return facts, "\n".join(f"{key}: {value}" for key, value in facts.items())
+
+
+def _load(folder: str, device: str = "cpu"):
+    from speechbrain_ram.inference import SpeakerEncoder
+
+    return SpeakerEncoder.from_folder(folder, device)
+
+
+def _database(path: str, encoder):
+    from speechbrain_ram.enrolment import EnrolmentDatabase
+
+    return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
+
+
+def _number_or_name(threshold: str | None) -> float | str | None:
+    try:
+        return float(threshold)
+    except (TypeError, ValueError):
+        return threshold
+
+
+def _recordings(inputs, data_root: str) -> dict[str, Any]:
+    """Files, folders and manifests as recordings by unique names."""
+    from speechbrain_ram.corpora.manifest import find_recordings, read_manifest
+    from speechbrain_ram.inference import Segment
+
+    found: dict[str, Any] = {}
+    for item in inputs:
+        if os.path.isdir(item):
+            for name in find_recordings(item):
+                found[os.path.join(item, name)] = Path(item) / name
+        elif item.endswith(".csv"):
+            for row in read_manifest(item):
+                path = row.path(data_root)
+                found[row.id] = Segment(path, row.start, row.stop)
+        else:
+            found[item] = Path(item)
+    return found
