@@ -1,0 +1,229 @@
+"""Runs that are killed end as if nothing had happened."""
+
+import random
+import shutil
+import signal
+
+import pytest
+from conftest import run_recipe
+from survival import (
+    OPTIONS,
+    SETTINGS,
+    differences,
+    let_random_numbers_matter,
+    output_of,
+    train_in_process,
+)
+
+from speechbrain_ram import robust_brain
+from speechbrain_ram.brain import SpeakerBrain
+from speechbrain_ram.checkpoints import SafeCheckpointer
+
+SEED = 6
+N_KILLS = 20
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_corpus, tmp_path_factory):
+    """A run that nobody disturbs, and its events."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    status, events = train_in_process(tiny_corpus, folder)
+    assert status == 0, output_of(folder)
+    return folder, events
+
+
+def kill_and_continue(corpus, whole, folder, **how):
+    status, _ = train_in_process(corpus, folder, **how)
+    assert status == KILLED, output_of(folder)
+    how = {k: v for k, v in how.items() if k not in ("kill_at", "seconds")}
+    status, _ = train_in_process(corpus, folder, **how)
+    assert status == 0, output_of(folder)
+    assert differences(whole, folder) == set()
+
+
+def test_the_comparison_sees_another_seed(tiny_corpus, whole, tmp_path):
+    status, _ = train_in_process(tiny_corpus, tmp_path / "run", seed=7)
+    assert status == 0
+    assert {"embedding_model", "optimizer", "log", "scores.txt"} <= differences(
+        whole[0], tmp_path / "run"
+    )
+
+
+# One moment of each kind, so that none is left to luck.
+MOMENTS = {
+    "a step": ("before optimizers_step", 0.6),
+    "a validation": ("before evaluate_batch", 0.9),
+    "a checkpoint": ("before fsync", 0.5),
+    "the export": ("before export_inference", 0.0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_within(moment, tiny_corpus, whole, tmp_path):
+    name, share = MOMENTS[moment]
+    at = [i for i, event in enumerate(whole[1]) if event == name]
+    kill_and_continue(
+        tiny_corpus,
+        whole[0],
+        tmp_path / "run",
+        kill_at=at[int(share * len(at))] + (moment == "the export"),
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_any_of_its_events(tiny_corpus, whole, tmp_path):
+    """20 events of all kinds, drawn from a seed; a fresh run for each."""
+    draw = random.Random(SEED)
+    moments = draw.sample(range(len(whole[1])), N_KILLS)
+    for moment in moments:
+        print(f"killed at event {moment}, {whole[1][moment]}")
+        kill_and_continue(
+            tiny_corpus, whole[0], tmp_path / f"{moment}", kill_at=moment
+        )
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_time(tiny_corpus, whole, tmp_path):
+    """20 moments of processor time, drawn from a seed, with a worker."""
+    folder = tmp_path / "whole"
+    low, high = 0.2, 1.0
+    status, _ = train_in_process(tiny_corpus, folder, num_workers=1)
+    assert status == 0, output_of(folder)
+    assert differences(whole[0], folder) == set()
+    # How long a run takes, found by killing one that never ends.
+    while train_in_process(
+        tiny_corpus, tmp_path / f"probe{high}", num_workers=1, seconds=high
+    )[0]:
+        high *= 1.3
+    draw = random.Random(SEED)
+    killed = 0
+    for number in range(2 * N_KILLS):
+        seconds = draw.uniform(low, high)
+        run = tmp_path / f"{number}"
+        how = {"num_workers": 1}
+        status, events = train_in_process(
+            tiny_corpus, run, seconds=seconds, **how
+        )
+        assert status in (0, KILLED), output_of(run)
+        killed += status == KILLED
+        last = events[-1] if events else "the start"
+        print(f"killed after {seconds:.2f} s, {last}: {status}")
+        status, _ = train_in_process(tiny_corpus, run, **how)
+        assert status == 0, output_of(run)
+        assert differences(whole[0], run) == set()
+        shutil.rmtree(run)
+        if killed == N_KILLS:
+            return
+    pytest.fail(f"only {killed} of {2 * N_KILLS} runs were killed")
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again(tiny_corpus, whole, tmp_path):
+    """One run, killed 20 times on its way."""
+    draw = random.Random(SEED)
+    folder, killed = tmp_path / "run", 0
+    while killed < N_KILLS:
+        status, _ = train_in_process(
+            tiny_corpus, folder, kill_at=draw.randrange(5, 60)
+        )
+        if status == 0:
+            assert differences(whole[0], folder) == set()
+            shutil.rmtree(folder)  # it got through: begin another one
+            continue
+        assert status == KILLED, output_of(folder)
+        killed += 1
+    status, _ = train_in_process(tiny_corpus, folder)
+    assert status == 0
+    assert differences(whole[0], folder) == set()
+
+
+# -- controls: with a piece of state left out, the comparison must see it ---
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_corpus, whole, tmp_path_factory):
+    """A run that was killed in its second epoch, after a checkpoint."""
+    steps = [i for i, e in enumerate(whole[1]) if e == "before fit_batch"]
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    status, _ = train_in_process(tiny_corpus, folder, kill_at=steps[-1])
+    assert status == KILLED, output_of(folder)
+    newest = SafeCheckpointer(folder / "save").find_checkpoint()
+    assert not newest.meta["end-of-epoch"]
+    return folder
+
+
+def forget(*names):
+    """Load everything but some recoverables."""
+
+    def spoil(monkeypatch):
+        load = SafeCheckpointer.load_checkpoint
+
+        def partly(self, checkpoint):
+            kept = self.recoverables
+            self.recoverables = {k: v for k, v in kept.items() if k not in names}
+            load(self, checkpoint)
+            self.recoverables = kept
+
+        monkeypatch.setattr(SafeCheckpointer, "load_checkpoint", partly)
+
+    return spoil
+
+
+def forget_random_numbers(monkeypatch):
+    monkeypatch.setattr(robust_brain, "restore_random_state", lambda _: None)
+
+
+def forget_in_brain(*names):
+    """Load the brain's state with parts set to nothing."""
+
+    def spoil(monkeypatch):
+        load = robust_brain.torch.load
+
+        def partly(path, **kwargs):
+            state = load(path, **kwargs)
+            if str(path).endswith("brain.ckpt"):
+                state.update({name: type(state[name])() for name in names})
+                if "tally" in names:
+                    state["tally"] = robust_brain.Tally().__dict__
+            return state
+
+        monkeypatch.setattr(robust_brain.torch, "load", partly)
+
+    return spoil
+
+
+def forget_epoch_of_crops(monkeypatch):
+    from speechbrain_ram.dataset import CropDataset
+
+    monkeypatch.setattr(CropDataset, "set_epoch", lambda *_: None)
+
+
+CONTROLS = {
+    "nothing": (lambda _: None, None),
+    "sampler": (forget("dataloader-TRAIN"), "embedding_model"),
+    "random numbers": (forget_random_numbers, "embedding_model"),
+    "schedule": (forget_in_brain("step", "optimizer_step"), "embedding_model"),
+    "crops": (forget_epoch_of_crops, "embedding_model"),
+    "optimiser": (forget("optimizer"), "embedding_model"),
+    "epoch": (forget("epoch_counter"), "embedding_model"),
+    "sums": (forget_in_brain("tally"), "log"),
+    "log": (forget_in_brain("log"), "log"),
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_what_a_checkpoint_forgets_is_seen(
+    control, tiny_corpus, whole, interrupted, tmp_path, monkeypatch
+):
+    shutil.copytree(interrupted, tmp_path / "run")
+    spoil, seen = CONTROLS[control]
+    monkeypatch.setattr(
+        SpeakerBrain, "compute_forward", SpeakerBrain.compute_forward
+    )
+    let_random_numbers_matter()
+    spoil(monkeypatch)
+    run_recipe(tiny_corpus, tmp_path / "run", *OPTIONS, **SETTINGS)
+    found = differences(whole[0], tmp_path / "run")
+    assert (seen in found) if seen else not found
+
