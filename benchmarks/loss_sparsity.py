@@ -30,15 +30,13 @@ from speechbrain_ram.fused import FusedMarginClassifier
 from speechbrain_ram.losses import make_objective
 
 SPEEDS = (1.0, 0.9, 1.1)
-CROPS, CROP_SAMPLES = 6, 32_000
+CROPS, CROP_SAMPLES = 3, 32_000
 BATCH, BLOCK = 512, 16
-EPOCHS = (0, 1, 2, 5, 10, 20, 40)
+EPOCHS = (0, 1, 2, 5, 10, 20)
 CASES = [
     ("ram", "hinge", 0.2),
     ("ram", "hinge", 0.3),
-    ("ram", "paper", 0.2),
     ("ram", "paper", 0.3),
-    ("ram", "released", 0.3),
 ]
 
 
@@ -58,10 +56,10 @@ def main() -> None:
         f"{len(x):,} crops of 2 s of real speech, {n_classes} classes (125 "
         "speakers of speechocean762 at three speeds), a two-layer network on "
         "statistics of log Mel bands, scale 30, batches of "
-        f"{BATCH}. Share of (sample, class) pairs that break the margin; of "
-        "classes visited by the backward pass of one sample alone would be "
-        "the same; of a batch of 64 and of 512; of blocks of "
-        f"{BLOCK} classes visited for a batch of 64.",
+        f"{BATCH}. Pairs: the share of (sample, class) pairs that break the "
+        "margin, which is also the share of classes that the backward pass "
+        "of one sample visits. Classes: the share that it visits for a batch "
+        f"of 64 or 512. Blocks: of {BLOCK} neighbouring classes.",
         [
             "loss",
             "margin",

@@ -1,0 +1,167 @@
+"""Embedding recordings of mixed length, against one at a time.
+
+    SPEECHOCEAN762=FOLDER python benchmarks/bench_extraction.py [--quick]
+
+All rows read the same files and run the same half-width ResNet34; the result
+of each is compared with that of the first row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Table, alternate
+from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import InputNormalization
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from speechbrain_ram.audio import read_audio
+from speechbrain_ram.embeddings import extract
+from speechbrain_ram.resnet import BasicBlock, ResNet34
+
+CHANNELS = (16, 32, 64, 128)
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer files")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--files", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", help="folder of the table")
+    args = parser.parse_args()
+    if "SPEECHOCEAN762" not in os.environ:
+        sys.exit("SPEECHOCEAN762 must name the corpus folder (with dev/).")
+    root = Path(os.environ["SPEECHOCEAN762"]) / "dev"
+    files = sorted(str(p.relative_to(root)) for p in root.glob("*/*.ogg"))
+    wanted = 40 if args.quick else args.files
+    files = files[:: max(1, len(files) // wanted)][:wanted]
+    lengths = [len(read_audio(root / file)) / 16000 for file in files]
+    suffix = "" if args.device == "cpu" else f"-{args.device}"
+    table = Table(
+        f"extraction{suffix}",
+        "Extracting embeddings",
+        f"{len(files)} recordings of real speech, {min(lengths):.1f} to "
+        f"{max(lengths):.1f} s, {statistics.mean(lengths):.1f} s on average, "
+        "Ogg Vorbis; half-width ResNet34 (16-32-64-128), float32 but for the "
+        "last row. Difference: the largest of any coordinate, against the "
+        "first row, embeddings scaled to length 1.",
+        ["extraction", "utterances/s", "against the first", "difference"],
+        args.output,
+    )
+    torch.manual_seed(0)
+    network = settled(ResNet34(channels=CHANNELS))
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    folded = fold(copy.deepcopy(network)).to(memory_format=torch.channels_last)
+    batched = partial(extract, utterances=files, root=root, progress=False)
+    results = {}
+
+    def keep(name, function):
+        def run():
+            results[name] = function()
+
+        return run
+
+    cases = {
+        "one by one": lambda: one_by_one(
+            Encoder(network, args.device), files, root
+        ),
+        "one by one, channels_last": lambda: one_by_one(
+            Encoder(last, args.device), files, root
+        ),
+        "batched": lambda: batched(Encoder(network, args.device)).matrix,
+        "batched, channels_last": lambda: (
+            batched(Encoder(last, args.device)).matrix
+        ),
+        "batched, channels_last, folded": lambda: (
+            batched(Encoder(folded, args.device)).matrix
+        ),
+        "batched, channels_last, bf16": lambda: (
+            batched(Encoder(last, args.device, bf16=True)).matrix
+        ),
+    }
+    cases = {name: keep(name, function) for name, function in cases.items()}
+    seconds = alternate(
+        cases, 2 if args.quick else args.rounds, device=args.device
+    )
+    first = unit(results["one by one"])
+    base = statistics.median(seconds["one by one"])
+    for name, values in seconds.items():
+        table.note(name, [value / sum(lengths) for value in values])
+        middle = statistics.median(values)
+        difference = np.abs(unit(results[name]) - first).max()
+        table.add(
+            name,
+            f"{len(files) / middle:.1f}",
+            f"{base / middle:.2f}",
+            f"{difference:.1e}",
+        )
+    table.write()
+
+
+def settled(network: ResNet34) -> ResNet34:
+    """Give the batch norms statistics, as training would."""
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(8, 200, 80))
+    return network.eval()
+
+
+def fold(network: ResNet34) -> ResNet34:
+    """Put every batch norm after a convolution into its weights."""
+    network.conv = fuse_conv_bn_eval(network.conv, network.norm)
+    network.norm = torch.nn.Identity()
+    for block in network.modules():
+        if isinstance(block, BasicBlock):
+            block.conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
+            block.conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
+            block.norm1 = block.norm2 = torch.nn.Identity()
+            if isinstance(block.shortcut, torch.nn.Sequential):
+                block.shortcut = fuse_conv_bn_eval(*block.shortcut)
+    return network
+
+
+class Encoder:
+    """Waveforms to embeddings, SpeechBrain's front-end."""
+
+    def __init__(self, network, device, bf16=False):
+        self.device, self.bf16 = device, bf16
+        self.fbank = Fbank(sample_rate=16000, n_mels=80, n_fft=512).to(device)
+        self.normalise = InputNormalization(norm_type="sentence").to(device)
+        self.network = network.to(device)
+
+    def __call__(self, waveforms, lengths):
+        waveforms, lengths = waveforms.to(self.device), lengths.to(self.device)
+        feats = self.normalise(self.fbank(waveforms), lengths)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.network(feats, lengths).squeeze(1)
+
+
+@torch.inference_mode()
+def one_by_one(encode, files, root) -> np.ndarray:
+    """What a first script does."""
+    rows = []
+    for file in files:
+        waveform = read_audio(root / file)
+        row = encode(waveform.unsqueeze(0), torch.ones(1))
+        rows.append(row.float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def unit(matrix: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+if __name__ == "__main__":
+    main()

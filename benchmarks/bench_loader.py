@@ -1,0 +1,182 @@
+"""Random crops of 2 s from loose files and shards, against SpeechBrain's path.
+
+    SPEECHOCEAN762=FOLDER python benchmarks/bench_loader.py [--quick]
+
+Theirs is SpeechBrain's VoxCeleb recipe: ``DynamicItemDataset``, a pipeline
+with ``random.randint`` and ``audio_io.load``. Both go through SpeechBrain's
+``make_dataloader`` in batches of 32, on the same files, in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import soundfile
+import speechbrain as sb
+import torch
+from harness import Table, alternate
+from speechbrain.dataio import audio_io
+from speechbrain.dataio.dataloader import make_dataloader
+
+from speechbrain_ram import dataset
+from speechbrain_ram.audio import read_audio
+from speechbrain_ram.corpora.manifest import Utterance, write_manifest
+from speechbrain_ram.corpora.shards import pack_shards
+
+BATCH, CROP, RATE = 32, 32_000, 16_000
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer files")
+    parser.add_argument("--output", help="folder of the table")
+    args = parser.parse_args()
+    if "SPEECHOCEAN762" not in os.environ:
+        sys.exit("SPEECHOCEAN762 must name the corpus folder (with train/).")
+    torch.set_num_threads(1)
+    table = Table(
+        "loader",
+        "Loading training crops",
+        "Utterances a second, 2 s crops of real speech (speechocean762), "
+        "batches of 32; `in process` is CPU time without workers, `workers` "
+        "is wall time with one worker a core.",
+        ["files", "workers", "theirs", "ours", "ours / theirs"],
+        args.output,
+    )
+    rounds = 3 if args.quick else 7
+    wav = {}
+    with tempfile.TemporaryDirectory() as folder:
+        roots = corpora(Path(folder), 64 if args.quick else 320)
+        workers = [0] if args.quick else [0, os.cpu_count()]
+        for kind, (manifest, root, rows) in roots.items():
+            for n in workers:
+                data = {"ours": ours(manifest, root)}
+                if kind != "shards":
+                    data["theirs"] = theirs(rows)
+                cases = {
+                    name: partial(consume, one, n) for name, one in data.items()
+                }
+                seconds = alternate(cases, rounds)
+                for name, values in seconds.items():
+                    each = [value / len(rows) for value in values]
+                    table.note(f"{kind} workers={n} {name}", each)
+                rate = {
+                    name: len(rows) / statistics.median(values)
+                    for name, values in seconds.items()
+                }
+                if kind == "wav":
+                    wav[n] = rate["theirs"]  # what shards replace
+                other = rate.get("theirs", wav.get(n))
+                table.add(
+                    kind,
+                    n or "in process",
+                    f"{other:,.0f}" + " (wav)" * (kind == "shards"),
+                    f"{rate['ours']:,.0f}",
+                    f"{rate['ours'] / other:.2f}",
+                )
+    table.write()
+
+
+def corpora(folder: Path, size: int):
+    """The same utterances as ogg, flac, wav and shards."""
+    source = Path(os.environ["SPEECHOCEAN762"]) / "train"
+    files = []
+    for path in sorted(source.glob("*/*.ogg")):
+        if soundfile.info(str(path)).frames > CROP + RATE // 10:
+            files.append(path)
+    files = files[:: max(1, len(files) // size)][:size]
+    result = {}
+    for kind in ("ogg", "flac", "wav"):
+        rows = []
+        for path in files:
+            target = folder / kind / path.parent.name / f"{path.stem}.{kind}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            samples = read_audio(path).numpy()
+            if kind == "ogg":
+                target.symlink_to(path)
+            else:
+                soundfile.write(target, samples, RATE, subtype="PCM_16")
+            name = str(target.relative_to(folder / kind))
+            rows.append(
+                Utterance(
+                    name,
+                    len(samples) / RATE,
+                    str(target),
+                    0,
+                    len(samples),
+                    path.parent.name,
+                )
+            )
+        manifest = folder / f"{kind}.csv"
+        write_manifest(rows, manifest)
+        result[kind] = manifest, folder / kind, rows
+    packed = pack_shards(
+        folder / "wav.csv", folder / "wav", folder / "shards", progress=False
+    )
+    # Last: in the order of measuring, after wav.
+    result["shards"] = packed, folder / "wav", result["wav"][2]
+    return result
+
+
+def ours(manifest, root):
+    """This package's dataset."""
+    crops, _, _ = dataset.speaker_datasets(manifest, manifest, root)
+    return crops
+
+
+def theirs(rows):
+    """The pipeline of SpeechBrain's VoxCeleb recipe."""
+    data = sb.dataio.dataset.DynamicItemDataset(
+        {
+            row.id: {
+                "wav": row.wav,
+                "start": row.start,
+                "stop": row.stop,
+                "duration": row.duration,
+                "spk_id": row.spk_id,
+            }
+            for row in rows
+        }
+    )
+    encoder = sb.dataio.encoder.CategoricalEncoder()
+
+    @sb.utils.data_pipeline.takes("wav", "start", "stop", "duration")
+    @sb.utils.data_pipeline.provides("sig")
+    def audio_pipeline(wav, start, stop, duration):
+        start = random.randint(0, int(duration * RATE) - CROP)
+        sig, _ = audio_io.load(wav, num_frames=CROP, frame_offset=start)
+        return sig.transpose(0, 1).squeeze(1)
+
+    @sb.utils.data_pipeline.takes("spk_id")
+    @sb.utils.data_pipeline.provides("spk_id", "spk_id_encoded")
+    def label_pipeline(spk_id):
+        yield spk_id
+        yield encoder.encode_sequence_torch([spk_id])
+
+    data.add_dynamic_item(audio_pipeline)
+    data.add_dynamic_item(label_pipeline)
+    encoder.update_from_didataset(data, "spk_id")
+    encoder.expect_len(len(encoder))
+    data.set_output_keys(["id", "sig", "spk_id_encoded"])
+    return data
+
+
+def consume(data, workers) -> None:
+    """Take every batch of an epoch."""
+    loader = make_dataloader(
+        data, batch_size=BATCH, shuffle=True, num_workers=workers
+    )
+    for batch in loader:
+        assert batch.sig.data.shape[1] == CROP
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One training step against the same network through SpeechBrain's stock path.
+
+    OMP_NUM_THREADS=2 python benchmarks/bench_step.py [--quick] [--device cuda]
+
+The step is front-end, ResNet34, classifier of 5,994 speakers, loss, backward,
+Adam, on crops of 2 s. Stock: SpeechBrain's Fbank, default memory layout,
+Classifier, one-hot LogSoftmaxWrapper. The other rows change one thing more
+each. A second table says where the time of the first and last row goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from harness import Table, alternate, clock
+from speechbrain.lobes.features import Fbank
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from speechbrain.nnet.losses import LogSoftmaxWrapper
+from speechbrain.processing.features import InputNormalization
+
+from speechbrain_ram.fused import FusedMarginClassifier
+from speechbrain_ram.losses import make_objective
+from speechbrain_ram.resnet import ResNet34
+
+SPEAKERS, SAMPLES = 5_994, 32_000
+WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
+
+# What each row adds to the one above.
+STEPS = {
+    "stock": {},
+    "channels_last": {"channels_last": True},
+    "+ fused loss": {"channels_last": True, "fused": True},
+    "+ bf16 autocast": {"channels_last": True, "fused": True, "bf16": True},
+}
+COMPILED = {
+    "+ torch.compile": {
+        "channels_last": True,
+        "fused": True,
+        "bf16": True,
+        "compiled": True,
+    }
+}
+
+
+def main() -> None:
+    """Measure, print and write the tables."""
+    args = parse_arguments()
+    device = args.device
+    steps = {**STEPS, **COMPILED} if device == "cuda" else STEPS
+    suffix = "" if device == "cpu" else f"-{device}"
+    table = Table(
+        f"step{suffix}",
+        "The training step",
+        "Utterances a second of one step on 2 s crops, 5,994 speakers; median "
+        "over rounds that alternate the rows.",
+        ["ResNet34", "batch", "step", "utterances/s", "against stock"],
+        args.output,
+    )
+    profile = Table(
+        f"step_profile{suffix}",
+        "Where the time of a step goes",
+        "Milliseconds of each stage, by turns with a synchronisation between "
+        "stages; the backward pass is of encoder, classifier and loss.",
+        ["ResNet34", "batch", "step", *Step.STAGES],
+        args.output,
+    )
+    widths = ["half"] if args.quick else args.widths
+    for width in widths:
+        for batch in [16] if args.quick else args.batches:
+            built = {
+                name: Step(WIDTHS[width], batch, device, **options)
+                for name, options in steps.items()
+            }
+            rounds = 3 if args.quick else args.rounds
+            seconds = alternate(built, rounds, device=device)
+            stock = statistics.median(seconds["stock"])
+            for name, values in seconds.items():
+                table.note(f"{width} N={batch} {name}", values)
+                middle = statistics.median(values)
+                table.add(
+                    width,
+                    batch,
+                    name,
+                    f"{batch / middle:.1f}",
+                    f"{stock / middle:.2f}",
+                )
+            for name in () if args.quick else (list(steps)[0], list(steps)[-1]):
+                stages = built[name].stages()
+                profile.add(
+                    width,
+                    batch,
+                    name,
+                    *(f"{1000 * stages[stage]:.1f}" for stage in Step.STAGES),
+                )
+            del built
+    table.write()
+    if not args.quick:
+        profile.write()
+
+
+class Step:
+    """A training step that can be called, whole or stage by stage."""
+
+    STAGES = ("front-end", "encoder", "classifier + loss", "backward", "Adam")
+
+    def __init__(
+        self,
+        channels,
+        batch,
+        device,
+        channels_last=False,
+        fused=False,
+        bf16=False,
+        compiled=False,
+    ):
+        torch.manual_seed(0)
+        self.device = device
+        self.waveforms = torch.randn(batch, SAMPLES, device=device)
+        self.lengths = torch.ones(batch, device=device)
+        self.targets = torch.randint(SPEAKERS, (batch, 1), device=device)
+        self.fbank = Fbank(sample_rate=16000, n_mels=80, n_fft=512).to(device)
+        self.normalise = InputNormalization(norm_type="sentence").to(device)
+        self.encoder = ResNet34(channels=channels).to(device).train()
+        if channels_last:
+            self.encoder.to(memory_format=torch.channels_last)
+        loss_fn = make_objective("ram", 0.3, 30.0)
+        if fused:
+            classifier = FusedMarginClassifier(512, SPEAKERS, loss_fn)
+            self.loss = partial(self._fused, classifier.to(device))
+        else:
+            classifier = Classifier(512, out_neurons=SPEAKERS).to(device)
+            wrapper = LogSoftmaxWrapper(loss_fn)
+            self.loss = partial(self._stock, classifier, wrapper)
+        self.optimizer = torch.optim.Adam(
+            [*self.encoder.parameters(), *classifier.parameters()], lr=1e-3
+        )
+        self.context = nullcontext
+        if bf16:
+            self.context = partial(torch.autocast, device, torch.bfloat16)
+        self.encode = torch.compile(self.encoder) if compiled else self.encoder
+
+    def _stock(self, classifier, wrapper, embeddings):
+        return wrapper(classifier(embeddings), self.targets)
+
+    def _fused(self, classifier, embeddings):
+        return classifier(embeddings, self.targets)
+
+    def __call__(self) -> None:
+        """The whole step."""
+        self.optimizer.zero_grad()
+        with self.context():
+            feats = self.normalise(self.fbank(self.waveforms), self.lengths)
+            embeddings = self.encode(feats)
+        self.loss(embeddings.float()).backward()
+        self.optimizer.step()
+
+    def stages(self, rounds: int = 3) -> dict[str, float]:
+        """Median seconds of each stage."""
+        seconds = {stage: [] for stage in self.STAGES}
+        for _ in range(rounds):
+            times = [clock(self.device)]
+            self.optimizer.zero_grad()
+            with self.context():
+                feats = self.normalise(self.fbank(self.waveforms), self.lengths)
+                times.append(clock(self.device))
+                embeddings = self.encode(feats)
+            times.append(clock(self.device))
+            loss = self.loss(embeddings.float())
+            times.append(clock(self.device))
+            loss.backward()
+            times.append(clock(self.device))
+            self.optimizer.step()
+            times.append(clock(self.device))
+            for stage, start, end in zip(
+                self.STAGES, times, times[1:], strict=False
+            ):
+                seconds[stage].append(end - start)
+        return {
+            stage: statistics.median(values)
+            for stage, values in seconds.items()
+        }
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="half, batch 16")
+    parser.add_argument("--output", help="folder of the tables")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16, 64], metavar="N"
+    )
+    parser.add_argument(
+        "--widths", nargs="+", default=["half", "full"], choices=list(WIDTHS)
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Shards against the loose recordings that they were packed from."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.dataio.dataloader import make_dataloader
+
+from speechbrain_ram import dataset
+from speechbrain_ram.audio import AudioError, read_audio
+from speechbrain_ram.corpora import shards
+from speechbrain_ram.corpora.manifest import (
+    ManifestError,
+    Utterance,
+    read_manifest,
+    write_manifest,
+)
+from speechbrain_ram.corpora.shards import main, pack_shards
+from speechbrain_ram.packed import is_packed, read_packed
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Nine noises of 0.2 to 0.6 s, in FLAC and WAV, dots in their names."""
+    draw = np.random.default_rng(0)
+    root, rows = tmp_path / "corpus", []
+    for number in range(9):
+        ending = ("flac", "wav")[number % 2]
+        name = f"s{number % 3}/a.b{number}.{ending}"
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        samples = draw.integers(-32768, 32768, draw.integers(3200, 9600))
+        soundfile.write(path, samples.astype(np.int16), 16000)
+        seconds = len(samples) / 16000
+        rows.append(
+            Utterance(
+                name, seconds, f"$data_root/{name}", 0, len(samples), name[:2]
+            )
+        )
+    write_manifest(rows, tmp_path / "loose.csv")
+    return tmp_path
+
+
+def pack(corpus, output="shards", **kwargs):
+    kwargs = {"shard_bytes": 40_000, "progress": False, **kwargs}
+    return pack_shards(
+        corpus / "loose.csv", corpus / "corpus", corpus / output, **kwargs
+    )
+
+
+def test_samples_order_and_speakers_are_the_same(corpus):
+    loose = read_manifest(corpus / "loose.csv")
+    packed = read_manifest(pack(corpus))
+    assert [row.id for row in packed] == [row.id for row in loose]
+    assert [row.spk_id for row in packed] == [row.spk_id for row in loose]
+    assert len({row.wav.partition("#")[0] for row in packed}) > 2
+    for here, there in zip(packed, loose, strict=True):
+        path = there.path(corpus / "corpus")
+        assert (here.start, here.stop) == (there.start, there.stop)
+        assert torch.equal(
+            read_packed(here.wav, 0, here.stop), read_audio(path)
+        )
+        assert torch.equal(
+            read_packed(here.wav, 100, 1700), read_audio(path, 100, 1700)
+        )
+
+
+def test_batches_of_the_loader_are_the_same(corpus, monkeypatch):
+    """The same crops in the same order, whatever the workers."""
+
+    def either(path, start, stop, *args):
+        if is_packed(path):
+            return read_packed(path, start, stop)
+        return read_audio(path, start, stop, *args)
+
+    monkeypatch.setattr(dataset, "read_audio", either)
+    pack(corpus)
+    epochs = []
+    for manifest, workers in (
+        (corpus / "loose.csv", 0),
+        (corpus / "shards" / "manifest.csv", 0),
+        (corpus / "shards" / "manifest.csv", 2),
+    ):
+        crops, _, _ = dataset.speaker_datasets(
+            manifest, manifest, corpus / "corpus", crop_seconds=0.25
+        )
+        crops.set_epoch(3)
+        order = torch.Generator().manual_seed(5)
+        loader = make_dataloader(
+            crops,
+            batch_size=4,
+            shuffle=True,
+            generator=order,
+            num_workers=workers,
+        )
+        epochs.append(list(loader))
+    for packed in epochs[1:]:
+        for ours, loose in zip(packed, epochs[0], strict=True):
+            assert ours.id == loose.id
+            assert torch.equal(ours.sig.data, loose.sig.data)
+            assert torch.equal(
+                ours.spk_id_encoded.data, loose.spk_id_encoded.data
+            )
+
+
+def test_webdataset_reads_the_shards(corpus):
+    wds = pytest.importorskip("webdataset")
+    packed = {row.id: row for row in read_manifest(pack(corpus))}
+    files = sorted(str(p) for p in (corpus / "shards").glob("*.tar"))
+    seen = set()
+    for sample in wds.WebDataset(files, shardshuffle=False):
+        label = json.loads(sample["json"])
+        row = packed[label["id"]]
+        samples = np.frombuffer(sample["wav"][44:], "<i2") / 32768
+        assert label["spk_id"] == row.spk_id
+        assert np.array_equal(samples, read_packed(row.wav, 0, row.stop))
+        seen.add(row.id)
+    assert seen == set(packed)
+
+
+def test_an_interrupted_packing_goes_on(corpus, monkeypatch):
+    whole = pack(corpus, "whole").parent
+    calls = []
+
+    def unplugged(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            raise OSError("unplugged")
+        return read_audio(*args, **kwargs)
+
+    monkeypatch.setattr(shards, "read_audio", unplugged)
+    with pytest.raises(OSError, match="unplugged"):
+        pack(corpus)
+    assert not (corpus / "shards" / "manifest.csv").exists()
+    before = {p: p.stat() for p in (corpus / "shards").glob("*.tar")}
+    assert before
+    calls[:] = [None] * 10
+    manifest = pack(corpus)
+    assert all(p.stat() == stat for p, stat in before.items())
+    for tar in whole.glob("*.tar"):  # the same bytes, whoever packs them
+        assert tar.read_bytes() == (manifest.parent / tar.name).read_bytes()
+    assert not list(manifest.parent.glob("*.tmp"))
+
+
+def test_shards_can_be_moved(corpus):
+    pack(corpus).parent.rename(corpus / "moved")
+    old = read_manifest(corpus / "moved" / "manifest.csv")[0]
+    with pytest.raises(AudioError, match="moved since"):
+        read_packed(old.wav, 0, old.stop)
+    row = read_manifest(pack(corpus, "moved"))[0]
+    loose = read_manifest(corpus / "loose.csv")[0].path(corpus / "corpus")
+    assert torch.equal(read_packed(row.wav, 0, row.stop), read_audio(loose))
+
+
+def test_other_shards_in_the_folder(corpus):
+    pack(corpus)
+    with pytest.raises(ManifestError, match="other utterances.*another one"):
+        pack(corpus, seed=2)
+
+
+def test_never_into_the_corpus(corpus):
+    with pytest.raises(ManifestError, match="lies within the corpus"):
+        pack(corpus, "corpus/shards")
+
+
+def test_truncated_shard(corpus):
+    row = read_manifest(pack(corpus))[0]
+    tar = corpus / row.wav.partition("#")[0]
+    offset = int(row.wav.partition("#")[2])
+    with open(tar, "r+b") as file:
+        file.truncate(offset + 1000)
+    with pytest.raises(AudioError, match="truncated.*500 could be read"):
+        read_packed(row.wav, 0, row.stop)
+
+
+def test_command_line(corpus, capsys):
+    main([str(corpus / "loose.csv"), str(corpus / "corpus"), str(corpus / "o")])
+    manifest = capsys.readouterr().out.strip()
+    assert len(read_manifest(manifest)) == 9
+    with tarfile.open(corpus / "o" / "shard-000000.tar") as file:
+        assert len(file.getnames()) == 18
