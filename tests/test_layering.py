@@ -11,20 +11,20 @@ PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
 FLOORS = [
     # Alone: formulas, formats, readers.
     "architecture audio calibration corpora.atomic corpora.transcode "
-    "embedding_store enrolment "
+    "diagnostics embedding_store enrolment "
     "features fused_torch fused_triton losses metrics pooling schedules "
     "score_norm trials "
     "checkpoints joint_batches processes random_state stopping "
     "sync_batch_norm",
     # On one of those each.
-    "bootstrap corpora.headers decision embeddings faults fused recordings "
-    "resnet "
+    "bootstrap corpora.headers decision embeddings faults fused packed "
+    "recordings resnet "
     "scoring",
     "class_parallel corpora.manifest model_card",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "dataset encoder_folder robust_brain",
-    "corpora.convert corpora.folder corpora.sitw loading",
+    "corpora.convert corpora.folder corpora.shards corpora.sitw loading",
     # The SpeechBrain runtime, and the corpora of the paper.
     "brain corpora.cnceleb corpora.voxceleb inference",
     # What people type goes here.
