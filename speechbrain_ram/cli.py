@@ -7,74 +7,24 @@ it is the same, an enrolled speaker); 1, it is another one; 2, an error.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 
 import speechbrain_ram
-
-# Heavy imports are in the commands: --help must not wait for PyTorch.
-
-ERROR = 2
-
-
-def command(function: Callable) -> Callable:
-    """Add --json; print what a command returns; turn errors into exit 2.
-
-    The command returns (facts, text) or (facts, text, exit code).
-    """
-
-    @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-    @wraps(function)
-    def run(as_json: bool, **options: Any) -> None:
-        warnings.showwarning = lambda message, *_: click.echo(
-            f"Warning: {message}", err=True
-        )
-        try:
-            facts, text, *code = function(**options)
-        except (ValueError, OSError, ImportError) as error:
-            if as_json:
-                click.echo(json.dumps({"error": str(error)}))
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(ERROR)
-        click.echo(json.dumps(facts) if as_json else text)
-        sys.exit(*code)
-
-    return run
-
-
-encoder_option = click.option(
-    "-e",
-    "--encoder",
-    "folder",
-    required=True,
-    envvar="SPEECHBRAIN_RAM_ENCODER",
-    show_envvar=True,
-    help="Exported folder, or a run's output folder.",
-)
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Such as cuda:0."
-)
-database_option = click.option(
-    "-d",
-    "--database",
-    required=True,
-    envvar="SPEECHBRAIN_RAM_DATABASE",
-    show_envvar=True,
-    help="File of enrolled speakers; the first enrolment creates it.",
-)
-threshold_option = click.option(
-    "--threshold",
-    help="Least score of one speaker: a number, EER or FAR=1%.  [default: EER]",
+from speechbrain_ram.cli_common import (
+    command,
+    database_option,
+    device_option,
+    encoder_option,
+    load_encoder,
+    number_or_name,
+    open_database,
+    recordings,
+    threshold_option,
 )
 
 
@@ -99,7 +49,9 @@ def compare(folder, a, b, threshold, device):
 
     Exits with 0 for the same speaker, 1 for another, 2 on an error.
     """
-    result = _load(folder, device).compare(a, b, _number_or_name(threshold))
+    result = load_encoder(folder, device).compare(
+        a, b, number_or_name(threshold)
+    )
     verdict = "same speaker" if result.same_speaker else "different speakers"
     text = f"{verdict}: score {result.score:.3f}, "
     text += f"threshold {result.threshold:.3f}"
@@ -124,12 +76,12 @@ def compare(folder, a, b, threshold, device):
 @device_option
 @command
 def embed(folder, inputs, output, data_root, skip_bad, device):
-    """Embed files, folders of them, or a manifest (.csv) into one .npz.
+    """Embed files, folders or a manifest into one .npz.
 
     It holds ids [N], embeddings [N, E] and the encoder's fingerprint.
     """
-    found = _recordings(inputs, data_root)
-    encoder = _load(folder, device)
+    found = recordings(inputs, data_root)
+    encoder = load_encoder(folder, device)
     failures: dict[int, str] | None = {} if skip_bad else None
     rows = encoder.embed(found.values(), progress=True, failures=failures)
     failures = failures or {}
@@ -169,10 +121,10 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
 @device_option
 @command
 def enroll(folder, database, name, files, folders, device):
-    """Enrol speaker NAME with FILES, or add them to what is enrolled."""
+    """Enrol speaker NAME with FILES, or add to what is enrolled."""
     if bool(folders) == bool(name and files):
         raise click.UsageError("Give NAME and FILES, or --folders.")
-    from speechbrain_ram.corpora.manifest import find_recordings
+    from speechbrain_ram.corpora.find import find_recordings
 
     if folders:
         parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
@@ -181,8 +133,8 @@ def enroll(folder, database, name, files, folders, device):
         }
     else:
         found = {name: [Path(file) for file in files]}
-    encoder = _load(folder, device)
-    opened = _database(database, encoder)
+    encoder = load_encoder(folder, device)
+    opened = open_database(database, encoder)
     everything = [file for group in found.values() for file in group]
     rows = encoder.embed(everything, progress=True)
     ends = np.cumsum([len(group) for group in found.values()])[:-1]
@@ -206,10 +158,10 @@ def identify(folder, database, file, top, threshold, device):
 
     Exits with 0 if the best score reaches the threshold, else with 1.
     """
-    encoder = _load(folder, device)
-    least = encoder.threshold(_number_or_name(threshold))
+    encoder = load_encoder(folder, device)
+    least = encoder.threshold(number_or_name(threshold))
     embedding = encoder.embed(file)[0]
-    matches = _database(database, encoder).identify(embedding, top)
+    matches = open_database(database, encoder).identify(embedding, top)
     known = matches[0].score >= least
     facts = {
         "speaker": matches[0].name if known else None,
@@ -228,7 +180,7 @@ def identify(folder, database, file, top, threshold, device):
 @command
 def forget(folder, database, name):
     """Remove speaker NAME from the enrolled ones."""
-    _database(database, _load(folder)).remove(name)
+    open_database(database, load_encoder(folder)).remove(name)
     return {"removed": name}, f"{name} removed"
 
 
@@ -240,13 +192,16 @@ def forget(folder, database, name):
 @device_option
 @command
 def score(folder, trials, root, output, device):
-    """Score a trial list (LABEL ENROL TEST) into ENROL TEST SCORE LABEL."""
+    """Score a trial list.
+
+    Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL.
+    """
     from speechbrain_ram.scoring import score_trials, write_scores
     from speechbrain_ram.trials import check_utterances, read_trials
 
     listed = read_trials(trials)
     check_utterances(listed, root)
-    encoder = _load(folder, device)
+    encoder = load_encoder(folder, device)
     names = listed.utterances
     rows = encoder.embed([Path(root) / n for n in names], progress=True)
     write_scores(listed, score_trials(listed, names, rows), output)
@@ -296,7 +251,7 @@ def export(folder, output, client, examples):
     from speechbrain_ram import onnx_export
     from speechbrain_ram.audio import read_audio
 
-    encoder = _load(folder)
+    encoder = load_encoder(folder)
     rate = encoder.sample_rate
     onnx_export.EXPORTS[client](encoder.encoder, output)
     noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)
@@ -305,13 +260,57 @@ def export(folder, output, client, examples):
     facts = {"output": output, "difference": error}
     text = f"{output}: differs from PyTorch by {error:.1e} at most"
     if examples:
-        paths = [str(p) for p in _recordings([examples], ".").values()][:100]
+        paths = [str(p) for p in recordings([examples], ".").values()][:100]
         wavs = [read_audio(p, 0, None, rate, True, True) for p in paths]
         fed = onnx_export.graph_inputs(encoder.encoder, output, wavs)
         onnx_export.quantise(output, output, fed)
         text += f"; then quantised on {len(wavs)} files"
     facts["bytes"] = Path(output).stat().st_size
     return facts, f"{text}; {facts['bytes'] / 1e6:.1f} MB"
+
+
+@main.command("map")
+@encoder_option
+@click.argument("source", type=click.Path())
+@click.option("-o", "--output", required=True, help="An .html or an image.")
+@click.option("--data-root", default=".", help="What $data_root stands for.")
+@device_option
+@command
+def draw(folder, source, output, data_root, device):
+    """Draw a map of the voices of a folder.
+
+    SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
+    """
+    from speechbrain_ram import similarity_map
+
+    found = recordings([source], data_root)
+    starts = [name.removeprefix(source).lstrip("/") for name in found]
+    speakers = [start.split("/")[0] for start in starts]
+    rows = load_encoder(folder, device).embed(found.values(), progress=True)
+    points = similarity_map.project(rows)
+    if output.endswith(".html"):
+        similarity_map.write_html(points, speakers, starts, output)
+    else:
+        similarity_map.draw_map(points, speakers, output)
+    facts = {"output": output, "recordings": len(rows)}
+    facts["speakers"] = len(set(speakers))
+    return facts, f"{len(rows)} recordings on a map in {output}"
+
+
+@main.command()
+@encoder_option
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@device_option
+@command
+def demo(folder, host, port, device):
+    """Serve a web page that compares two recordings."""
+    from speechbrain_ram.demo import serve
+
+    encoder = load_encoder(folder, device)
+    click.echo(f"http://{host}:{port}  (stop with Ctrl-C)", err=True)
+    serve(encoder, host, port)
+    return {}, ""
 
 
 @main.command()
@@ -325,7 +324,7 @@ def export(folder, output, client, examples):
 @command
 def info(folder, database):
     """Show what an encoder is, and who is enrolled."""
-    encoder = _load(folder)
+    encoder = load_encoder(folder)
     loaded = encoder.encoder.folder
     network = encoder.encoder.modules["embedding_model"]
     facts = {
@@ -340,43 +339,5 @@ def info(folder, database):
         facts["thresholds"] = encoder.decision.thresholds
         facts["development list"] = encoder.decision.trials
     if database:
-        facts["enrolled"] = _database(database, encoder).speakers()
+        facts["enrolled"] = open_database(database, encoder).speakers()
     return facts, "\n".join(f"{key}: {value}" for key, value in facts.items())
-
-
-def _load(folder: str, device: str = "cpu"):
-    from speechbrain_ram.inference import SpeakerEncoder
-
-    return SpeakerEncoder.from_folder(folder, device)
-
-
-def _database(path: str, encoder):
-    from speechbrain_ram.enrolment import EnrolmentDatabase
-
-    return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
-
-
-def _number_or_name(threshold: str | None) -> float | str | None:
-    try:
-        return float(threshold)
-    except (TypeError, ValueError):
-        return threshold
-
-
-def _recordings(inputs, data_root: str) -> dict[str, Any]:
-    """Files, folders and manifests as recordings by unique names."""
-    from speechbrain_ram.corpora.manifest import find_recordings, read_manifest
-    from speechbrain_ram.inference import Segment
-
-    found: dict[str, Any] = {}
-    for item in inputs:
-        if os.path.isdir(item):
-            for name in find_recordings(item):
-                found[os.path.join(item, name)] = Path(item) / name
-        elif item.endswith(".csv"):
-            for row in read_manifest(item):
-                path = row.path(data_root)
-                found[row.id] = Segment(path, row.start, row.stop)
-        else:
-            found[item] = Path(item)
-    return found

@@ -26,6 +26,10 @@ SHORTEST = 0.1
 SILENCE = 2.0**-15
 
 
+class RecordingWarning(UserWarning):
+    """A recording can be used, but is not as it should be."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A part of a file.
@@ -178,6 +182,7 @@ def warn_of_clipping(waveform: torch.Tensor, name: str) -> None:
         warnings.warn(
             f"{name} is clipped: {100 * share:.0f} % of its samples are at "
             "full scale. Its score is less certain.",
+            RecordingWarning,
             stacklevel=2,
         )
 

@@ -13,7 +13,7 @@ FLOORS = [
     "architecture audio calibration corpora.atomic corpora.transcode "
     "diagnostics embedding_store enrolment "
     "features fused_torch fused_triton losses metrics pooling schedules "
-    "score_norm trials "
+    "score_norm similarity_map trials "
     "checkpoints joint_batches processes random_state stopping "
     "sync_batch_norm",
     # On one of those each.
@@ -26,8 +26,11 @@ FLOORS = [
     "dataset encoder_folder robust_brain",
     "corpora.convert corpora.folder corpora.shards corpora.sitw loading",
     # The SpeechBrain runtime, and the corpora of the paper.
-    "brain corpora.cnceleb corpora.voxceleb inference",
-    # What people type goes here.
+    "brain corpora.cnceleb corpora.voxceleb inference "
+    "onnx_export",
+    # What people type.
+    "cli_common demo",
+    "cli",
 ]
 FLOOR_OF = {
     name: floor for floor, names in enumerate(FLOORS) for name in names.split()

@@ -1,0 +1,125 @@
+"""What the commands share: options, JSON or text, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+# PyTorch is imported where it is needed: --help must not wait for it.
+
+ERROR = 2
+INTERRUPTED = 130  # as shells have it
+
+
+def command(function: Callable) -> Callable:
+    """Add --json; print what a command returns; turn errors into exit 2.
+
+    The command returns (facts, text) or (facts, text, exit code).
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    @wraps(function)
+    def run(as_json: bool, **options: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                facts, text, *code = function(**options)
+        except (ValueError, OSError, ImportError) as error:
+            if as_json:
+                click.echo(json.dumps({"error": str(error)}))
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(ERROR)
+        except click.ClickException:
+            raise
+        except Exception:
+            # Python would exit with 1, which says "another speaker".
+            traceback.print_exc()
+            sys.exit(ERROR)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        click.echo(json.dumps(facts) if as_json else text)
+        sys.exit(*code)
+
+    return run
+
+
+encoder_option = click.option(
+    "-e",
+    "--encoder",
+    "folder",
+    required=True,
+    envvar="SPEECHBRAIN_RAM_ENCODER",
+    show_envvar=True,
+    help="Exported folder, or a run's output folder.",
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Such as cuda:0."
+)
+database_option = click.option(
+    "-d",
+    "--database",
+    required=True,
+    envvar="SPEECHBRAIN_RAM_DATABASE",
+    show_envvar=True,
+    help="File of enrolled speakers; the first enrolment creates it.",
+)
+threshold_option = click.option(
+    "--threshold",
+    help="Least score of one speaker: a number, EER or FAR=1%.  [default: EER]",
+)
+
+
+def load_encoder(folder: str, device: str = "cpu"):
+    from speechbrain_ram.inference import SpeakerEncoder
+
+    return SpeakerEncoder.from_folder(folder, device)
+
+
+def open_database(path: str, encoder):
+    from speechbrain_ram.enrolment import EnrolmentDatabase
+
+    return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
+
+
+def number_or_name(threshold: str | None) -> float | str | None:
+    try:
+        return float(threshold)
+    except (TypeError, ValueError):
+        return threshold
+
+
+def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
+    """Files, folders and manifests as recordings by unique names."""
+    from speechbrain_ram.corpora.find import find_recordings
+    from speechbrain_ram.corpora.manifest import read_manifest
+    from speechbrain_ram.inference import Segment
+
+    found: dict[str, Any] = {}
+    for item in inputs:
+        if os.path.isdir(item):
+            for name in find_recordings(item):
+                found[os.path.join(item, name)] = Path(item) / name
+        elif item.endswith(".csv"):
+            for row in read_manifest(item):
+                path = row.path(data_root)
+                found[row.id] = Segment(path, row.start, row.stop)
+        else:
+            found[item] = Path(item)
+    return found
+
+
+def _show_warning(message, category, *_) -> None:
+    """Ours only: those of PyTorch are not for people at a command line."""
+    from speechbrain_ram.recordings import RecordingWarning
+
+    if issubclass(category, RecordingWarning):
+        click.echo(f"Warning: {message}", err=True)

@@ -1,0 +1,246 @@
+"""Tests of the command, through its own parser."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+from small_encoder import DIM, export_small, voice
+
+from speechbrain_ram import cli_common
+from speechbrain_ram.cli import main
+from speechbrain_ram.inference import SpeakerEncoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export_small(tmp_path_factory.mktemp("export") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return SpeakerEncoder.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory):
+    """SPEAKER/FILE.wav, three speakers of two recordings."""
+    root = tmp_path_factory.mktemp("voices")
+    for speaker, pitch in (("ada", 210), ("bob", 110), ("cy", 160)):
+        (root / speaker).mkdir()
+        for i in range(2):
+            wav = voice(1.0, pitch + 3 * i, seed=pitch + i)
+            soundfile.write(root / speaker / f"{i}.wav", wav, 16000)
+    return root
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    monkeypatch.setenv("SPEECHBRAIN_RAM_ENCODER", str(folder))
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def answer(result):
+    """The one JSON object on stdout."""
+    return json.loads(result.stdout)
+
+
+def test_compare_says_it_with_its_exit_code(run, voices, encoder):
+    a, b = voices / "ada" / "0.wav", voices / "bob" / "0.wav"
+    score = encoder.score(a, b)
+    result = run("compare", a, b, "--threshold", score - 0.01)
+    assert result.stdout.startswith(f"same speaker: score {score:.3f}")
+    assert "of same-speaker pairs score lower" in result.stdout
+    result = run("compare", a, b, "--threshold", score + 0.01, code=1)
+    assert result.stdout.startswith("different speakers")
+    default = run("compare", a, a, "--json")
+    facts = answer(default)
+    assert facts["same_speaker"] is True
+    assert facts["threshold"] == encoder.decision.threshold("EER")
+    named = answer(run("compare", a, a, "--json", "--threshold", "FAR=1%"))
+    assert named["threshold"] == encoder.decision.threshold("FAR=1%")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_errors_exit_with_two(run, voices, as_json):
+    options = ["--json"] if as_json else []
+    a = voices / "ada" / "0.wav"
+    result = run("compare", a, voices / "missing.wav", *options, code=2)
+    assert "missing.wav' does not exist" in result.stderr
+    if as_json:
+        assert "missing.wav" in answer(result)["error"]
+    else:
+        assert result.stdout == ""
+    run("compare", a, code=2)  # click's own complaint
+    run("compare", a, a, "--threshold", "nonsense", *options, code=2)
+    run("compare", a, a, "-e", voices, *options, code=2)
+
+
+def test_a_bug_does_not_look_like_another_speaker(run, voices, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(SpeakerEncoder, "compare", crash)
+    a = voices / "ada" / "0.wav"
+    result = run("compare", a, a, code=2)
+    assert "a bug" in result.stderr
+
+
+def test_clipping_is_told_on_stderr(run, tmp_path):
+    loud = np.clip(30 * voice(1.0), -1, 1)
+    soundfile.write(tmp_path / "loud.wav", loud, 16000)
+    path = tmp_path / "loud.wav"
+    result = run("compare", path, path, "--json")
+    assert "Warning:" in result.stderr and "is clipped" in result.stderr
+    assert answer(result)["same_speaker"]
+
+
+def test_embed(run, voices, encoder, tmp_path):
+    output = tmp_path / "out.npz"
+    extra = voices / "ada" / "1.wav"
+    facts = answer(run("embed", voices / "bob", extra, "-o", output, "--json"))
+    assert facts["embedded"] == 3 and facts["dimensions"] == DIM
+    with np.load(output) as data:
+        assert data["fingerprint"] == encoder.fingerprint
+        ids, rows = data["ids"].tolist(), data["embeddings"]
+    paths = [voices / "bob" / "0.wav", voices / "bob" / "1.wav", extra]
+    assert ids == [str(path) for path in paths]
+    np.testing.assert_allclose(rows, encoder.embed(paths), atol=1e-4)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_embed_a_manifest(run, voices, encoder, tmp_path):
+    manifest = tmp_path / "rows.csv"
+    manifest.write_text(
+        "ID,duration,wav,start,stop,spk_id\n"
+        "part,0.5,$data_root/bob/0.wav,4000,12000,bob\n"
+    )
+    output = tmp_path / "out.npz"
+    run("embed", manifest, "--data-root", voices, "-o", output)
+    wav = soundfile.read(voices / "bob" / "0.wav", dtype="float32")[0]
+    with np.load(output) as data:
+        assert data["ids"].tolist() == ["part"]
+        expected = encoder.embed(wav[4000:12000])
+        np.testing.assert_allclose(data["embeddings"], expected, atol=1e-4)
+
+
+def test_embed_and_bad_files(run, voices, tmp_path):
+    bad = tmp_path / "bad.wav"
+    bad.write_text("no audio")
+    output = tmp_path / "out.npz"
+    good = voices / "ada" / "0.wav"
+    run("embed", good, bad, "-o", output, code=2)
+    assert not output.exists()
+    result = run("embed", good, bad, "-o", output, "--skip-bad", "--json")
+    assert "Left out: '" in result.stderr
+    assert "bad.wav" in answer(result)["left_out"][0]
+    assert len(np.load(output)["ids"]) == 1
+    run("embed", good, "-o", tmp_path / "out.txt", code=2)
+
+
+def test_enrol_identify_forget(run, voices, tmp_path):
+    database = tmp_path / "who.db"
+    options = ["-d", database]
+    run("enroll", *options, "ada", voices / "ada" / "0.wav")
+    result = run("enroll", *options, "ada", voices / "ada" / "1.wav")
+    assert result.stdout == "ada: 2 recordings\n"
+    facts = answer(run("enroll", *options, "--folders", voices, "--json"))
+    assert facts["speakers"] == {"ada": 4, "bob": 2, "cy": 2}
+    file = voices / "bob" / "0.wav"
+    result = run("identify", *options, file, "--threshold", "-1", "--json")
+    facts = answer(result)
+    assert facts["speaker"] == facts["matches"][0]["name"]
+    assert len(facts["matches"]) == 3
+    scores = [match["score"] for match in facts["matches"]]
+    assert scores == sorted(scores, reverse=True)
+    result = run("identify", *options, file, "--threshold", "1.1", code=1)
+    assert result.stdout.startswith("nobody enrolled")
+    run("forget", *options, "bob")
+    info = answer(run("info", *options, "--json"))
+    assert info["enrolled"] == {"ada": 4, "cy": 2}
+    result = run("forget", *options, "bob", code=2)
+    assert "Nobody called 'bob'" in result.stderr
+    run("enroll", *options, "ada", code=2)
+    run("enroll", *options, code=2)
+
+
+def test_score_and_evaluate(run, voices, encoder, tmp_path):
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 ada/0.wav ada/1.wav\n0 ada/0.wav bob/1.wav\n")
+    output = tmp_path / "scores.txt"
+    run("score", trials, "--root", voices, "-o", output)
+    rows = [line.split() for line in output.read_text().splitlines()]
+    assert [(r[0], r[1], r[3]) for r in rows] == [
+        ("ada/0.wav", "ada/1.wav", "1"),
+        ("ada/0.wav", "bob/1.wav", "0"),
+    ]
+    expected = encoder.score(voices / rows[0][0], voices / rows[0][1])
+    assert float(rows[0][2]) == pytest.approx(expected, abs=1e-4)
+    output.write_text("a b 0.9 1\na c 0.1 0\n")
+    assert "EER 0.000 %" in run("evaluate", output).stdout
+    facts = answer(run("evaluate", output, "--json"))[str(output)]
+    assert facts["eer"] == 0.0 and facts["n_target"] == 1
+    trials.write_text("1 ada/0.wav nobody/1.wav\n")
+    result = run("score", trials, "--root", voices, "-o", output, code=2)
+    assert "1 of 2 recordings are missing" in result.stderr
+
+
+def test_info(run, encoder):
+    facts = answer(run("info", "--json"))
+    assert facts["fingerprint"] == encoder.fingerprint
+    assert facts["embedding_dim"] == DIM
+    assert facts["thresholds"] == encoder.decision.thresholds
+    assert "development list: imagined" in run("info").stdout
+
+
+def test_export(run, voices, tmp_path):
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "e.onnx"
+    facts = answer(run("export", output, "--int8", voices, "--json"))
+    assert facts["difference"] < 1e-4
+    assert facts["bytes"] == output.stat().st_size
+    other = tmp_path / "s.onnx"
+    result = run("export", other, "--for", "sherpa-onnx", code=2)
+    assert "Train one with --frontend kaldi" in result.stderr
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("ending", ["html", "png"])
+def test_map(run, voices, tmp_path, ending):
+    pytest.importorskip("sklearn")
+    output = tmp_path / f"map.{ending}"
+    facts = answer(run("map", voices, "-o", output, "--json"))
+    assert (facts["recordings"], facts["speakers"]) == (6, 3)
+    assert output.stat().st_size > 1000
+
+
+def test_help_reads_well_and_does_not_wait_for_pytorch():
+    script = (
+        "import sys, speechbrain_ram.cli as cli\n"
+        "try: cli.main(['--help'], prog_name='speechbrain-ram')\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for name, sub in main.commands.items():
+        line = sub.get_short_help_str(limit=60)
+        assert line.endswith(".") and "..." not in line, line
+        assert f"  {name} " in result.stdout
+
+
+def test_without_an_encoder(monkeypatch):
+    monkeypatch.delenv("SPEECHBRAIN_RAM_ENCODER", raising=False)
+    result = CliRunner().invoke(main, ["info"])
+    assert result.exit_code == cli_common.ERROR
+    assert "--encoder" in result.output

@@ -1,0 +1,217 @@
+"""Tests of the web page: its answers, and itself in a real browser."""
+
+import io
+import json
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import soundfile
+from small_encoder import export_small, voice
+
+from speechbrain_ram import demo
+from speechbrain_ram.inference import SpeakerEncoder
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("multipart")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "encoder"
+    facts = {"corpus": "voices <script>alert(1)</script>"}
+    return SpeakerEncoder.from_folder(export_small(folder, facts=facts))
+
+
+@pytest.fixture(scope="module")
+def address(encoder):
+    config = uvicorn.Config(
+        demo.create_app(encoder), port=0, log_level="warning"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def wav_bytes(wav):
+    body = io.BytesIO()
+    soundfile.write(body, wav, 16000, format="WAV")
+    return body.getvalue()
+
+
+def post(address, **parts):
+    """A form of files; returns status and answer."""
+    edge = b"----edge"
+    body = b""
+    for name, (filename, content) in parts.items():
+        head = f'form-data; name="{name}"; filename="{filename}"'
+        body += b"--" + edge + b"\r\nContent-Disposition: "
+        body += head.encode() + b"\r\n\r\n" + content + b"\r\n"
+    body += b"--" + edge + b"--\r\n"
+    kind = f"multipart/form-data; boundary={edge.decode()}"
+    request = urllib.request.Request(
+        f"{address}/compare", body, {"Content-Type": kind}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_the_answer_is_the_encoders(address, encoder):
+    a, b = voice(1.0, 110), voice(2.0, 210)
+    status, answer = post(
+        address, a=("a.wav", wav_bytes(a)), b=("b.wav", wav_bytes(b))
+    )
+    assert status == 200
+    assert answer["score"] == pytest.approx(encoder.score(a, b), abs=1e-3)
+    assert answer["threshold"] == encoder.decision.threshold()
+    seconds = [wave["seconds"] for wave in answer["waveforms"]]
+    assert seconds == [1.0, 2.0]
+    for wave, wav in zip(answer["waveforms"], (a, b), strict=True):
+        assert len(wave["peaks"]) == demo.BARS
+        assert max(wave["peaks"]) == pytest.approx(np.abs(wav).max(), abs=1e-3)
+
+
+def test_what_the_page_shows_of_the_encoder(address, encoder):
+    with urllib.request.urlopen(f"{address}/encoder") as response:
+        answer = json.load(response)
+    assert tuple(answer["decision"]["targets"]) == encoder.decision.targets
+    with urllib.request.urlopen(address) as response:
+        page = response.read().decode()
+        policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'self'")
+    assert "http://" not in page and "https://" not in page
+
+
+def test_unusable_recordings_are_named_as_they_were_sent(address):
+    good = ("good.wav", wav_bytes(voice(1.0)))
+    for name, content, message in (
+        ("notes.txt", b"no audio", "'notes.txt' cannot be read"),
+        ("mute.wav", wav_bytes(np.zeros(16000)), "'mute.wav' holds only sil"),
+        ("blip.wav", wav_bytes(voice(0.01)), "'blip.wav' lasts 10 ms"),
+    ):
+        status, answer = post(address, a=good, b=(name, content))
+        assert status == 400
+        assert message in answer["error"]
+        assert "/tmp" not in answer["error"]
+    status, answer = post(address, a=good)
+    assert status == 400
+    assert answer["error"] == "Two files, a and b, are needed."
+
+
+def test_too_much_is_refused(address, monkeypatch):
+    monkeypatch.setattr(demo, "LARGEST_UPLOAD", 2**20)
+    big = ("big.wav", wav_bytes(voice(40.0)))
+    status, answer = post(address, a=big, b=big)
+    assert status == 400
+    assert answer["error"] == "The recordings exceed 1 MB together."
+
+
+def test_an_encoder_without_thresholds(tmp_path):
+    folder = export_small(tmp_path / "encoder", decision=False)
+    with pytest.raises(ValueError, match="No threshold was saved"):
+        demo.create_app(SpeakerEncoder.from_folder(folder))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no chromedriver: the page was NOT tried in a browser")
+    options = webdriver.ChromeOptions()
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        "--window-size=960,1000",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver)
+    browser = webdriver.Chrome(options, service)
+    yield browser
+    browser.quit()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the page did not get there"
+        time.sleep(0.1)
+
+
+def test_the_page_in_a_browser(address, browser, tmp_path):
+    def text(element):
+        return browser.find_element("id", element).text
+
+    browser.get(address)
+    wait_for(lambda: "EER" in text("facts"))
+    assert "alert(1)" in text("facts")  # as text, not as a script
+    compare = browser.find_element("id", "compare")
+    assert not compare.is_enabled()
+    for side, pitch in (("a", 110), ("b", 210)):
+        path = tmp_path / f"{side}.wav"
+        path.write_bytes(wav_bytes(voice(1.0, pitch)))
+        browser.find_element("id", f"file-{side}").send_keys(str(path))
+    compare.click()
+    wait_for(lambda: text("verdict"))
+    assert text("verdict") in ("The same speaker", "Different speakers")
+    assert "threshold" in text("details")
+    assert "score" in browser.find_element("id", "plot").text
+    drawn = (
+        "const c = document.getElementById('wave-a');"
+        "return c.getContext('2d').getImageData(0, 0, c.width, c.height)"
+        ".data.some(value => value > 0)"
+    )
+    assert browser.execute_script(drawn)
+
+    # The browser's fake microphone beeps.
+    button = browser.find_element("id", "record-a")
+    button.click()
+    wait_for(lambda: button.text == "Stop")
+    time.sleep(2.5)
+    button.click()
+    name = "#side-a .name"
+    wait_for(
+        lambda: (
+            "microphone A" in browser.find_element("css selector", name).text
+        )
+    )
+    compare.click()
+    wait_for(lambda: text("verdict") or text("error"))
+    assert text("verdict"), text("error")
+
+    path = tmp_path / "b.wav"
+    path.write_bytes(b"no audio")
+    browser.find_element("id", "file-b").send_keys(str(path))
+    compare.click()
+    wait_for(lambda: "'b.wav' cannot be read" in text("error"))
+    assert not text("verdict")
+    severe = [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "400 (Bad Request)" not in str(entry)
+    ]
+    assert severe == []

@@ -1,0 +1,100 @@
+"""Tests of the map of voices."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from speechbrain_ram.similarity_map import (
+    colours,
+    draw_map,
+    project,
+    write_html,
+)
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Three tight groups of directions, of any length."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((3, 16))
+    owners = np.repeat([0, 1, 2], 12)
+    points = centres[owners] + 0.1 * generator.standard_normal((36, 16))
+    return points * generator.uniform(0.1, 10, (36, 1)), owners
+
+
+@pytest.fixture(scope="module")
+def points(groups):
+    return project(groups[0])
+
+
+def test_alike_is_near(groups, points):
+    assert points.shape == (36, 2)
+    assert np.abs(points).max() == pytest.approx(1.0)
+    owners = groups[1]
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    assert (owners[distances.argmin(axis=1)] == owners).all()
+
+
+def test_one_seed_one_map(groups, points):
+    assert np.array_equal(project(groups[0]), points)
+
+
+def test_lengths_do_not_matter(groups, points):
+    assert np.allclose(project(groups[0] * 4.0), points)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (np.ones((3, 4)), "A map of 3 recordings"),
+        (np.zeros((9, 4)), "zero, NaN or infinite"),
+        (np.full((9, 4), np.nan), "zero, NaN or infinite"),
+    ],
+)
+def test_nothing_to_map(embeddings, message):
+    with pytest.raises(ValueError, match=message):
+        project(embeddings)
+
+
+def test_small_maps():
+    assert project(np.eye(4)).shape == (4, 2)
+
+
+def test_colours_differ():
+    assert len(set(colours(100))) == 100
+    assert all(re.fullmatch("#[0-9a-f]{6}", c) for c in colours(7))
+
+
+@pytest.mark.parametrize("speakers", [3, 36])
+def test_the_image(points, tmp_path, speakers):
+    from PIL import Image
+
+    names = [f"s{i % speakers}" for i in range(36)]
+    draw_map(points, names, tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.size == (1350, 1050)
+        assert len(image.convert("RGB").getcolors(10**6)) > 3 * speakers
+    assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+
+def test_the_page_holds_everything_and_escapes_it(points, tmp_path):
+    path = tmp_path / "map.html"
+    speakers = ["<i>ada</i>"] * 18 + ["bob"] * 18
+    names = [f"</script>{i}.wav" for i in range(36)]
+    write_html(points, speakers, names, path, title="<b>Voices</b>")
+    page = path.read_text()
+    assert page.count("</script>") == 1
+    assert "&lt;b&gt;Voices" in page and "<b>" not in page
+    assert "http" not in page
+    data = json.loads(re.search(r"const data = (.*);\n", page)[1])
+    assert data["speakers"] == ["<i>ada</i>", "bob"]
+    assert [row[2] for row in data["points"]] == [0] * 18 + [1] * 18
+    assert data["points"][5][3] == names[5]
+    np.testing.assert_allclose(
+        [row[:2] for row in data["points"]], points, atol=1e-4
+    )
