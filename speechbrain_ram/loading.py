@@ -98,13 +98,12 @@ def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
         )
     if (path / DESCRIPTION).exists():
         return LoadedEncoder(read_folder(path), device)
-    if (path / "embedding_model.ckpt").is_file():
-        checkpoint, run = path, _folder_above(path, "hyperparams.yaml")
-    else:
-        checkpoint, run = _best_checkpoint(path), path
-    text = (run / "hyperparams.yaml").read_text(encoding="utf-8")
-    architecture = read_architecture(text, str(run / "hyperparams.yaml"))
-    weights_file = checkpoint / "embedding_model.ckpt"
+    if not (path / "embedding_model.ckpt").is_file():
+        path = _best_checkpoint(path)
+    hyperparams = _folder_above(path, "hyperparams.yaml") / "hyperparams.yaml"
+    text = hyperparams.read_text(encoding="utf-8")
+    architecture = read_architecture(text, str(hyperparams))
+    weights_file = path / "embedding_model.ckpt"
     try:
         # weights_only refuses a pickle that would call anything.
         state = torch.load(weights_file, map_location="cpu", weights_only=True)
@@ -127,11 +126,12 @@ def _folder_above(path: Path, name: str) -> Path:
 
 def _best_checkpoint(run: Path) -> Path:
     """The run's checkpoint of lowest EER, or error, or else the newest."""
-    checkpoints = Checkpointer(run / "save")
-    for key in ("EER", "error", None):
-        best = checkpoints.find_checkpoint(min_key=key)
-        if best is not None:
-            return best.path
+    if (run / "save").is_dir():  # SpeechBrain would make one
+        checkpoints = Checkpointer(run / "save")
+        for key in ("EER", "error", None):
+            best = checkpoints.find_checkpoint(min_key=key)
+            if best is not None:
+                return best.path
     raise EncoderError(
         f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
         "with checkpoints (no save/CKPT+*)."

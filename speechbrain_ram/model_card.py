@@ -71,7 +71,7 @@ folder first):
 from speechbrain.inference.speaker import SpeakerRecognition
 
 model = SpeakerRecognition.from_hparams("path/of/this/folder")
-score, same = model.verify_files("a.wav", "b.wav")
+score, _ = model.verify_files("a.wav", "b.wav")  # compare with a threshold
 ```
 
 ## What is inside

@@ -191,6 +191,7 @@ def test_no_folder(tmp_path):
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(EncoderError, match="neither an exported folder"):
         load_encoder(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_export_leaves_the_old_one(copy, monkeypatch):
