@@ -4,8 +4,8 @@
 
 The step is front-end, ResNet34, classifier of 5,994 speakers, loss, backward,
 Adam, on crops of 2 s. Stock: SpeechBrain's Fbank, default memory layout,
-Classifier, one-hot LogSoftmaxWrapper. The other rows change one thing more
-each. A second table says where the time of the first and last row goes.
+Classifier, one-hot LogSoftmaxWrapper. The other rows say what they change. A
+second table says where the time of the first and last row goes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from speechbrain.processing.features import InputNormalization
+from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_ram.fused import FusedMarginClassifier
 from speechbrain_ram.losses import make_objective
@@ -29,17 +30,15 @@ from speechbrain_ram.resnet import ResNet34
 SPEAKERS, SAMPLES = 5_994, 32_000
 WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 
-# What each row adds to the one above.
 STEPS = {
     "stock": {},
     "channels_last": {"channels_last": True},
-    "+ fused loss": {"channels_last": True, "fused": True},
-    "+ bf16 autocast": {"channels_last": True, "fused": True, "bf16": True},
+    "channels_last, fused loss": {"channels_last": True, "fused": True},
+    "channels_last, bf16": {"channels_last": True, "bf16": True},
 }
 COMPILED = {
-    "+ torch.compile": {
+    "channels_last, bf16, torch.compile": {
         "channels_last": True,
-        "fused": True,
         "bf16": True,
         "compiled": True,
     }
@@ -57,7 +56,15 @@ def main() -> None:
         "The training step",
         "Utterances a second of one step on 2 s crops, 5,994 speakers; median "
         "over rounds that alternate the rows.",
-        ["ResNet34", "batch", "step", "utterances/s", "against stock"],
+        [
+            "ResNet34",
+            "batch",
+            "step",
+            "utterances/s",
+            "against stock",
+            "GFLOP/s",
+            "share of a matrix product's",
+        ],
         args.output,
     )
     profile = Table(
@@ -68,6 +75,7 @@ def main() -> None:
         ["ResNet34", "batch", "step", *Step.STAGES],
         args.output,
     )
+    ceilings = {half: matrix_product(half, device) for half in (False, True)}
     widths = ["half"] if args.quick else args.widths
     for width in widths:
         for batch in [16] if args.quick else args.batches:
@@ -78,15 +86,19 @@ def main() -> None:
             rounds = 3 if args.quick else args.rounds
             seconds = alternate(built, rounds, device=device)
             stock = statistics.median(seconds["stock"])
+            operations = count_operations(built["stock"])
             for name, values in seconds.items():
                 table.note(f"{width} N={batch} {name}", values)
                 middle = statistics.median(values)
+                reached = operations / middle
                 table.add(
                     width,
                     batch,
                     name,
                     f"{batch / middle:.1f}",
                     f"{stock / middle:.2f}",
+                    f"{reached / 1e9:,.0f}",
+                    f"{100 * reached / ceilings['bf16' in name]:.0f} %",
                 )
             for name in () if args.quick else (list(steps)[0], list(steps)[-1]):
                 stages = built[name].stages()
@@ -183,6 +195,22 @@ class Step:
             stage: statistics.median(values)
             for stage, values in seconds.items()
         }
+
+
+def count_operations(step) -> int:
+    """Floating-point operations of a step: convolutions and products."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matrix_product(half: bool, device: str, size: int = 1536) -> float:
+    """Operations a second of a large matrix product: the roof."""
+    size = size if device == "cpu" else 8 * size
+    matrix = torch.randn(size, size, device=device)
+    matrix = matrix.bfloat16() if half else matrix
+    seconds = alternate({"": lambda: matrix @ matrix}, 7, 2, device)[""]
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def parse_arguments():

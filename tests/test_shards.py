@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataloader import make_dataloader
 
 from speechbrain_ram import dataset
@@ -174,6 +175,21 @@ def test_truncated_shard(corpus):
         file.truncate(offset + 1000)
     with pytest.raises(AudioError, match="truncated.*500 could be read"):
         read_packed(row.wav, 0, row.stop)
+
+
+def test_yaml(corpus):
+    yaml = f"""
+prepare: !name:speechbrain_ram.corpora.shards.prepare_shards
+    prepare: !name:speechbrain_ram.corpora.folder.prepare_folder
+        data_root: {corpus}/corpus
+        output_dir: {corpus}/manifests
+    data_root: {corpus}/corpus
+    output_dir: {corpus}/shards
+    progress: False
+"""
+    train_csv, valid_csv = load_hyperpyyaml(yaml)["prepare"]()
+    assert all(is_packed(row.wav) for row in read_manifest(train_csv))
+    assert not any(is_packed(row.wav) for row in read_manifest(valid_csv))
 
 
 def test_command_line(corpus, capsys):

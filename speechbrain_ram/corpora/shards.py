@@ -24,6 +24,7 @@ import os
 import random
 import tarfile
 import wave
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -118,6 +119,31 @@ def pack_shards(
             packed.update((row.id, row) for row in done)
     write_manifest([packed[row.id] for row in rows], output / "manifest.csv")
     return output / "manifest.csv"
+
+
+def prepare_shards(
+    prepare: Callable[[], tuple[str, str]],
+    data_root: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    **options,
+) -> tuple[Path, str]:
+    """Prepare a corpus and pack its training part: for the YAML's ``prepare``.
+
+    Arguments
+    ---------
+    prepare : callable
+        What the YAML called before: returns the manifests of training and
+        validation.
+    data_root, output_dir, **options
+        As for :func:`pack_shards`.
+
+    Returns
+    -------
+    tuple of path
+        The packed manifest of training, the loose one of validation.
+    """
+    train_csv, valid_csv = prepare()
+    return pack_shards(train_csv, data_root, output_dir, **options), valid_csv
 
 
 def _assign(rows, sample_rate, shard_bytes, seed) -> list[list[Utterance]]:
