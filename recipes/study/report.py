@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Table and figures of a study, from its lines of JSON alone.
+
+    python recipes/study/report.py recipes/study/records/cpu.jsonl \
+        [--grid recipes/study/cpu.yaml] [--output docs]
+
+Prints the table, and writes OUTPUT/figures/study-*.png. Figures need the
+extra ``report`` (matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from study_plan import Grid, Run, read_grid, read_records
+from study_results import interval, result, table
+
+# Told apart without colour.
+MARKERS = "os^vDP*X"
+DASHES = ("-", "--", "-.", ":")
+
+
+def curve(grid: Grid, records: Mapping[Run, Mapping], system: str):
+    """Margins, and EER over both halves by search seed, [seeds, margins]."""
+    margins = grid.margins_of(system)
+    values = [
+        [
+            np.mean(list(records[grid.run(system, m, seed)]["EER"].values()))
+            for m in margins
+        ]
+        for seed in grid.search_seeds
+    ]
+    return np.array(margins), np.array(values)
+
+
+def draw_curve(axes, x, values, number: int, label: str) -> None:
+    """Mean over seeds, with a bar from the lowest to the highest."""
+    mean = values.mean(axis=0)
+    axes.errorbar(
+        x,
+        mean,
+        [mean - values.min(axis=0), values.max(axis=0) - mean],
+        label=label,
+        color=str(0.15 * (number % 4)),
+        ls=DASHES[number % 4],
+        marker=MARKERS[number % 8],
+        capsize=2,
+        lw=1.2,
+    )
+
+
+def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
+    """EER against the margin, one line a system."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for number, system in enumerate(grid.systems):
+        x, values = curve(grid, records, system)
+        if len(x) == 1:
+            axes.axhline(values.mean(), color="0.5", ls=":", label=system)
+        else:
+            draw_curve(axes, x, values, number, system)
+    axes.set_xlabel("margin m (cosine; radians for AAM)")
+    axes.set_ylabel("EER (%), mean of both halves")
+    axes.set_title(f"search, {len(grid.search_seeds)} seeds: mean and range")
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def difference_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
+    """Differences from the baseline with their intervals."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    base = result(grid, records, grid.baseline)
+    others = [s for s in grid.systems if s != grid.baseline]
+    for row, system in enumerate(others):
+        one = result(grid, records, system)
+        shift = one.value["EER"] - base.value["EER"]
+        low, high = interval(one.draws["EER"] - base.draws["EER"])
+        axes.plot([low, high], [row, row], "k-", lw=1.2)
+        axes.plot(shift, row, "ko")
+    axes.axvline(0, color="0.6", lw=1)
+    axes.set_yticks(range(len(others)), others)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"EER minus {grid.baseline}'s, at chosen margins (points); < 0 better"
+    )
+    return figure
+
+
+def shift_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
+    """Does equation 12 act like AM at m - ln(C)/s?"""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    number = 0
+    for system, settings in grid.systems.items():
+        kind = settings["objective"], settings.get("form", "paper")
+        x, values = curve(grid, records, system)
+        if kind == ("ram", "paper"):
+            classes = next(iter(records.values()))["classes"]
+            shift = math.log(classes) / grid.scale
+            draw_curve(axes, x, values, 1, f"{system}, at m")
+            label = f"{system}, at m - ln({classes})/s = m - {shift:.2f}"
+            draw_curve(axes, x - shift, values, 2, label)
+        elif kind[0] == "am":
+            draw_curve(axes, x, values, number, system)
+    axes.set_xlabel("margin (cosine)")
+    axes.set_ylabel("EER (%), mean of both halves")
+    axes.legend(fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "study-margins": margins_figure,
+    "study-differences": difference_figure,
+    "study-shift": shift_figure,
+}
+
+
+def write_figures(
+    grid: Grid, records: Mapping[Run, Mapping], folder: Path
+) -> None:
+    """PNG files, each renamed into place when whole."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(
+            "matplotlib is missing: pip install 'speechbrain-ram[report]'"
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        figure = draw(plt, grid, records)
+        figure.tight_layout()
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=110)
+        plt.close(figure)
+        part = folder / f"{name}.png.part"
+        part.write_bytes(image.getvalue())
+        os.replace(part, folder / f"{name}.png")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--grid", type=Path, help="the YAML of that name")
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    beside = Path(__file__).parent / f"{args.records.stem}.yaml"
+    grid = read_grid(args.grid or beside)
+    records = read_records(args.records, grid)
+    try:
+        print(table(grid, records))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    write_figures(grid, records, args.output / "figures")
+
+
+if __name__ == "__main__":
+    main()

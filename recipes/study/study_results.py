@@ -1,0 +1,152 @@
+"""What the records say: chosen margins, error rates, intervals, the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from study_plan import (
+    HALVES,
+    METRICS,
+    Grid,
+    Run,
+    chosen_margins,
+    mean_over,
+    missing,
+    search_runs,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A system at its chosen margins.
+
+    Arguments
+    ---------
+    chosen : dict
+        Half -> the margin reported on it.
+    n_seeds : int
+        Seeds that are there for both margins.
+    value : dict
+        Metric -> mean over halves and seeds.
+    draws : dict
+        Metric -> replicates, shape [B].
+    """
+
+    chosen: dict[str, float]
+    n_seeds: int
+    value: dict[str, float]
+    draws: dict[str, np.ndarray]
+
+
+def result(grid: Grid, records: Mapping[Run, Mapping], system: str) -> Result:
+    """Cross-over result of a system; see README.md.
+
+    A replicate takes speakers and seeds by chance, both with replacement, and
+    the same for all systems.
+    """
+    chosen = chosen_margins(grid, records, system)
+    runs = {
+        half: [grid.run(system, m, seed) for seed in grid.final_seeds]
+        for half, m in chosen.items()
+    }
+    n_seeds = next(
+        (
+            i
+            for i, pair in enumerate(zip(*runs.values(), strict=True))
+            if missing(pair, records)
+        ),
+        len(grid.final_seeds),
+    )
+    runs = {half: each[:n_seeds] for half, each in runs.items()}
+    picks = np.random.default_rng(0).random((grid.replicates, n_seeds))
+    picks = (picks * n_seeds).astype(int)  # [B, seeds]
+    value, draws = {}, {}
+    for metric in METRICS:
+        value[metric] = np.mean(
+            [mean_over(records, runs[half], half, metric) for half in HALVES]
+        )
+        by_half = []
+        for half in HALVES:
+            table = np.array(
+                [records[run]["draws"][metric][half] for run in runs[half]]
+            )  # [seeds, B]
+            columns = np.arange(grid.replicates)[:, None]
+            by_half.append(table[picks, columns].mean(axis=1))
+        draws[metric] = np.mean(by_half, axis=0)
+    return Result(chosen, n_seeds, value, draws)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95 % percentiles."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def p_value(draws: np.ndarray) -> float:
+    """Two-sided: how often chance puts a difference on the other side."""
+    below = (np.sum(draws <= 0) + 1) / (len(draws) + 1)
+    above = (np.sum(draws >= 0) + 1) / (len(draws) + 1)
+    return float(min(1, 2 * min(below, above)))
+
+
+def at_edge(grid: Grid, system: str, margin: float) -> bool:
+    """Whether a better margin may lie outside of the grid."""
+    margins = grid.margins_of(system)
+    return len(margins) > 1 and margin in (min(margins), max(margins))
+
+
+def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
+    """The Markdown table.
+
+    Raises
+    ------
+    ValueError
+        The search is not finished.
+    """
+    left = missing(search_runs(grid), records)
+    if left:
+        raise ValueError(
+            f"{len(left)} runs of the search are missing, the first is "
+            f"{left[0].name}. Is run.py still at work, or was the grid changed?"
+        )
+    results = {s: result(grid, records, s) for s in grid.systems}
+    base = results[grid.baseline]
+    lines = [
+        "| system | margin on A, B | seeds | EER % | minDCF(0.01) | EER minus "
+        f"{grid.baseline}'s | p |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    edge = False
+    for system, one in results.items():
+        margins = []
+        for half in HALVES:
+            mark = at_edge(grid, system, one.chosen[half])
+            edge |= mark
+            margins.append(f"{one.chosen[half]:g}" + "\\*" * mark)
+        cells = [system]
+        cells.append(", ".join(margins) if any(one.chosen.values()) else "")
+        cells.append(str(one.n_seeds))
+        for metric, digits in zip(METRICS, (2, 3), strict=True):
+            low, high = interval(one.draws[metric])
+            cells.append(
+                f"{one.value[metric]:.{digits}f} "
+                f"[{low:.{digits}f}, {high:.{digits}f}]"
+            )
+        if system == grid.baseline:
+            cells += ["", ""]
+        else:
+            draws = one.draws["EER"] - base.draws["EER"]
+            low, high = interval(draws)
+            shift = one.value["EER"] - base.value["EER"]
+            cells.append(f"{shift:+.2f} [{low:+.2f}, {high:+.2f}]")
+            cells.append(f"{p_value(draws):.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join(lines)
+    if edge:
+        text += (
+            "\n\n\\* at the edge of the grid: a better margin may lie beyond."
+        )
+    hours = sum(r["cpu_seconds"] for r in records.values()) / 3600
+    return text + f"\n\n{len(records)} runs, {hours:.1f} CPU hours."

@@ -1,0 +1,381 @@
+"""The study's machinery: plan, halves, records, table; all of it once."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import speechbrain as sb
+import yaml
+from conftest import REPOSITORY
+
+from speechbrain_ram.bootstrap import bootstrap, bootstrap_draws
+from speechbrain_ram.trials import read_trials
+from train_speaker_embeddings import train
+
+sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))
+import report
+import run as study
+import study_judge
+import study_plan as plan
+import study_results as results
+
+STUDY = REPOSITORY / "recipes" / "study"
+REPLICATES = 40
+
+
+def write_grid(folder, **changes):
+    content = {
+        "recipe": str(
+            REPOSITORY
+            / "recipes"
+            / "SpeechOcean762"
+            / "hparams"
+            / "ram_resnet34.yaml"
+        ),
+        "settings": {
+            "channels": [16, 16, 16, 16],
+            "number_of_epochs": 1,
+            "batch_size": 8,
+            "crop_seconds": 0.5,
+            "num_workers": 0,
+            "warmup_steps": 2,
+        },
+        "options": ["--device", "cpu", "--precision", "fp32"],
+        "workers": 1,
+        "threads": 1,
+        "scale": 30.0,
+        "margins": [0.1, 0.3, 0.6],
+        "systems": {
+            "softmax": {"objective": "softmax"},
+            "AM": {"objective": "am"},
+            "RAM paper": {"objective": "ram", "form": "paper"},
+        },
+        "baseline": "AM",
+        "search_seeds": [1],
+        "final_seeds": [1, 2],
+        "replicates": REPLICATES,
+        "utterances_per_second": 100,
+        "overhead_seconds": 10,
+        "training_utterances": 1000,
+    }
+    content.update(changes)
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def grid(tmp_path):
+    return plan.read_grid(write_grid(tmp_path))
+
+
+def made_up(grid, run, seed=0):
+    """A record whose EER is 5 + (m - best)^2, best depends on the half."""
+    best = {"A": 0.3, "B": 0.1} if run.objective == "am" else {"A": 1, "B": 1}
+    rng = np.random.default_rng([run.seed, len(run.system), seed])
+    eer = {
+        half: 5 + (run.margin - best[half]) ** 2 + 0.01 * run.seed
+        for half in plan.HALVES
+    }
+    return {
+        "grid": grid.fingerprint,
+        **{key: getattr(run, key) for key in plan.Run.__dataclass_fields__},
+        "EER": eer,
+        "minDCF(0.01)": {half: eer[half] / 10 for half in eer},
+        "draws": {
+            metric: {
+                half: (eer[half] + rng.normal(0, 0.1, REPLICATES)).tolist()
+                for half in eer
+            }
+            for metric in plan.METRICS
+        },
+        "classes": 125,
+        "cpu_seconds": 3600,
+    }
+
+
+def all_records(grid):
+    records = {r: made_up(grid, r) for r in plan.search_runs(grid)}
+    for run in plan.final_runs(grid, records):
+        records[run] = made_up(grid, run)
+    return records
+
+
+# -- the grids ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, most", [("cpu", 10), ("gpu", 24)])
+def test_the_grids_are_whole(name, most):
+    grid = plan.read_grid(STUDY / f"{name}.yaml")
+    assert grid.recipe.is_file()
+    kinds = {(s["objective"], s.get("form")) for s in grid.systems.values()}
+    assert len(kinds) == 8 and len(grid.final_seeds) >= 5
+    assert min(grid.margins) == 0.1 and max(grid.margins) == 1.0
+    assert grid.hours(len(plan.search_runs(grid))) < most
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"baseline": "SVM"}, "baseline is 'SVM'"),
+        ({"search_seeds": [3]}, "must be among final_seeds"),
+        ({"margin": 1}, r"unknown keys \['margin'\]"),
+    ],
+)
+def test_a_bad_grid_is_refused(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        plan.read_grid(write_grid(tmp_path, **changes))
+
+
+# -- speakers and trials --------------------------------------------------
+
+
+def test_halves_are_alike(tmp_path):
+    table = REPOSITORY / "recipes" / "SpeechOcean762" / "speakers.tsv"
+    (tmp_path / "speakers.tsv").write_text(table.read_text())
+    rows = [line.split("\t") for line in table.read_text().split("\n")[1:-1]]
+    dev = {r[0]: (r[2], int(r[3])) for r in rows if r[1] == "dev"}
+    half_of = study_judge.halves(tmp_path, sorted(dev))
+    assert half_of == study_judge.halves(tmp_path, sorted(dev, reverse=True))
+    groups = {h: [dev[s] for s in dev if half_of[s] == h] for h in "AB"}
+    assert len(groups["A"]) == len(groups["B"]) == 20
+    women = [sum(g == "f" for g, _ in groups[h]) for h in "AB"]
+    children = [sum(age < 16 for _, age in groups[h]) for h in "AB"]
+    assert abs(women[0] - women[1]) <= 1
+    assert abs(children[0] - children[1]) <= 1
+
+
+@pytest.fixture
+def data_folder(tiny_corpus, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train").symlink_to(tiny_corpus.train_root)
+    (folder / "dev").symlink_to(tiny_corpus.test_root)
+    return folder
+
+
+def test_trials_are_all_pairs_within_a_half(data_folder, tmp_path):
+    half_of = study_judge.write_study_trials(data_folder, tmp_path / "t.txt")
+    trials = read_trials(tmp_path / "t.txt")
+    found = {
+        (frozenset((trials.enrol_ids[e], trials.test_ids[t])), int(label))
+        for e, t, label in zip(
+            trials.enrol, trials.test, trials.labels, strict=True
+        )
+    }
+    root = (data_folder / "dev").resolve()
+    names = [str(path.relative_to(root)) for path in root.rglob("*.wav")]
+    expected = {
+        (frozenset(pair), int(len({n.split("/")[0] for n in pair}) == 1))
+        for pair in itertools.combinations(names, 2)
+        if len({half_of[n.split("/")[0]] for n in pair}) == 1
+    }
+    assert found == expected and len(trials.labels) == len(expected)
+
+
+def test_draws_are_those_of_the_intervals():
+    rng = np.random.default_rng(0)
+    speakers = np.repeat(list("abcdef"), 4)
+    i, j = np.triu_indices(len(speakers), 1)
+    labels = (speakers[i] == speakers[j]).astype(int)
+    scores = labels + rng.normal(0, 0.5, len(labels))
+    trials = labels, speakers[i], speakers[j]
+    draws = bootstrap_draws(scores, *trials, [0.01], 60, seed=3)
+    whole = bootstrap(scores, *trials, [0.01], 60, seed=3)
+    for metric, values in draws.items():
+        ends = np.percentile(values, [2.5, 97.5])
+        assert ends == pytest.approx([whole[metric].low, whole[metric].high])
+    again = bootstrap_draws(-scores, *trials, [0.01], 60, seed=3)
+    # the same speakers were drawn: a system turned round errs where it did not
+    assert np.corrcoef(again["EER"], draws["EER"])[0, 1] < -0.9
+
+
+# -- plan and records -----------------------------------------------------
+
+
+def test_the_plan(grid):
+    search = plan.search_runs(grid)
+    assert len(search) == len(set(search)) == 1 + 3 + 3
+    records = {run: made_up(grid, run) for run in search}
+    # The best on A (0.3) is reported on B, and the other way round.
+    assert plan.chosen_margins(grid, records, "AM") == {"A": 0.1, "B": 0.3}
+    final = plan.final_runs(grid, records)
+    assert {r.margin for r in final if r.system == "AM"} == {0.1, 0.3}
+    assert {r.margin for r in final if r.system == "RAM paper"} == {0.6}
+    left = plan.missing(final, records)
+    assert {r.seed for r in left} == {2} and len(left) == 1 + 2 + 1
+
+
+def test_records_survive_what_happens_to_files(grid, tmp_path):
+    path = tmp_path / "deep" / "records.jsonl"
+    assert plan.read_records(path, grid) == {}
+    first, second, third = plan.search_runs(grid)[:3]
+    for run in (first, second):
+        plan.append_record(path, made_up(grid, run))
+    other = {**made_up(grid, third), "grid": "of another"}
+    plan.append_record(path, other)
+    whole = path.read_text()
+    path.write_text(whole + json.dumps(made_up(grid, third))[:50])
+    assert set(plan.read_records(path, grid)) == {first, second}
+    plan.append_record(path, made_up(grid, third))
+    assert path.read_text().startswith(whole)
+    assert set(plan.read_records(path, grid)) == {first, second, third}
+    path.write_text("no JSON\n" + whole)
+    with pytest.raises(ValueError, match="line 1 is not a record: 'no JSON'"):
+        plan.read_records(path, grid)
+
+
+# -- the table ------------------------------------------------------------
+
+
+def test_the_table_against_loops(grid):
+    records = all_records(grid)
+    one = results.result(grid, records, "AM")
+    assert one.n_seeds == 2 and one.chosen == {"A": 0.1, "B": 0.3}
+    expected = np.mean(
+        [
+            records[grid.run("AM", margin, seed)]["EER"][half]
+            for half, margin in (("A", 0.1), ("B", 0.3))
+            for seed in (1, 2)
+        ]
+    )
+    assert one.value["EER"] == pytest.approx(expected)
+    # every replicate is a mean of one seed pair, on both halves
+    for b in range(REPLICATES):
+        by_seed = [
+            [
+                records[grid.run("AM", margin, seed)]["draws"]["EER"][half][b]
+                for half, margin in (("A", 0.1), ("B", 0.3))
+            ]
+            for seed in (1, 2)
+        ]
+        allowed = [
+            np.mean([by_seed[i], by_seed[j]]) for i in (0, 1) for j in (0, 1)
+        ]
+        assert np.isclose(allowed, one.draws["EER"][b]).any()
+    text = results.table(grid, records)
+    row = next(r for r in text.split("\n") if r.startswith("| RAM paper"))
+    assert "0.6\\*, 0.6\\*" in row and "at the edge of the grid" in text
+    low, high = np.percentile(
+        results.result(grid, records, "RAM paper").draws["EER"]
+        - one.draws["EER"],
+        [2.5, 97.5],
+    )
+    assert f"[{low:+.2f}, {high:+.2f}]" in row
+
+
+def test_p_values():
+    assert results.p_value(np.full(99, -1.0)) == pytest.approx(0.02)
+    assert results.p_value(np.array([-1.0, 1.0] * 50)) == 1
+    assert results.p_value(np.zeros(10)) == 1
+
+
+def test_an_unfinished_search_is_no_result(grid):
+    records = all_records(grid)
+    del records[plan.search_runs(grid)[3]]
+    with pytest.raises(ValueError, match="1 runs of the search are missing"):
+        results.table(grid, records)
+
+
+def test_fewer_seeds_are_counted(grid):
+    records = all_records(grid)
+    del records[grid.run("AM", 0.3, 2)]
+    assert results.result(grid, records, "AM").n_seeds == 1
+
+
+def test_figures(grid, tmp_path):
+    report.write_figures(grid, all_records(grid), tmp_path / "figures")
+    files = sorted(f.name for f in (tmp_path / "figures").iterdir())
+    assert files == sorted(f"{name}.png" for name in report.FIGURES)
+
+
+# -- running --------------------------------------------------------------
+
+
+def test_launch_measures_and_reports(tmp_path):
+    log = tmp_path / "log.txt"
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    seconds = study.launch([sys.executable, "-c", busy], log, 1)
+    assert 0.3 <= seconds < 5
+    with pytest.raises(RuntimeError, match="status 3, see .*oh dear"):
+        wrong = "print('oh dear', flush=True); raise SystemExit(3)"
+        study.launch([sys.executable, "-c", wrong], log, 1)
+
+
+def in_this_process(command, log, threads):
+    """A launcher without the seconds that imports take."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(list(command[2:]))
+    train(hparams_file, run_opts, overrides)
+    return 1.0
+
+
+def test_all_of_it_in_miniature(data_folder, tmp_path):
+    """Interrupted in the middle, finished, reported."""
+    grid = plan.read_grid(
+        write_grid(
+            tmp_path,
+            margins=[0.2],
+            systems={
+                "AM": {"objective": "am"},
+                "RAM hinge": {"objective": "ram", "form": "hinge"},
+            },
+        )
+    )
+    records_file = tmp_path / "records.jsonl"
+    launched = []
+
+    def fails_at_second(command, log, threads):
+        launched.append(command)
+        if len(launched) == 2:
+            raise RuntimeError("the power went")
+        return in_this_process(command, log, threads)
+
+    arguments = grid, data_folder, records_file, tmp_path / "work"
+    failures = study.run_study(*arguments, launcher=fails_at_second)
+    assert len(failures) == 1 and "the power went" in failures[0]
+    assert len(plan.read_records(records_file, grid)) == 1
+
+    assert study.run_study(*arguments, launcher=in_this_process) == []
+    records = plan.read_records(records_file, grid)
+    assert len(records) == 4  # two systems, two seeds
+    assert study.run_study(*arguments, launcher=None) == []  # nothing to do
+
+    for run, record in records.items():
+        assert record["classes"] == 6
+        assert all(0 <= record["EER"][half] <= 100 for half in "AB")
+        draws = record["draws"]["EER"]
+        assert len(draws["A"]) == REPLICATES and draws["A"] != draws["B"]
+        assert record["training"]["train loss"] > 0
+        assert record["command"].count(f"--seed {run.seed}") == 1
+        output = tmp_path / "work" / run.name
+        assert not (output / "save").exists()
+    # the EER of both halves together was the training script's own
+    logged = {r["training"]["valid EER"] for r in records.values()}
+    assert len(logged) > 1
+    text = results.table(grid, records)
+    assert "| AM | 0.2, 0.2 | 2 |" in text
+    assert "4 runs" in study.plan_text(grid, records)
+
+
+@pytest.mark.slow
+def test_the_command(data_folder, tmp_path):
+    """As a user types it; a second call finds nothing to do."""
+    grid = write_grid(
+        tmp_path, margins=[0.2], systems={"AM": {"objective": "am"}}
+    )
+    records = tmp_path / "records.jsonl"
+    command = [sys.executable, str(STUDY / "run.py"), str(data_folder)]
+    command += ["--grid", str(grid), "--records", str(records)]
+    command += ["--work", str(tmp_path / "work")]
+    first = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "0 runs are done" in first.stdout
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "2 runs are done; 0 to search, 0 more" in again.stdout
+    command = [sys.executable, str(STUDY / "report.py"), str(records)]
+    command += ["--grid", str(grid), "--output", str(tmp_path)]
+    table = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "| AM | 0.2, 0.2 | 2 |" in table.stdout
+    assert (tmp_path / "figures" / "study-margins.png").is_file()
