@@ -1,0 +1,322 @@
+"""What a margin does during training, seen from the cosines.
+
+Pure functions on cosines [N, C] and targets [N], one number a sample, and a
+collector that a training loop feeds step by step. Nothing here waits for the
+device before :meth:`MarginDiagnostics.summary`, which is called once an
+epoch.
+
+Notation as in :mod:`speechbrain_ram.losses`: a class j is *satisfied* when
+the target, margin taken off, beats it: s c_j <= a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+#: What ``summary`` returns, with units.
+QUANTITIES = {
+    "satisfied": "share of the non-targets that the margin is kept from",
+    "margin_p05": "5 % quantile of c_y - max c_j, in cosine",
+    "margin_p50": "median of it",
+    "margin_p95": "95 % quantile of it",
+    "gradient_classes": "effective number of non-targets with gradient",
+    "above_floor": "mean loss above the least that the objective allows, nats",
+    "angle_within": "mean angle to the own class's vector, degrees",
+    "angle_within_std": "its standard deviation",
+    "angle_nearest": "mean angle to the nearest other class, degrees",
+    "angle_between": "mean angle to the other classes' vectors, degrees",
+    "angle_between_std": "its standard deviation",
+}
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def target_cosines(
+    cosines: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """c_y of each sample, [N], from cosines [N, C] and targets [N]."""
+    return cosines.gather(1, targets[:, None]).squeeze(1)
+
+
+def satisfied_below(
+    loss_fn: LossFunction, cosines: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The cosine up to which another class is satisfied, a / s.
+
+    Arguments
+    ---------
+    loss_fn : callable
+        Any objective of :func:`speechbrain_ram.losses.make_objective`, or
+        another ``(cosines, one_hot) -> logits`` with an attribute ``scale``.
+    cosines : torch.Tensor
+        Shape [N, C].
+    targets : torch.Tensor
+        Shape [N], int64.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [N]: c_y - m for additive margins, cos(theta_y + m) for angular
+        ones, c_y for softmax.
+
+    Example
+    -------
+    >>> from speechbrain_ram.losses import make_objective
+    >>> cosines = torch.tensor([[0.75, 0.5, 0.6]])
+    >>> satisfied_below(
+    ...     make_objective("am", margin=0.25), cosines, torch.tensor([0])
+    ... )
+    tensor([0.5000])
+    """
+    # With the target as the only class, the logits are the target's alone.
+    alone = target_cosines(cosines, targets)[:, None]
+    return loss_fn(alone, torch.ones_like(alone)).squeeze(1) / loss_fn.scale
+
+
+def satisfied_share(
+    cosines: torch.Tensor, targets: torch.Tensor, below: torch.Tensor
+) -> torch.Tensor:
+    """Share of the non-targets that are satisfied, [N] in [0, 1].
+
+    `below`, [N], is what :func:`satisfied_below` returns; a tie counts as
+    satisfied, as in the losses.
+    """
+    satisfied = (cosines <= below[:, None]).sum(dim=1)
+    own = target_cosines(cosines, targets) <= below
+    return (satisfied - own.long()) / (cosines.shape[1] - 1)
+
+
+def nearest_others(
+    cosines: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Largest cosine among the non-targets, max c_j, [N]."""
+    return cosines.scatter(1, targets[:, None], -math.inf).amax(dim=1)
+
+
+def cosine_margins(
+    cosines: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The margin that was reached, c_y - max c_j, [N] in [-2, 2].
+
+    Example
+    -------
+    >>> cosine_margins(torch.tensor([[0.75, 0.5, -1.0]]), torch.tensor([0]))
+    tensor([0.2500])
+    """
+    return target_cosines(cosines, targets) - nearest_others(cosines, targets)
+
+
+def effective_classes(
+    gradient: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """How many non-targets share the gradient: (sum g)^2 / sum g^2.
+
+    The participation ratio of the gradient's sizes g: k where k classes get
+    the same and the others nothing, between 1 and k where they do not.
+
+    Arguments
+    ---------
+    gradient : torch.Tensor
+        Shape [N, C], of the loss by the cosines; its scale does not matter.
+    targets : torch.Tensor
+        Shape [N].
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [N], in [0, C - 1]; 0 where no class gets any.
+
+    Example
+    -------
+    >>> gradient = torch.tensor([[-4.0, 2.0, 2.0, 0.0]])
+    >>> effective_classes(gradient, torch.tensor([0]))
+    tensor([2.])
+    """
+    size = gradient.abs().scatter(1, targets[:, None], 0.0)
+    # By the largest: squares of tiny gradients would vanish in float32.
+    largest = size.amax(dim=1, keepdim=True)
+    size = size / torch.where(largest > 0, largest, 1.0)
+    squares = size.square().sum(dim=1)
+    return size.sum(dim=1).square() / torch.where(squares > 0, squares, 1.0)
+
+
+def loss_floor(loss_fn: LossFunction, n_classes: int) -> float:
+    """Least loss of a sample: c_y = 1 and every other cosine -1.
+
+    ln C for form ``paper``, 0 for ``hinge``, next to 0 for the others at the
+    usual scales. (With ``released`` and a margin above 1 the loss can be
+    lower elsewhere.) No real batch reaches it: C vectors cannot all be
+    opposite to each other.
+
+    Example
+    -------
+    >>> from speechbrain_ram.losses import make_objective
+    >>> round(loss_floor(make_objective("ram", 0.2), 125), 4)  # ln 125
+    4.8283
+    """
+    cosines = torch.full((1, n_classes), -1.0, dtype=torch.float64)
+    cosines[0, 0] = 1.0
+    one_hot = torch.zeros_like(cosines)
+    one_hot[0, 0] = 1.0
+    logits = loss_fn(cosines, one_hot)
+    return float(logits.logsumexp(dim=1) - logits[:, 0])
+
+
+class MarginDiagnostics:
+    """Collects the quantities of an epoch; see ``QUANTITIES``.
+
+    Keeps a few numbers a sample, on the device, so that quantiles are exact.
+    Of several processes each sees its own share of the samples.
+
+    Arguments
+    ---------
+    loss_fn : callable
+        As for :func:`satisfied_below`.
+
+    Example
+    -------
+    >>> from speechbrain_ram.losses import make_objective
+    >>> seen = MarginDiagnostics(make_objective("ram", margin=0.3))
+    >>> seen.add(torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([0]))
+    >>> summary = seen.summary(mean_loss=1.2)
+    >>> round(summary["satisfied"], 2), round(summary["margin_p50"], 2)
+    (0.5, 0.2)
+    """
+
+    def __init__(self, loss_fn: LossFunction):
+        self.loss_fn = loss_fn
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget, for the next epoch."""
+        self.samples: list[torch.Tensor] = []
+        self.classes: list[torch.Tensor] = []
+        self.n_classes = 0
+
+    def state(self) -> dict:
+        """What a checkpoint in the middle of an epoch must keep."""
+        return {
+            "samples": _joined(self.samples) if self.samples else None,
+            "classes": _joined(self.classes) if self.classes else None,
+            "n_classes": self.n_classes,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a ``state``."""
+        self.reset()
+        for name in ("samples", "classes"):
+            if state[name] is not None:
+                getattr(self, name).append(state[name])
+        self.n_classes = state["n_classes"]
+
+    def watch(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take a batch before the loss, and its gradient when it comes back.
+
+        Arguments
+        ---------
+        cosines : torch.Tensor
+            Shape [N, C] or [N, 1, C], what the loss is computed from.
+        targets : torch.Tensor
+            Shape [N] or [N, 1].
+        """
+        n_classes = cosines.shape[-1]
+        targets = targets.reshape(-1)
+        self.add(cosines.reshape(-1, n_classes), targets)
+        if cosines.requires_grad:
+            cosines.register_hook(
+                lambda grad: self.add_gradient(
+                    grad.reshape(-1, n_classes), targets
+                )
+            )
+
+    @torch.no_grad()
+    def add(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take a batch: cosines [N, C], targets [N]."""
+        cosines = cosines.detach().float()
+        self.n_classes = cosines.shape[1]
+        below = satisfied_below(self.loss_fn, cosines, targets)
+        angles = cosines.clamp(-1, 1).acos().rad2deg()
+        within = target_cosines(angles, targets)
+        others = angles.scatter(1, targets[:, None], 0.0)
+        n_others = self.n_classes - 1
+        self.samples.append(
+            torch.stack(
+                [
+                    satisfied_share(cosines, targets, below),
+                    cosine_margins(cosines, targets),
+                    within,
+                    angles.scatter(1, targets[:, None], 180.0).amin(dim=1),
+                    others.sum(dim=1) / n_others,
+                    others.square().sum(dim=1) / n_others,
+                ]
+            )
+        )
+
+    @torch.no_grad()
+    def add_gradient(
+        self, gradient: torch.Tensor, targets: torch.Tensor
+    ) -> None:
+        """Take the gradient [N, C] of a batch, by the cosines."""
+        self.classes.append(effective_classes(gradient.float(), targets))
+
+    def summary(self, mean_loss: float) -> dict[str, float]:
+        """The epoch's numbers; waits for the device.
+
+        Arguments
+        ---------
+        mean_loss : float
+            Of the epoch, in nats.
+
+        Returns
+        -------
+        dict
+            As ``QUANTITIES``; without ``gradient_classes`` where no gradient
+            was added, empty where no batch was.
+        """
+        if not self.samples:
+            return {}
+        samples = _joined(self.samples).double().cpu()
+        # Steps that are not finite are skipped by training; here too.
+        samples = samples[:, samples.isfinite().all(dim=0)]
+        if not samples.numel():
+            return {}
+        satisfied, margins, within, nearest, between, squares = samples
+        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+        # Not torch.quantile, which refuses more than 2^24 numbers.
+        low, middle, high = _quantiles(margins, levels)
+        summary = {
+            "satisfied": satisfied.mean(),
+            "margin_p05": low,
+            "margin_p50": middle,
+            "margin_p95": high,
+            "above_floor": mean_loss - loss_floor(self.loss_fn, self.n_classes),
+            "angle_within": within.mean(),
+            "angle_within_std": within.std(correction=0),
+            "angle_nearest": nearest.mean(),
+            "angle_between": between.mean(),
+            "angle_between_std": (squares.mean() - between.mean().square())
+            .clamp(min=0)
+            .sqrt(),
+        }
+        if self.classes:
+            classes = _joined(self.classes)
+            summary["gradient_classes"] = classes[classes.isfinite()].mean()
+        return {name: float(value) for name, value in summary.items()}
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor, where the newest part lies: the restored one is elsewhere."""
+    device = parts[-1].device
+    return torch.cat([part.to(device) for part in parts], dim=-1)
+
+
+def _quantiles(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Quantiles by linear interpolation, as numpy's default."""
+    ordered = values.sort().values
+    position = levels * (len(values) - 1)
+    below = position.floor().long()
+    above = position.ceil().long()
+    return torch.lerp(ordered[below], ordered[above], position - below)
