@@ -113,6 +113,10 @@ class EmbeddingStore:
             temporary,
             metadata={"format": _FORMAT, "fingerprint": self.fingerprint},
         )
+        # safetensors makes files that only their owner can read
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
 
     def _read(self, path: Path) -> EmbeddingSet:

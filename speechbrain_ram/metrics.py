@@ -405,7 +405,7 @@ def threshold_at_far(
             f"far must lie in [0, 1], got {far}. Was it given in percent?"
         )
     curve = error_curve(scores, labels)
-    # 1e-9: 0.07 of 100 trials is 7.000000000000001 of them
+    # 1e-9: 0.29 of 100 trials is 28.999999999999996 of them
     allowed = int(far * curve.n_nontarget + 1e-9)
     k = int(np.searchsorted(-curve.false_alarms, -allowed))
     return float(curve.thresholds[k]), float(curve.misses[k] / curve.n_target)

@@ -341,6 +341,14 @@ def test_other_files_are_no_stores(tmp_path):
         EmbeddingStore(path, "x").load()
 
 
+def test_a_store_is_as_readable_as_any_new_file(tmp_path):
+    rows = EmbeddingSet(("a",), np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    store.save(rows)
+    (tmp_path / "other").touch()
+    assert store.path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_of_two_rows_of_a_name_the_last_stays():
     def one(value, *ids):
         n = len(ids)

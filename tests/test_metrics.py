@@ -358,6 +358,12 @@ def test_threshold_at_far_is_the_lowest_that_keeps_it(far):
     assert (threshold, fnr) == pytest.approx(allowed[0])
 
 
+def test_a_rate_that_is_a_whole_number_of_trials_is_reached():
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    scores, labels = np.arange(101.0), [0] * 100 + [1]
+    assert metrics.threshold_at_far(scores, labels, 0.29) == (71.0, 0.0)
+
+
 def test_the_lowest_of_equally_good_thresholds_is_named(monkeypatch):
     """At p = 0.5, 1 and 3 cost the same: half the targets, or non-targets."""
     monkeypatch.setattr(metrics, "_CHUNK", 2)

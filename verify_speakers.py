@@ -1,0 +1,412 @@
+#!/usr/bin/env python3
+"""Verify speakers: any encoder, any trial lists, scores and a report.
+
+    python verify_speakers.py --encoder FOLDER --trials LIST [LIST ...] \
+        --data_root DIR --output DIR
+    python verify_speakers.py verify.yaml --device cuda:0
+    python verify_speakers.py --scores a=one/scores.txt b=two/scores.txt \
+        --output DIR
+    torchrun --nproc_per_node=2 verify_speakers.py verify.yaml
+
+Every option may also stand in a YAML under its name; the command line wins.
+Each recording is embedded once, whatever lists it is in, and kept in
+OUTPUT/embeddings.safetensors for the next run. OUTPUT/results.md sums up, and
+OUTPUT/LIST/ has each list's scores and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
+from speechbrain_ram.calibration import fit_calibration, pair_quality
+from speechbrain_ram.corpora.manifest import ROOT_PREFIX, read_manifest
+from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore
+from speechbrain_ram.embeddings import extract
+from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.metadata import (
+    FIRST_FOLDER,
+    read_speaker_table,
+    trial_groups,
+    trial_speakers,
+)
+from speechbrain_ram.metrics import P_TARGETS, Metrics
+from speechbrain_ram.report import System, metrics_table, write_report
+from speechbrain_ram.score_norm import METHODS, cohort_statistics, normalise
+from speechbrain_ram.scoring import (
+    TrialVectors,
+    read_scores,
+    speaker_means,
+    trial_vectors,
+    write_scores,
+)
+from speechbrain_ram.trials import (
+    FORMS,
+    TrialList,
+    check_utterances,
+    read_models,
+    read_trials,
+)
+
+QUALITIES = ("duration", "magnitude", "cohort_mean")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Metrics]:
+    """From options to reports; returns the metrics of each list."""
+    options = parse(argv)
+    output = Path(options.output)
+    if not options.encoder:
+        trials, systems = read_systems(options.scores)
+        result = report(options, output, "Scores", trials, systems)
+        print(metrics_table(result))
+        return result
+
+    # Everything that can be wrong with the input is found before the work.
+    output.mkdir(parents=True, exist_ok=True)
+    lists = {
+        name: read_list(options, path)
+        for name, path in zip(
+            list_names(options.trials), options.trials, strict=True
+        )
+    }
+    dev = []
+    if options.calibrate_on:
+        dev = [read_list(options, options.calibrate_on)]
+    everything = [*dev, *lists.values()]
+    check_utterances(everything, options.data_root)
+    others = {}
+    if options.scores:
+        trials, others = read_systems(options.scores)
+        check_same(next(iter(lists.values())), trials, "--scores")
+    encoder = load_encoder(options.encoder, own_device(options.device))
+
+    embeddings = embed(
+        options,
+        encoder,
+        [name for trials in everything for name in trials.utterances],
+        options.data_root,
+        options.store or output / "embeddings.safetensors",
+    )
+    mean, cohort = embed_cohort(options, encoder)
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        torch.distributed.destroy_process_group()
+        if rank > 0:
+            return {}
+
+    calibration = None
+    for trials in dev:
+        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        calibration = fit_calibration(
+            stages[-1], trials.labels, qualities, options.calibration_prior
+        )
+        calibration.save(output / "calibration.json")
+
+    results = {}
+    for name, trials in lists.items():
+        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        final = stages[-1]
+        if calibration:
+            final = calibration.apply(final, qualities)
+        scale = "Normalised score" if options.normalise else "Cosine score"
+        if calibration:
+            scale = "Log-likelihood ratio"
+        systems = {options.name: System(final, bool(calibration), scale)}
+        if len(stages) > 1:
+            systems["cosine"] = System(stages[0], scale="Cosine score")
+        folder = output / name
+        folder.mkdir(exist_ok=True)
+        write_scores(trials, final, folder / "scores.txt")
+        metrics = report(options, folder, name, trials, {**systems, **others})
+        results[name] = metrics[options.name]
+    table = metrics_table(results)
+    (output / "results.md").write_text(f"# {options.name}\n\n{table}")
+    print(table)
+    return results
+
+
+def read_list(options: argparse.Namespace, path: str) -> TrialList:
+    """Read a trial list; LIST.models beside it holds its models, if any."""
+    beside = Path(path).with_suffix(".models")
+    models = options.models or (beside if beside.is_file() else None)
+    return read_trials(
+        path,
+        options.form,
+        read_models(models) if models else None,
+        options.strip_prefix,
+        options.suffix,
+    )
+
+
+def list_names(paths: list[str]) -> list[str]:
+    """File names without ending, with their folders' where two are alike."""
+    stems = Counter(Path(path).stem for path in paths)
+    names = [
+        Path(p).stem
+        if stems[Path(p).stem] == 1
+        else f"{Path(p).resolve().parent.name}_{Path(p).stem}"
+        for p in paths
+    ]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise SystemExit(f"two trial lists would both be called '{twice[0]}'")
+    return names
+
+
+def read_systems(arguments: list[str]) -> tuple[TrialList, dict[str, System]]:
+    """Read NAME=FILE score files; all must be of one list of trials."""
+    first, systems = None, {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals:
+            raise SystemExit(f"--scores needs NAME=FILE, got '{argument}'")
+        trials, scores = read_scores(path)
+        if first is None:
+            first = trials
+        check_same(first, trials, path)
+        systems[name] = System(scores)
+    return first, systems
+
+
+def check_same(one: TrialList, other: TrialList, path: str) -> None:
+    """Two systems are compared only on the same trials in the same order."""
+    same = len(one) == len(other) and (one.labels == other.labels).all()
+    for side in ("enrol", "test"):
+        if not same:
+            break
+        rows = {n: i for i, n in enumerate(getattr(one, f"{side}_ids"))}
+        names = getattr(other, f"{side}_ids")
+        table = np.array([rows.get(name, -1) for name in names])
+        same = (table[getattr(other, side)] == getattr(one, side)).all()
+    if not same:
+        raise SystemExit(
+            f"'{path}' holds other trials, or in another order, than the list "
+            "that it is compared on"
+        )
+
+
+def own_device(device: str) -> str:
+    """Join the other ranks if torchrun started us; each takes its GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def embed(options, encoder, names, root, store) -> EmbeddingSet:
+    """Embeddings of these recordings, old or new."""
+    return extract(
+        encoder.encode,
+        names,
+        root,
+        sample_rate=encoder.sample_rate,
+        max_frames_per_batch=options.max_frames,
+        resample=options.resample,
+        mixdown=options.mixdown,
+        store=EmbeddingStore(store, encoder.fingerprint),
+        distributed=torch.distributed.is_initialized(),
+        pad=encoder.pad,
+    )
+
+
+def embed_cohort(
+    options, encoder
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Mean to centre with, and one unit vector a training speaker."""
+    if not options.cohort:
+        return None, None
+    rows, seen = [], Counter()
+    for row in read_manifest(options.cohort):
+        seen[row.spk_id] += 1
+        if seen[row.spk_id] <= (options.cohort_per_speaker or np.inf):
+            rows.append(row)
+    names = [row.wav.removeprefix(ROOT_PREFIX) for row in rows]
+    embeddings = embed(
+        options,
+        encoder,
+        names,
+        options.cohort_root or options.data_root,
+        Path(options.output) / "cohort.safetensors",
+    )
+    mean = None
+    if options.center:
+        mean = embeddings.matrix.mean(axis=0)
+    speakers = [row.spk_id for row in rows]
+    return mean, speaker_means(embeddings.matrix, speakers, mean)[1]
+
+
+def score(
+    options, trials: TrialList, embeddings: EmbeddingSet, mean, cohort
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Cosines, then normalised ones if asked for; and quality measures."""
+    sides = trial_vectors(trials, embeddings.ids, embeddings.matrix, mean)
+    stages = [sides.cosines()]
+    if options.normalise:
+        stages.append(
+            normalise(
+                stages[0],
+                sides.vectors,
+                sides.enrol,
+                sides.test,
+                cohort,
+                options.normalise,
+                options.top_n,
+            )
+        )
+    return stages, measures(options, trials, sides, embeddings, cohort)
+
+
+def measures(
+    options, trials: TrialList, sides: TrialVectors, embeddings, cohort
+) -> dict[str, np.ndarray]:
+    """Quality measures of each trial, by name; see calibration.py."""
+    rows = {name: row for row, name in enumerate(embeddings.ids)}
+    members = [(name,) for name in trials.utterances]
+    if trials.models:
+        members += [trials.models[model] for model in trials.enrol_ids]
+    members = [[rows[name] for name in each] for each in members]
+    lengths = np.linalg.norm(embeddings.matrix, axis=1)
+    found = {}
+    for quality in options.qualities:
+        if quality == "duration":
+            seconds = [embeddings.seconds[each].sum() for each in members]
+            values = np.log(seconds)
+        elif quality == "magnitude":
+            values = [lengths[each].mean() for each in members]
+        else:
+            values = cohort_statistics(sides.vectors, cohort, options.top_n)[0]
+        found |= pair_quality(quality, values, sides.enrol, sides.test)
+    return found
+
+
+def report(
+    options, folder: Path, title: str, trials: TrialList, systems
+) -> dict[str, Metrics]:
+    """Intervals and groups where they are asked for, then the folder."""
+    groups = {}
+    if options.bootstrap or options.speakers:
+        speakers = trial_speakers(trials, options.speaker_pattern)
+        if options.speakers:
+            table = read_speaker_table(options.speakers)
+            groups = trial_groups(
+                trials.labels, speakers, table, options.group_by
+            )
+    if options.bootstrap:
+        systems = with_intervals(options, trials, systems, speakers)
+    return write_report(
+        folder, title, trials, systems, groups, options.p_targets
+    )
+
+
+def with_intervals(options, trials, systems, speakers) -> dict[str, System]:
+    """Bootstrap every system, and its difference to the first."""
+    who = (trials.labels, speakers.enrol, speakers.test)
+    settings = {
+        "p_targets": options.p_targets,
+        "replicates": options.bootstrap,
+        "seed": options.seed,
+        "progress": True,
+    }
+    reference = next(iter(systems.values())).scores
+    done = {}
+    for i, (name, system) in enumerate(systems.items()):
+        differences = {}
+        if i > 0:
+            differences = paired_bootstrap(
+                system.scores, reference, *who, **settings
+            )
+        intervals = bootstrap(system.scores, *who, **settings)
+        done[name] = replace(
+            system, intervals=intervals, differences=differences
+        )
+    return done
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line over YAML over defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("hparams", nargs="?", help="YAML with any of the options below")
+    add("--encoder", help="exported folder, run, or checkpoint")
+    add("--trials", nargs="+", default=[], metavar="LIST")
+    add("--data_root", help="folder that the names in the lists start from")
+    add("--output", help="folder for scores, reports and embeddings")
+    add("--name", help="what the system is called (default: its folder)")
+    add("--form", default="voxceleb", choices=list(FORMS))
+    add("--models", help="enrolment list (default: LIST.models if there)")
+    add("--strip_prefix", default="", help="taken off names in the lists")
+    add("--suffix", help="ending that all names shall have, such as .flac")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--max_frames", type=int, default=6000, help="frames in a batch")
+    add("--resample", action="store_true", help="allow other sample rates")
+    add("--mixdown", action="store_true", help="allow several channels")
+    add("--store", help="embeddings file (default: in OUTPUT)")
+    add("--cohort", help="manifest of training speakers")
+    add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
+    add("--cohort_per_speaker", type=int, help="recordings (default: all)")
+    add("--center", action="store_true", help="subtract the cohort's mean")
+    add("--normalise", choices=METHODS, help="score normalisation")
+    add("--top_n", type=int, default=300, help="of adaptive normalisation")
+    add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
+    add("--qualities", nargs="*", default=[], choices=QUALITIES)
+    add("--calibration_prior", type=float, default=0.01)
+    add("--p_targets", nargs="+", type=float, default=list(P_TARGETS))
+    add("--bootstrap", type=int, default=0, metavar="N", help="replicates")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--speaker_pattern", default=FIRST_FOLDER, help="regular expression")
+    add("--speakers", help="table of speakers, by which trials are grouped")
+    add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
+    add("--scores", nargs="*", default=[], metavar="NAME=FILE")
+    file = parser.parse_args(argv).hparams
+    if file:
+        with open(file, encoding="utf-8") as stream:
+            values = load_hyperpyyaml(stream)
+        unknown = set(values) - set(vars(parser.parse_args([])))
+        if unknown:
+            parser.error(f"'{file}' has unknown keys: {sorted(unknown)}")
+        parser.set_defaults(**values)
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return options
+
+
+def check_options(parser, options: argparse.Namespace) -> None:
+    """Say at once which options do not go together."""
+    if not options.output:
+        parser.error("--output is needed")
+    if not options.encoder:
+        if not options.scores or options.trials:
+            parser.error("--encoder is needed, or --scores without --trials")
+        return
+    if not options.trials or not options.data_root:
+        parser.error("--trials and --data_root are needed with --encoder")
+    if options.scores and len(options.trials) > 1:
+        parser.error("--scores can be compared on one list of trials only")
+    needs_cohort = options.normalise or "cohort_mean" in options.qualities
+    if (needs_cohort or options.center) and not options.cohort:
+        parser.error("--normalise, --center and cohort_mean need --cohort")
+    if options.qualities and not options.calibrate_on:
+        parser.error("--qualities need --calibrate_on")
+    if not options.name:
+        folder = Path(options.encoder).resolve()
+        generic = folder.name in ("inference", "save")
+        options.name = folder.parent.name if generic else folder.name
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
