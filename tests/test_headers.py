@@ -161,13 +161,11 @@ def test_verify_finds_nan_and_is_remembered(tmp_path, monkeypatch):
 @pytest.fixture
 def opened(monkeypatch):
     """The files whose headers are really read."""
-    paths, original = [], headers._quick_info
+    paths, original = [], headers._read_header
     monkeypatch.setattr(
         headers,
-        "_quick_info",
-        lambda path, size: (
-            paths.append(os.path.basename(path)) or original(path, size)
-        ),
+        "_read_header",
+        lambda path: paths.append(os.path.basename(path)) or original(path),
     )
     return paths
 
@@ -224,17 +222,17 @@ def test_interrupted_reading_is_continued(tmp_path, opened, monkeypatch):
     names = [f"{i:04d}.wav" for i in range(600)]
     for name in names:
         soundfile.write(corpus / name, NOISE[:100], 16000)
-    wrapped = headers._quick_info
+    wrapped = headers._read_header
 
-    def interrupt(path, size):
+    def interrupt(path):
         if path.endswith("0590.wav"):
             raise KeyboardInterrupt
-        return wrapped(path, size)
+        return wrapped(path)
 
-    monkeypatch.setattr(headers, "_quick_info", interrupt)
+    monkeypatch.setattr(headers, "_read_header", interrupt)
     with pytest.raises(KeyboardInterrupt):
         read_headers(corpus, names, cache, workers=1)
-    monkeypatch.setattr(headers, "_quick_info", wrapped)
+    monkeypatch.setattr(headers, "_read_header", wrapped)
     opened.clear()
     assert len(read_headers(corpus, names, cache)) == 600
     assert sorted(opened) == names[512:]  # two chunks of 256 were kept

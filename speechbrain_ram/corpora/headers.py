@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,18 +19,17 @@ from typing import NamedTuple
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from speechbrain_ram.audio import (
-    AudioError,
-    AudioInfo,
-    audio_info,
-    read_audio,
-)
+from speechbrain_ram.audio import AudioError, audio_info, read_audio
 from speechbrain_ram.corpora.atomic import atomic_writer
 
 logger = get_logger(__name__)
 
 _CHUNK = 256  # files a task: handing over costs far less than reading
 _HEAD_BYTES = 512  # holds the header of nearly every WAV and FLAC file
+
+# WAV: name and length of a chunk; format, channels, rate, byte rate, block
+_CHUNK_HEAD = struct.Struct("<4sI").unpack_from
+_FMT_CHUNK = struct.Struct("<HHIIH").unpack_from
 
 
 class Header(NamedTuple):
@@ -100,8 +100,10 @@ def read_headers(
     root = Path(data_root)
     known = _read_cache(cache, root) if cache else {}
 
+    prefix = os.path.join(root, "")
+
     def examine(chunk):
-        return [_examine(root, name, known.get(name), verify) for name in chunk]
+        return [_examine(prefix + n, known.get(n), verify) for n in chunk]
 
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     headers: list[Header | AudioError] = []
@@ -120,23 +122,16 @@ def read_headers(
 
 
 def _examine(
-    root: Path, name: str, known: Header | None, verify: bool
+    path: str, known: Header | None, verify: bool
 ) -> Header | AudioError:
     """Look at one file, through the cache where it still holds."""
-    path = os.path.join(root, name)
     try:
-        status = os.stat(path)
-        size, mtime_ns = status.st_size, status.st_mtime_ns
-        if known is None or known[:2] != (size, mtime_ns):
-            info = _quick_info(path, size) or audio_info(path)
-            known = Header(
-                size,
-                mtime_ns,
-                info.frames,
-                info.sample_rate,
-                info.channels,
-                False,
-            )
+        if known is not None:
+            status = os.stat(path)
+            if known[:2] != (status.st_size, status.st_mtime_ns):
+                known = None
+        if known is None:
+            known = _read_header(path)
         if verify and not known.verified:
             read_audio(path, sample_rate=known.sample_rate, mixdown=True)
             known = known._replace(verified=True)
@@ -151,55 +146,71 @@ def _examine(
         return AudioError(f"'{path}' cannot be read: {error}.")
 
 
-def _quick_info(path: str, size: int) -> AudioInfo | None:
-    """Parse the header of a plain WAV or FLAC file; None for anything else.
+def _read_header(path: str) -> Header:
+    """Open one file and read its beginning.
 
-    Several times faster than opening the file with libsndfile, and it sees
-    what libsndfile mends in silence: a WAV file cut short.
+    A million files make every call count: plain descriptors cost half of
+    what file objects do, and parsing here a tenth of libsndfile's opening.
+    It also sees what libsndfile mends in silence, a WAV file cut short.
     """
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(_HEAD_BYTES)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(descriptor)
+        head = os.read(descriptor, _HEAD_BYTES)
+    finally:
+        os.close(descriptor)
+    size = status.st_size
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        return _riff_info(path, head, size)
-    if head[:4] == b"fLaC" and len(head) >= 42 and head[4] & 0x7F == 0:
-        # STREAMINFO: 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
-        bits = int.from_bytes(head[18:26], "big")
-        frames = bits & 0xFFFFFFFFF
-        if frames:  # 0 is 'unknown'
-            return AudioInfo(frames, bits >> 44, (bits >> 41 & 7) + 1)
-    return None
+        format_ = _riff_format(path, head, size)
+    elif head[:4] == b"fLaC":
+        format_ = _flac_format(head)
+    else:
+        format_ = None
+    if format_ is None:
+        info = audio_info(path)
+        format_ = info.frames, info.sample_rate, info.channels
+    return Header(size, status.st_mtime_ns, *format_, False)
 
 
-def _riff_info(path: str, head: bytes, size: int) -> AudioInfo | None:
-    """Walk the chunks of a WAV file up to its samples."""
+def _flac_format(head: bytes) -> tuple[int, int, int] | None:
+    """(frames, rate, channels) of a STREAMINFO block; None if unknown."""
+    if len(head) < 42 or head[4] & 0x7F:
+        return None
+    # 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
+    bits = int.from_bytes(head[18:26], "big")
+    frames = bits & 0xFFFFFFFFF
+    return (frames, bits >> 44, (bits >> 41 & 7) + 1) if frames else None
+
+
+def _riff_format(
+    path: str, head: bytes, size: int
+) -> tuple[int, int, int] | None:
+    """Walk the chunks of a WAV file up to its samples; None if unknown."""
     offset, rate, channels, block = 12, 0, 0, 0
     while offset + 8 <= len(head):
-        name = head[offset : offset + 4]
-        length = int.from_bytes(head[offset + 4 : offset + 8], "little")
+        name, length = _CHUNK_HEAD(head, offset)
         body = offset + 8
-        if name == b"fmt " and body + 16 <= len(head):
-            kind = int.from_bytes(head[body : body + 2], "little")
-            if kind not in (1, 3, 0xFFFE):  # PCM, float, extensible
-                return None
-            channels = int.from_bytes(head[body + 2 : body + 4], "little")
-            rate = int.from_bytes(head[body + 4 : body + 8], "little")
-            block = int.from_bytes(head[body + 12 : body + 14], "little")
-        elif name == b"data":
+        if name == b"data":
             if not (rate and channels and block):
                 return None
+            there = size - body
             if length >= 0x7FFFF000:  # how a stream writes 'unknown'
-                length = size - body
-            if length > size - body:
+                length = there
+            if length > there:
                 raise AudioError(
                     f"'{path}' is truncated: its header promises {length} "
-                    f"bytes of samples, {size - body} are there. Was a copy "
-                    "or an unpacking interrupted?"
+                    f"bytes of samples, {there} are there. Was a copy or an "
+                    "unpacking interrupted?"
                 )
             if length < block:
                 raise AudioError(
                     f"'{path}' holds no samples (an empty recording)."
                 )
-            return AudioInfo(length // block, rate, channels)
+            return length // block, rate, channels
+        if name == b"fmt " and body + 16 <= len(head):
+            kind, channels, rate, _, block = _FMT_CHUNK(head, body)
+            if kind not in (1, 3, 0xFFFE):  # PCM, float, extensible
+                return None
         offset = body + length + length % 2  # chunks begin at even bytes
     return None
 

@@ -142,13 +142,15 @@ def build_manifest(
     )
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
-        problem = header if isinstance(header, AudioError) else None
-        if problem is None:
-            problem = _unsuitable(
-                root / name, header, sample_rate, resample, mixdown
+        if isinstance(header, AudioError):
+            skipped.append(str(header))
+            continue
+        if (header.channels > 1 and not mixdown) or (
+            header.sample_rate != sample_rate and not resample
+        ):
+            skipped.append(
+                _unsuitable(root / name, header, sample_rate, mixdown)
             )
-        if problem is not None:
-            skipped.append(str(problem))
             continue
         duration = header.frames / header.sample_rate
         if duration < min_duration:
@@ -170,21 +172,19 @@ def build_manifest(
 
 
 def _unsuitable(
-    path: Path, header: Header, sample_rate: int, resample: bool, mixdown: bool
-) -> str | None:
+    path: Path, header: Header, sample_rate: int, mixdown: bool
+) -> str:
     """Say why a sound file cannot be used as it is."""
     if header.channels > 1 and not mixdown:
         return (
             f"'{path}' has {header.channels} channels, mono is needed. Allow "
             "mixdown=True to average them, or convert the file."
         )
-    if header.sample_rate != sample_rate and not resample:
-        return (
-            f"'{path}' has a sample rate of {header.sample_rate} Hz, "
-            f"{sample_rate} Hz is needed. Allow resample=True to convert it "
-            "while reading, or convert the file."
-        )
-    return None
+    return (
+        f"'{path}' has a sample rate of {header.sample_rate} Hz, "
+        f"{sample_rate} Hz is needed. Allow resample=True to convert it "
+        "while reading, or convert the file."
+    )
 
 
 def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
