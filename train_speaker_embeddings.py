@@ -21,12 +21,13 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
-from speechbrain_ram.dataset import speaker_datasets
+from speechbrain_ram.dataset import original_speakers, speaker_datasets
 from speechbrain_ram.decision import Decision
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import encoder_section, export_inference
-from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.metrics import eer
 from speechbrain_ram.processes import n_processes
+from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
 from speechbrain_ram.stopping import StopRequest, leave_on_signals
 from speechbrain_ram.trials import check_utterances, read_trials
@@ -51,7 +52,8 @@ def train(hparams_file, run_opts, overrides):
             hparams["make_corpus"]()
         manifests = hparams["prepare"]()
     train_csv, valid_csv = ddp_broadcast(manifests)
-    conversions = {
+    reading = {
+        "sample_rate": hparams["encoder"]["sample_rate"],
         "resample": hparams["resample"],
         "mixdown": hparams["mixdown"],
     }
@@ -60,9 +62,9 @@ def train(hparams_file, run_opts, overrides):
         valid_csv,
         hparams["data_root"],
         crop_seconds=hparams["crop_seconds"],
-        sample_rate=hparams["encoder"]["sample_rate"],
         seed=hparams["seed"],
-        **conversions,
+        speeds=hparams["speeds"],
+        **reading,
     )
     trials = None
     if hparams.get("trials"):
@@ -80,7 +82,7 @@ def train(hparams_file, run_opts, overrides):
         checkpointer=hparams["checkpointer"],
         dev_trials=trials,
         dev_root=hparams.get("trials_root"),
-        read_options=conversions,
+        read_options=reading,
         stop=stop,
     )
     loader = {
@@ -104,19 +106,21 @@ def train(hparams_file, run_opts, overrides):
         hparams["data_root"],
         pad=brain.pad,
         distributed=n_processes() > 1,
-        **conversions,
+        **reading,
     )
     decision = None
     if trials is not None:
-        decision = verify(brain, trials, hparams, conversions, output)
+        decision = verify(brain, trials, hparams, reading, output)
     if if_main_process():
+        names, rows = original_speakers(label_encoder, hparams["speeds"])
+        classifier.weight = torch.nn.Parameter(classifier.weight[rows])
         objective = "{objective}, margin {margin}, scale {scale}"
         export_inference(
             output / "inference",
             encoder_section(output / "hyperparams.yaml"),
             hparams["encoder"]["embedding_model"],
             classifier,
-            label_encoder,
+            names,
             torch.from_numpy(embeddings.matrix).mean(dim=0),
             decision,
             {"objective": objective.format(**hparams), **hparams["facts"]},
@@ -124,7 +128,7 @@ def train(hparams_file, run_opts, overrides):
         print(f"Inference folder: {output / 'inference'}")
 
 
-def verify(brain, trials, hparams, conversions, output):
+def verify(brain, trials, hparams, reading, output):
     """Score the trials with the best checkpoint and say how it did."""
     embeddings = extract(
         brain.encode,
@@ -132,17 +136,23 @@ def verify(brain, trials, hparams, conversions, output):
         hparams["trials_root"],
         pad=brain.pad,
         distributed=n_processes() > 1,
-        **conversions,
+        **reading,
     )
     if not if_main_process():
         return None
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)
+    name = Path(hparams["trials"]).name
     write_scores(trials, scores, output / "scores.txt")
-    untrained = getattr(brain, "untrained", None)
-    if untrained:
-        print(f"EER before training: {untrained['EER']:.2f} %")
-    print(evaluate(scores, trials.labels))
-    return Decision.fit(scores, trials.labels, Path(hparams["trials"]).name)
+    try:
+        systems = {hparams["objective"]: System(scores)}
+        write_report(output / "report", name, trials, systems)
+        print(f"Report: {output / 'report' / 'results.md'}")
+    except ImportError as error:  # everything but the pictures goes on
+        print(f"No report: {error}")
+    if hasattr(brain, "untrained"):
+        print(f"EER before training: {brain.untrained['EER']:.2f} %")
+    print(f"EER after training: {eer(scores, trials.labels):.2f} %")
+    return Decision.fit(scores, trials.labels, name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.diagnostics import MarginDiagnostics
 from speechbrain_ram.embeddings import Padding, extract
 from speechbrain_ram.metrics import eer, min_dcf
 from speechbrain_ram.processes import n_processes
@@ -35,6 +36,8 @@ class SpeakerBrain(RobustBrain):
     epoch_counter        SpeechBrain's
     train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
     verify_every         epochs between verifications of the dev trials
+    margin_diagnostics   False leaves them out of the log, see
+                         :mod:`speechbrain_ram.diagnostics`
     ===================  ====================================================
 
     Arguments
@@ -45,12 +48,12 @@ class SpeakerBrain(RobustBrain):
     dev_root : str
         The folder that the trial list's paths are relative to.
     read_options : dict
-        ``resample`` and ``mixdown`` of the trials' recordings.
+        ``sample_rate``, ``resample`` and ``mixdown`` for the recordings.
     *args, **kwargs
         As for :class:`RobustBrain`.
     """
 
-    kept_attributes = ("rate", "untrained")
+    kept_attributes = ("rate", "untrained", "diagnosed")
 
     def __init__(
         self,
@@ -66,6 +69,12 @@ class SpeakerBrain(RobustBrain):
         self.read_options = read_options or {}
         self.best_key = "error" if dev_trials is None else "EER"
         self.steps_per_epoch = None
+        self.diagnostics = None
+        loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
+        if getattr(self.hparams, "margin_diagnostics", True) and hasattr(
+            loss_fn, "scale"
+        ):
+            self.diagnostics = MarginDiagnostics(loss_fn)
         if getattr(self.hparams, "channels_last", False):
             self._use_channels_last()
         self.loggers = [self.hparams.train_logger]
@@ -105,6 +114,8 @@ class SpeakerBrain(RobustBrain):
         right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
         self.tally.n_right += right.sum()  # on the device: no waiting
         self.tally.n_seen += len(right)
+        if stage == sb.Stage.TRAIN and self.diagnostics is not None:
+            self.diagnostics.watch(cosines, targets)
         with torch.autocast(self.device_type, enabled=False):
             return self.hparams.compute_cost(cosines, targets)
 
@@ -147,8 +158,11 @@ class SpeakerBrain(RobustBrain):
 
     def on_stage_start(self, stage, epoch=None):
         """Choose the crops of the epoch, start the clock."""
+        goes_on = self._resumed is not None
         super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
+            if self.diagnostics is not None and not goes_on:
+                self.diagnostics.reset()
             self.train_set.set_epoch(epoch)
             self.started = time.perf_counter()
             self.seen_before = self.tally.n_seen  # by an interrupted run
@@ -181,6 +195,8 @@ class SpeakerBrain(RobustBrain):
             "grad_norm": total.grad_norm / max(total.n_steps, 1),
             "utterances/s": (total.n_seen - self.seen_before) / seconds,
         }
+        if self.diagnostics is not None:
+            stats.update(self.diagnostics.summary(stats["loss"]))
         if self.n_bad_steps:
             stats["skipped steps"] = self.n_bad_steps
         if self.faults[sb.Stage.TRAIN].messages:
@@ -194,6 +210,16 @@ class SpeakerBrain(RobustBrain):
             one.log_stats(
                 meta, train_stats=train_stats, valid_stats=valid_stats
             )
+
+    @property
+    def diagnosed(self) -> dict | None:
+        """The margin diagnostics of the running epoch, for checkpoints."""
+        return self.diagnostics and self.diagnostics.state()
+
+    @diagnosed.setter
+    def diagnosed(self, state: dict | None):
+        if self.diagnostics is not None and state is not None:
+            self.diagnostics.restore(state)
 
     # -- verification -----------------------------------------------------
 
@@ -247,7 +273,6 @@ class SpeakerBrain(RobustBrain):
             self.encode,
             self.dev_trials.utterances,
             self.dev_root,
-            sample_rate=self.hparams.encoder["sample_rate"],
             progress=not self.noprogressbar,
             pad=self.pad,
             distributed=n_processes() > 1,

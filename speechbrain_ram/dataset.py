@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 
 import torch
+import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
@@ -57,6 +59,9 @@ class CropDataset(DynamicItemDataset):
     resample, mixdown : bool
         Whether files of another rate, or of several channels, are converted
         while reading.
+    speeds : sequence of float
+        Play every utterance at each of these speeds. Pitch moves along, so
+        that all but 1.0 count as other utterances by other speakers.
 
     Example
     -------
@@ -82,7 +87,9 @@ class CropDataset(DynamicItemDataset):
         seed: int = 1986,
         resample: bool = False,
         mixdown: bool = False,
+        speeds: Sequence[float] = (1.0,),
     ):
+        _check_speeds(speeds)
         if not crop_seconds * sample_rate >= 1:
             raise ValueError(
                 f"crop_seconds is {crop_seconds}: shorter than one sample. "
@@ -95,23 +102,24 @@ class CropDataset(DynamicItemDataset):
         self.resample = resample
         self.mixdown = mixdown
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        items = {
+            at_speed(row.id, speed): {
+                "path": row.path(data_root),
+                "start": row.start,
+                "stop": row.stop,
+                "speed": speed,
+                "spk_id": at_speed(row.spk_id, speed),
+            }
+            for speed in speeds
+            for row in rows
+        }
         labels = {
             speaker: label_encoder.encode_label_torch(speaker).reshape(1)
-            for speaker in {row.spk_id for row in rows}
+            for speaker in {item["spk_id"] for item in items.values()}
         }
-        super().__init__(
-            {
-                row.id: {
-                    "path": row.path(data_root),
-                    "start": row.start,
-                    "stop": row.stop,
-                    "spk_id": row.spk_id,
-                }
-                for row in rows
-            }
-        )
+        super().__init__(items)
         self.add_dynamic_item(
-            self._read_crop, ["id", "path", "start", "stop"], "sig"
+            self._read_crop, ["id", "path", "start", "stop", "speed"], "sig"
         )
         self.add_dynamic_item(labels.__getitem__, "spk_id", "spk_id_encoded")
         self.set_output_keys(OUTPUT_KEYS)
@@ -132,12 +140,12 @@ class CropDataset(DynamicItemDataset):
         self._epoch.fill_(epoch)
 
     def _read_crop(
-        self, utterance_id: str, path: str, start: int, stop: int
+        self, utterance_id: str, path: str, start: int, stop: int, speed: float
     ) -> torch.Tensor:
         """Read one crop, [crop_samples]."""
         rate = audio_info(path).sample_rate if self.resample else None
         rate = rate or self.sample_rate
-        wanted = math.ceil(self.crop_samples * rate / self.sample_rate)
+        wanted = math.ceil(self.crop_samples * speed * rate / self.sample_rate)
         spare = stop - start - wanted
         if spare > 0:
             share = self._position(utterance_id) if self.random_crops else 0.5
@@ -146,6 +154,10 @@ class CropDataset(DynamicItemDataset):
         waveform = read_audio(
             path, start, stop, self.sample_rate, self.resample, self.mixdown
         )
+        if speed != 1:
+            waveform = torchaudio.functional.resample(
+                waveform, round(speed * self.sample_rate), self.sample_rate
+            )
         repeats = math.ceil(self.crop_samples / len(waveform))
         return waveform.repeat(repeats)[: self.crop_samples]
 
@@ -160,6 +172,58 @@ class CropDataset(DynamicItemDataset):
         return int.from_bytes(digest, "big") / 2**48
 
 
+def _check_speeds(speeds: Sequence[float]) -> None:
+    if not speeds or not all(0.5 <= speed <= 2 for speed in speeds):
+        raise ValueError(
+            f"speeds is {list(speeds)}, one or more numbers from 0.5 to 2 "
+            "are needed, such as [1.0, 0.9, 1.1]."
+        )
+
+
+def at_speed(name: str, speed: float) -> str:
+    """Name an utterance or a speaker who is played at another speed.
+
+    Example
+    -------
+    >>> at_speed("anna", 1.0), at_speed("anna", 0.9)
+    ('anna', 'anna@0.9')
+    """
+    return name if speed == 1 else f"{name}@{speed:g}"
+
+
+def original_speakers(
+    label_encoder: CategoricalEncoder, speeds: Sequence[float]
+) -> tuple[CategoricalEncoder, torch.Tensor]:
+    """Leave out the speakers that only a change of speed made.
+
+    Arguments
+    ---------
+    label_encoder : CategoricalEncoder
+        From :func:`speaker_datasets`.
+    speeds : sequence of float
+        That it was given.
+
+    Returns
+    -------
+    label_encoder : CategoricalEncoder
+        Of the real speakers, in the same order.
+    rows : torch.Tensor
+        Shape [number of real speakers], int64: their labels before.
+    """
+    known = label_encoder.lab2ind
+    made = {
+        at_speed(name, speed)
+        for name in known
+        for speed in speeds
+        if speed != 1
+    }
+    names = sorted(set(known) - made, key=known.get)
+    original = CategoricalEncoder()
+    original.update_from_iterable(names)
+    original.expect_len(len(names))
+    return original, torch.tensor([known[name] for name in names])
+
+
 def speaker_datasets(
     train_csv: str | os.PathLike,
     valid_csv: str | os.PathLike,
@@ -170,6 +234,7 @@ def speaker_datasets(
     seed: int = 1986,
     resample: bool = False,
     mixdown: bool = False,
+    speeds: Sequence[float] = (1.0,),
 ) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
     """Make the training and validation datasets and the speaker labels.
 
@@ -192,6 +257,9 @@ def speaker_datasets(
     resample, mixdown : bool
         Whether files of another rate, or of several channels, are converted
         while reading.
+    speeds : sequence of float
+        Of the training utterances: each but 1.0 adds as many speakers as
+        there are. :func:`original_speakers` drops them again.
 
     Returns
     -------
@@ -203,14 +271,17 @@ def speaker_datasets(
     ManifestError
         A bad manifest, or speakers that the labels do not know.
     """
+    _check_speeds(speeds)
     train_rows, valid_rows = read_manifest(train_csv), read_manifest(valid_csv)
     if label_encoder is None:
         label_encoder = CategoricalEncoder()
         label_encoder.update_from_iterable(
-            sorted({row.spk_id for row in train_rows})
+            at_speed(speaker, speed)
+            for speed in speeds
+            for speaker in sorted({row.spk_id for row in train_rows})
         )
         label_encoder.expect_len(len(label_encoder))
-        if len(label_encoder) < 2:
+        if len(label_encoder) < 2 * len(speeds):
             raise ManifestError(
                 f"'{train_csv}' holds one speaker only, "
                 f"'{train_rows[0].spk_id}'; training needs two or more."
@@ -235,6 +306,7 @@ def speaker_datasets(
             seed=seed,
             resample=resample,
             mixdown=mixdown,
+            speeds=speeds if random_crops else (1.0,),
         )
         for rows, random_crops in ((train_rows, True), (valid_rows, False))
     )

@@ -14,7 +14,11 @@ from speechbrain_ram.corpora.manifest import (
     Utterance,
     write_manifest,
 )
-from speechbrain_ram.dataset import CropDataset, speaker_datasets
+from speechbrain_ram.dataset import (
+    CropDataset,
+    original_speakers,
+    speaker_datasets,
+)
 
 RATE = 16000
 
@@ -243,3 +247,37 @@ def test_missing_file_is_named(corpus):
     (corpus[0] / "b" / "1.wav").unlink()
     with pytest.raises(AudioError, match="b/1.wav' does not exist"):
         train[1]
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+def test_speed_moves_the_pitch(tmp_path, speed):
+    path = tmp_path / "a.wav"
+    time = np.arange(3 * RATE) / RATE
+    soundfile.write(path, np.sin(2 * np.pi * 1000 * time), RATE)
+    rows = [Utterance("a", 3.0, str(path), 0, 3 * RATE, "a")]
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable([f"a@{speed}"])
+    (item,) = CropDataset(rows, "/", encoder, speeds=[speed])
+    assert item["id"] == f"a@{speed}"
+    crop = item["sig"]
+    assert len(crop) == 2 * RATE
+    spectrum = torch.fft.rfft(crop * torch.hann_window(len(crop))).abs()
+    assert abs(int(spectrum.argmax()) / 2 - 1000 * speed) < 2
+
+
+def test_speeds_make_speakers_of_their_own(corpus):
+    train, valid, encoder = datasets(corpus)
+    fast, same_valid, more = datasets(corpus, speeds=(1.0, 0.9, 1.1))
+    assert len(fast) == 3 * len(train) and len(same_valid) == len(valid)
+    assert len(more) == 3 * len(encoder)
+    names, rows = original_speakers(more, (1.0, 0.9, 1.1))
+    assert names.lab2ind == encoder.lab2ind
+    assert [more.ind2lab[int(row)] for row in rows] == list(encoder.lab2ind)
+    labels = {int(item["spk_id_encoded"]) for item in fast}
+    assert labels == set(range(len(more)))
+
+
+@pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, 9)])
+def test_impossible_speeds(corpus, speeds):
+    with pytest.raises(ValueError, match="numbers from 0.5 to 2 are needed"):
+        datasets(corpus, speeds=speeds)
