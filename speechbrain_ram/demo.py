@@ -94,6 +94,8 @@ def create_app(encoder: SpeakerEncoder):
         try:
             length = int(request.headers.get("content-length", LARGEST_UPLOAD))
             if length >= LARGEST_UPLOAD:
+                async for _ in request.stream():
+                    pass  # a sender who is cut off never sees the answer
                 limit = LARGEST_UPLOAD // 2**20
                 raise ValueError(f"The recordings exceed {limit} MB together.")
             async with request.form(max_files=2) as form:
