@@ -1,0 +1,51 @@
+"""The benchmarks' own machinery: tables, and what counts as a change."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from compare import moved
+from harness import Table, alternate, summary
+
+
+def test_table_is_written_with_quartiles(tmp_path):
+    table = Table("t", "Title", "About.", ["case", "s"], tmp_path)
+    table.add("a", 1.5)
+    table.note("a", [1.0, 2.0, 4.0])
+    table.write()
+    assert "| case | s |\n| --- | --- |\n| a | 1.5 |" in (
+        tmp_path / "t.md"
+    ).read_text(encoding="utf-8")
+    numbers = json.loads((tmp_path / "t.json").read_text())["numbers"]
+    assert numbers == {"a": {"low": 1.5, "median": 2.0, "high": 3.0}}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.md"]
+
+
+def test_cases_run_by_turns():
+    order = []
+    seconds = alternate(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2
+    )
+    assert order == ["a", "b"] * 3  # a warm-up, two rounds
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        ([1.0, 1.05, 1.1], []),  # overlaps
+        ([1.12, 1.13, 1.14], ["slower 1.13 x  step: 1 s -> 1.13 s"]),
+        ([1.06, 1.07, 1.08], []),  # apart, but by less than 10 %
+        ([0.5, 0.5, 0.5], ["faster 2.00 x  step: 1 s -> 0.5 s"]),
+    ],
+)
+def test_what_moved(seconds, expected):
+    before = {"machine": "m", "numbers": {"step": summary([0.98, 1.0, 1.02])}}
+    now = {"machine": "m", "numbers": {"step": summary(seconds), "new": {}}}
+    assert moved(before, now) == expected
+    other = moved({**before, "machine": "n"}, now)
+    assert other == ["another machine: n -> m", *expected]
