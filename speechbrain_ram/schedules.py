@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of where training stands.
+"""Learning rates and margins as pure functions of where training stands.
 
 SpeechBrain's schedulers keep a step count of their own; these keep nothing,
 so a run that was interrupted goes on with exactly the rate it had.
@@ -28,6 +28,8 @@ class WarmupDecay:
         The highest learning rate, above 0.
     warmup_steps : int
         Optimiser steps over which the rate climbs from peak / warmup_steps.
+    warmup_epochs : float
+        Epochs over which it climbs from 0, beside or instead of these.
     decay : str
         'step', 'exponential' or 'cosine'.
     epochs : int
@@ -60,6 +62,7 @@ class WarmupDecay:
         final: float = 1e-5,
         every: int = 5,
         gamma: float = 0.4,
+        warmup_epochs: float = 0.0,
     ):
         if decay not in DECAYS:
             raise ValueError(
@@ -76,6 +79,7 @@ class WarmupDecay:
                 raise ValueError(f"{name} is {value}, it must be above 0.")
         self.peak = float(peak)
         self.warmup_steps = warmup_steps
+        self.warmup_epochs = warmup_epochs
         self.decay = decay
         self.epochs = epochs
         self.final = float(final)
@@ -106,4 +110,72 @@ class WarmupDecay:
             rate = self.final + (self.peak - self.final) * half_cosine
         if step < self.warmup_steps:
             rate *= (step + 1) / self.warmup_steps
+        if epochs_done < self.warmup_epochs:
+            rate *= epochs_done / self.warmup_epochs
         return rate
+
+
+class MarginRise:
+    """A margin that rises between two epochs, fast at first.
+
+    With x the share of the way from `start` to `end`, the margin is
+    initial + (final - initial) (1 - 0.001^x), as WeSpeaker raises it; before
+    and after it stays where it is. A network that cannot tell anybody apart
+    yet learns badly under a large margin.
+
+    Arguments
+    ---------
+    final : float
+        The margin from `end` on.
+    start, end : float
+        Epochs done when the rise begins and ends; equal for none.
+    initial : float
+        The margin until `start`.
+
+    Raises
+    ------
+    ValueError
+        The rise ends before it begins.
+
+    Example
+    -------
+    >>> margin = MarginRise(final=0.2, start=19, end=39)
+    >>> margin(10), round(margin(24), 3), margin(39)
+    (0.0, 0.164, 0.2)
+    """
+
+    def __init__(
+        self,
+        final: float,
+        start: float = 0.0,
+        end: float = 0.0,
+        initial: float = 0.0,
+    ):
+        if not 0 <= start <= end:
+            raise ValueError(
+                f"the margin rises from epoch {start} to {end}; expected "
+                "0 <= start <= end."
+            )
+        self.final = final
+        self.start = start
+        self.end = end
+        self.initial = initial
+
+    def __call__(self, epochs_done: float) -> float:
+        """Give the margin of one step.
+
+        Arguments
+        ---------
+        epochs_done : float
+            Epochs done before it, with the running one's fraction.
+
+        Returns
+        -------
+        float
+        """
+        if epochs_done >= self.end:
+            return self.final
+        if epochs_done <= self.start:
+            return self.initial
+        done = (epochs_done - self.start) / (self.end - self.start)
+        return self.initial + (self.final - self.initial) * (1 - 0.001**done)
