@@ -1,0 +1,235 @@
+"""Reports: the numbers that they state, and pictures that are not blank."""
+
+import builtins
+import json
+import re
+
+import numpy as np
+import pytest
+
+from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
+from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.plots import _bins, _det_range, det_plot, histogram
+from speechbrain_ram.report import (
+    System,
+    file_name,
+    metrics_table,
+    worst_errors,
+    write_report,
+)
+from speechbrain_ram.trials import TrialList
+
+PICTURES = ("det", "histogram_good", "histogram_bad_one")
+
+
+def scored_list(n=2000, shift=3.0, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = [f"s{i % 10}/{i}" for i in range(40)]
+    enrol, test = rng.integers(0, 40, (2, n))
+    labels = (enrol % 10 == test % 10).astype(np.int8)
+    trials = TrialList(ids, ids, enrol, test, labels)
+    return trials, rng.standard_normal(n) + shift * labels
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    trials, good = scored_list()
+    bad = good + np.random.default_rng(2).standard_normal(len(good))
+    who = (trials.labels, trials.enrol % 10, trials.test % 10)
+    systems = {
+        "good": System(
+            good,
+            True,
+            "Log-likelihood ratio",
+            bootstrap(good, *who, replicates=50),
+        ),
+        "bad | one": System(
+            bad,
+            intervals=bootstrap(bad, *who, replicates=50),
+            differences=paired_bootstrap(bad, good, *who, replicates=50),
+        ),
+    }
+    groups = {"even": trials.enrol % 2 == 0, "odd": trials.enrol % 2 == 1}
+    metrics = write_report(folder, "A list", trials, systems, groups)
+    return folder, trials, systems, groups, metrics
+
+
+def test_the_folder_holds_what_it_should(report):
+    folder, _, systems, _, metrics = report
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["results.md", "results.json"]
+        + [f"{name}.{end}" for name in PICTURES for end in ("png", "pdf")]
+    )
+    assert list(metrics) == list(systems)
+    # every picture that is referred to is there
+    text = (folder / "results.md").read_text()
+    for picture in re.findall(r"\]\((\S+)\)", text):
+        assert (folder / picture).is_file()
+    assert len(re.findall(r"!\[", text)) == 3
+
+
+def test_json_holds_the_exact_numbers(report):
+    folder, trials, systems, groups, metrics = report
+    data = json.loads((folder / "results.json").read_text())
+    for name, system in systems.items():
+        exact = evaluate(system.scores, trials.labels, llr=system.llr)
+        assert metrics[name] == exact
+        stored = data["systems"][name]
+        assert stored["eer"] == exact.eer
+        assert stored["min_dcf"]["0.01"] == exact.min_dcf[0.01]
+        assert stored["cllr"] == exact.cllr
+        low = system.intervals["EER"].low
+        assert data["intervals"][name]["EER"]["low"] == low
+    difference = systems["bad | one"].differences["EER"]
+    stored = data["differences"]["bad | one"]["EER"]
+    assert stored["p_value"] == difference.p_value
+    assert list(data["differences"]) == ["bad | one"]
+    assert [row["group"] for row in data["groups"]] == ["even", "odd"]
+
+
+def test_groups_are_evaluated_alone_and_at_the_common_threshold(report):
+    folder, trials, systems, groups, metrics = report
+    rows = json.loads((folder / "results.json").read_text())["groups"]
+    scores, labels = systems["good"].scores, trials.labels
+    for row in rows:
+        mask = groups[row["group"]]
+        assert row["eer"] == evaluate(scores[mask], labels[mask]).eer
+        wrong = scores < metrics["good"].eer_threshold
+        assert row["fnr"] == pytest.approx(
+            100 * wrong[mask & (labels == 1)].mean()
+        )
+        assert row["fpr"] == pytest.approx(
+            100 * (~wrong)[mask & (labels == 0)].mean()
+        )
+
+
+def test_text_says_the_numbers(report):
+    folder, trials, systems, _, metrics = report
+    text = (folder / "results.md").read_text()
+    assert text.startswith("# A list\n\n2,000 trials, ")
+    assert f"{metrics['good'].eer:.2f} [" in text
+    assert f"{metrics['good'].act_dcf[0.01]:.4f}" in text
+    assert "| bad \\| one |" in text  # a bar does not break the table
+    assert f"{systems['bad | one'].differences['EER']:+.2f}, p = " in text
+    assert "\n\n\n" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    for row, after in zip(rows, rows[1:], strict=False):
+        if set(after) <= set("| -:"):
+            assert row.count("|") == after.count("|")
+
+
+def test_worst_errors_are_the_worst(report):
+    folder, trials, systems, _, metrics = report
+    worst = json.loads((folder / "results.json").read_text())["worst_errors"]
+    assert len(worst) == 20
+    scores, labels = systems["good"].scores, trials.labels
+    misses = [w["score"] for w in worst if w["kind"] == "miss"]
+    alarms = [w["score"] for w in worst if w["kind"] == "false alarm"]
+    assert misses == sorted(scores[labels == 1])[: len(misses)]
+    assert alarms == sorted(scores[labels == 0])[::-1][: len(alarms)]
+    first = int(np.argmin(np.where(labels == 1, scores, np.inf)))
+    assert worst[0]["enrol"] == trials.enrol_ids[trials.enrol[first]]
+    assert worst[0]["test"] == trials.test_ids[trials.test[first]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kinds"),
+    [
+        ([0.1, 0.2, 0.3, 0.9], ["miss", "miss", "miss", "false alarm"]),
+        ([0.9, 0.9, 0.9, 0.1], []),
+        ([0.9, 0.9, 0.1, 0.9], ["miss", "false alarm"]),
+    ],
+)
+def test_fewer_errors_of_a_kind_leave_room_for_the_other(scores, kinds):
+    trials = TrialList(("a",), tuple("bcde"), [0] * 4, range(4), [1, 1, 1, 0])
+    found = worst_errors(trials, np.array(scores), 0.5, count=4)
+    assert [each["kind"] for each in found] == kinds
+    assert len(worst_errors(trials, np.array(scores), 0.5, 2)) == min(
+        2, len(kinds)
+    )
+
+
+def test_a_perfect_system_has_a_report(tmp_path):
+    trials, _ = scored_list(200)
+    scores = trials.labels.astype(np.float32)
+    write_report(tmp_path, "Perfect", trials, {"oracle": System(scores)})
+    text = (tmp_path / "results.md").read_text()
+    assert "None at the EER threshold" in text
+    assert "Groups" not in text
+    json.loads((tmp_path / "results.json").read_text())  # no infinity in it
+
+
+def test_tables_of_unlike_rows_line_up():
+    plain = evaluate([0.9, 0.1], [1, 0], (0.01,))
+    ratios = evaluate([2.0, -2.0], [1, 0], (0.01,), llr=True)
+    lines = metrics_table({"a": plain, "b": ratios}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| actDCF(0.01) |" in lines[0]
+    assert lines[2].endswith("|  |")
+
+
+def test_names_make_harmless_files():
+    assert file_name("../../etc/passwd") == ".._.._etc_passwd"
+    assert file_name("///") == "_"
+
+
+def ink(path):
+    """Share of pixels that are not white."""
+    from matplotlib.image import imread
+
+    return (imread(path)[..., :3] < 0.99).any(axis=-1).mean()
+
+
+def test_pictures_show_something(report):
+    folder = report[0]
+    for name in PICTURES:
+        assert 0.02 < ink(folder / f"{name}.png") < 0.6
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0, 12.0])
+def test_det_plots_of_extreme_systems(tmp_path, shift):
+    trials, scores = scored_list(shift=shift)
+    det_plot(tmp_path / "det", {"x": (scores, trials.labels)})
+    assert ink(tmp_path / "det.png") > 0.01
+
+
+def test_the_eers_lie_within_the_det_axes():
+    from speechbrain_ram.metrics import error_curve
+
+    for shift in (0.5, 2.0, 4.0, 6.0):
+        trials, scores = scored_list(20_000, shift)
+        curve = error_curve(scores, trials.labels)
+        low, high = _det_range([curve], (0.01,))
+        assert low <= curve.eer()[0] < high <= 99
+        assert low > 0
+
+
+def test_bins_fit_rounded_scores():
+    scores = np.random.default_rng(0).normal(0.4, 0.1, 50_000)
+    rounded = scores.round(2)
+    steps = np.diff(_bins(rounded)) / 0.01
+    assert np.allclose(steps, steps.round())
+    assert 40 < len(_bins(scores)) < 120
+    for values in (scores, rounded, np.ones(30)):
+        edges = _bins(values)
+        assert edges[0] <= values.min()
+        assert edges[-1] >= values.max()
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def importer(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", importer)
+    trials, scores = scored_list(100)
+    with pytest.raises(ImportError, match=r"speechbrain-ram\[report\]"):
+        det_plot(tmp_path / "det", {"x": (scores, trials.labels)})
+    with pytest.raises(ImportError, match=r"speechbrain-ram\[report\]"):
+        histogram(tmp_path / "h", scores, trials.labels, {})
+    assert not list(tmp_path.iterdir())

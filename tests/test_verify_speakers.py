@@ -1,0 +1,337 @@
+"""The script from its options to its reports, with a tiny encoder."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from small_encoder import export_small, voice
+
+from speechbrain_ram.audio import read_audio
+from speechbrain_ram.corpora.manifest import build_manifest, write_manifest
+from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.scoring import read_scores, write_scores
+from speechbrain_ram.trials import read_trials
+
+SCRIPT = Path(__file__).parent.parent / "verify_speakers.py"
+SPEAKERS = {f"s{i}": 90 + 25 * i for i in range(6)}
+
+
+@pytest.fixture(scope="module")
+def verify():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("verify_speakers", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Recordings of six voices, two lists, a manifest, a table, an encoder."""
+    root = tmp_path_factory.mktemp("world")
+    names = []
+    for speaker, pitch in SPEAKERS.items():
+        (root / "wav" / speaker).mkdir(parents=True)
+        for i in range(4):
+            name = f"{speaker}/{i}.wav"
+            wave = voice(0.4 + 0.1 * i, pitch + 3 * i, seed=7 * i)
+            soundfile.write(root / "wav" / name, wave, 16000)
+            names.append(name)
+    pairs = [(e, t) for e in names for t in names if e < t]
+    lines = [f"{int(e[:2] == t[:2])} {e} {t}\n" for e, t in pairs]
+    (root / "one.txt").write_text("".join(lines[::2]))
+    (root / "two.txt").write_text("".join(lines[1::2]))
+    tests = [name for name in names if name[3] in "23"]
+    (root / "models.txt").write_text(
+        "".join(
+            f"{int(name[:2] == s)} {s} {name}\n"
+            for s in SPEAKERS
+            for name in tests
+        )
+    )
+    (root / "models.models").write_text(
+        "".join(f"{s} {s}/0.wav {s}/1.wav\n" for s in SPEAKERS)
+    )
+    (root / "speakers.tsv").write_text(
+        "speaker\tgender\n"
+        + "".join(f"{s}\t{'mf'[i > 2]}\n" for i, s in enumerate(SPEAKERS))
+    )
+    rows = build_manifest(
+        root / "wav", [(name, name[:2]) for name in names], workers=1
+    )
+    write_manifest(rows, root / "train.csv")
+    export_small(root / "run" / "inference")
+    return root
+
+
+def arguments(world, output, *lists, **options):
+    """The command line of these options."""
+    command = [
+        "--encoder",
+        world / "run" / "inference",
+        "--data_root",
+        world / "wav",
+        "--output",
+        output,
+        "--trials",
+        *[world / f"{name}.txt" for name in lists or ["one"]],
+    ]
+    for name, value in options.items():
+        command.append(f"--{name}")
+        if value is not True:
+            command += value if isinstance(value, list) else [value]
+    return [str(part) for part in command]
+
+
+def test_lists_are_scored_by_one_embedding_a_file(
+    verify, world, tmp_path, capsys, monkeypatch
+):
+    counted = []
+    real = verify.load_encoder
+
+    def counting(*args):
+        encoder = real(*args)
+        encode = encoder.encode
+        encoder.encode = lambda w, n: counted.append(len(w)) or encode(w, n)
+        return encoder
+
+    monkeypatch.setattr(verify, "load_encoder", counting)
+    results = verify.main(arguments(world, tmp_path, "one", "two"))
+    assert sum(counted) == 24
+    printed = capsys.readouterr().out
+    assert list(results) == ["one", "two"]
+    encoder = load_encoder(world / "run" / "inference")
+    for name, metrics in results.items():
+        trials, scores = read_scores(tmp_path / name / "scores.txt")
+        listed = read_trials(world / f"{name}.txt")
+        assert trials.labels.tolist() == listed.labels.tolist()
+        assert evaluate(np.float32(scores), trials.labels).eer == metrics.eer
+        assert f"| {name} | {metrics.eer:.2f} |" in printed
+        assert (tmp_path / name / "det.png").is_file()
+        # one trial by hand
+        import torch
+
+        pair = [
+            trials.enrol_ids[trials.enrol[5]],
+            trials.test_ids[trials.test[5]],
+        ]
+        one, other = (
+            encoder.encode(
+                read_audio(world / "wav" / file)[None], torch.ones(1)
+            )[0]
+            for file in pair
+        )
+        cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
+        assert scores[5] == pytest.approx(float(cosine), abs=1e-4)
+    summary = (tmp_path / "results.md").read_text()
+    assert summary.startswith("# run\n")  # not "inference"
+    assert f"| two | {results['two'].eer:.2f} |" in summary
+
+    # nothing is embedded again; what was changed by hand is not trusted
+    counted.clear()
+    again = verify.main(arguments(world, tmp_path, "one", "two"))
+    assert counted == []
+    assert again == results
+
+
+def test_everything_at_once(verify, world, tmp_path):
+    results = verify.main(
+        arguments(
+            world,
+            tmp_path,
+            "two",
+            name="system",
+            cohort=world / "train.csv",
+            cohort_per_speaker=2,
+            center=True,
+            normalise="as-norm1",
+            top_n=3,
+            calibrate_on=world / "one.txt",
+            qualities=["duration", "magnitude", "cohort_mean"],
+            bootstrap=30,
+            speakers=world / "speakers.tsv",
+            p_targets=["0.01", "0.1"],
+        )
+    )
+    metrics = results["two"]
+    assert metrics.cllr is not None
+    assert list(metrics.min_dcf) == [0.01, 0.1]
+    data = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert list(data["systems"]) == ["system", "cosine"]
+    assert list(data["differences"]) == ["cosine"]
+    assert data["intervals"]["system"]["EER"]["value"] == metrics.eer
+    assert [row["group"] for row in data["groups"]] == [
+        "gender f",
+        "gender m",
+        "same gender",
+        "different gender",
+    ]
+    fitted = json.loads((tmp_path / "calibration.json").read_text())
+    assert fitted["features"] == [
+        "score",
+        "min_duration",
+        "max_duration",
+        "min_magnitude",
+        "max_magnitude",
+        "min_cohort_mean",
+        "max_cohort_mean",
+    ]
+    assert (tmp_path / "cohort.safetensors").is_file()
+    assert not (tmp_path / "one").exists()  # the dev list is not reported
+
+
+def test_models_beside_a_list_are_used(verify, world, tmp_path):
+    results = verify.main(arguments(world, tmp_path, "models"))
+    trials, _ = read_scores(tmp_path / "models" / "scores.txt")
+    assert trials.enrol_ids == tuple(SPEAKERS)
+    assert results["models"].n_target == 12
+
+
+def test_a_yaml_gives_options_and_the_command_line_wins(
+    verify, world, tmp_path
+):
+    path = tmp_path / "verify.yaml"
+    path.write_text(f"root: {world}\nencoder: !ref <root>/run/inference\n")
+    with pytest.raises(SystemExit):  # `root` is no option
+        verify.parse([str(path)])
+    path.write_text(
+        f"encoder: {world}/run/inference\n"
+        f"trials: [{world}/one.txt, {world}/two.txt]\n"
+        f"data_root: {world}/wav\n"
+        f"output: !ref <data_root>/../not_here\n"
+        "p_targets: [0.02]\n"
+        "name: from yaml\n"
+    )
+    results = verify.main(
+        [str(path), "--output", str(tmp_path / "out"), "--name", "mine"]
+    )
+    assert list(results) == ["one", "two"]
+    assert list(results["one"].min_dcf) == [0.02]
+    assert (tmp_path / "out" / "results.md").read_text().startswith("# mine\n")
+    assert not (world / "not_here").exists()
+
+
+def test_score_files_are_compared(verify, world, tmp_path, capsys):
+    verify.main(arguments(world, tmp_path, "one"))
+    trials, scores = read_scores(tmp_path / "one" / "scores.txt")
+    noise = np.random.default_rng(0).standard_normal(len(scores))
+    write_scores(trials, np.float32(scores + noise), tmp_path / "noisy.txt")
+    capsys.readouterr()
+    results = verify.main(
+        [
+            "--scores",
+            f"plain={tmp_path}/one/scores.txt",
+            f"noisy={tmp_path}/noisy.txt",
+            "--output",
+            f"{tmp_path}/both",
+            "--bootstrap",
+            "20",
+        ]
+    )
+    assert list(results) == ["plain", "noisy"]
+    assert "| noisy |" in capsys.readouterr().out
+    data = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert list(data["differences"]) == ["noisy"]
+    # beside an encoder
+    verify.main(
+        arguments(
+            world, tmp_path, "one", scores=[f"noisy={tmp_path}/noisy.txt"]
+        )
+    )
+    data = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert list(data["systems"]) == ["run", "noisy"]
+    # other trials
+    with pytest.raises(SystemExit, match="holds other trials"):
+        verify.main(
+            arguments(
+                world, tmp_path, "two", scores=[f"noisy={tmp_path}/noisy.txt"]
+            )
+        )
+
+
+def test_missing_recordings_stop_it_before_any_work(
+    verify, world, tmp_path, monkeypatch
+):
+    (tmp_path / "list.txt").write_text("1 s0/0.wav s0/9.wav\n")
+    monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
+    with pytest.raises(ValueError, match="1 of 2 recordings are missing"):
+        verify.main(
+            [*arguments(world, tmp_path), "--trials", f"{tmp_path}/list.txt"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "o"], "--encoder is needed"),
+        (["--encoder", "e"], "--output is needed"),
+        (["--encoder", "e", "--output", "o"], "--trials and --data_root are"),
+        (
+            ["--scores", "a=b", "--trials", "t", "--output", "o"],
+            "--scores with",
+        ),
+        (["N", "--normalise", "s-norm"], "need --cohort"),
+        (["N", "--qualities", "cohort_mean"], "need --cohort"),
+        (["N", "--center"], "need --cohort"),
+        (["N", "--qualities", "duration"], "need --calibrate_on"),
+        (["N", "--trials", "a", "b", "--scores", "c=d"], "one list of trials"),
+        (["N", "--form", "vox"], "invalid choice"),
+    ],
+)
+def test_options_that_do_not_go_together(verify, options, message, capsys):
+    normal = ["--encoder", "e", "--trials", "t", "--data_root", "d"]
+    normal += ["--output", "o"]
+    if options[0] == "N":
+        options = normal + options[1:]
+    with pytest.raises(SystemExit):
+        verify.parse(options)
+    assert message in capsys.readouterr().err
+
+
+def test_lists_of_one_name_are_told_apart(verify):
+    assert verify.list_names(["a/x.txt", "b/y.lst"]) == ["x", "y"]
+    assert verify.list_names(["/a/x.txt", "/b/x.txt"]) == ["a_x", "b_x"]
+    with pytest.raises(SystemExit, match="both be called 'a_x'"):
+        verify.list_names(["/a/x.txt", "/a/x.lst"])
+
+
+def test_as_a_command_its_errors_are_one_line(world, tmp_path):
+    command = [sys.executable, SCRIPT, *arguments(world, tmp_path)]
+    command[command.index("--encoder") + 1] = str(tmp_path / "nowhere")
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "verify_speakers.py: " in done.stderr
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(verify, world, tmp_path):
+    alone = verify.main(arguments(world, tmp_path / "alone", "one"))
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            SCRIPT,
+            *arguments(world, tmp_path / "shared", "one"),
+        ],
+        check=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    _, scores = read_scores(tmp_path / "alone" / "one" / "scores.txt")
+    _, shared = read_scores(tmp_path / "shared" / "one" / "scores.txt")
+    np.testing.assert_allclose(shared, scores, atol=1e-5)
+    assert alone["one"].n_target == 18
