@@ -17,10 +17,10 @@ FLOORS = [
     "checkpoints joint_batches processes random_state stopping "
     "sync_batch_norm",
     # On one of those each.
-    "bootstrap corpora.headers decision embeddings faults fused packed "
-    "recordings resnet "
+    "bootstrap corpora.headers decision embeddings faults fused metadata "
+    "packed plots recordings resnet "
     "scoring",
-    "class_parallel corpora.manifest model_card",
+    "class_parallel corpora.manifest model_card report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "dataset encoder_folder robust_brain",
