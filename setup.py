@@ -7,6 +7,16 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = "0.1.0"  # the package reads it back from its own metadata
 
+EXTRAS = {
+    "report": ["matplotlib"],
+    "calibration": ["scikit-learn"],
+    "tensorboard": ["tensorboard"],
+    "m4a": ["av"],  # VoxCeleb2 as it is downloaded, and video files
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "demo": ["starlette", "uvicorn", "python-multipart"],
+    "map": ["scikit-learn", "matplotlib"],
+}
+
 setup(
     name="speechbrain-ram",
     version=VERSION,
@@ -19,7 +29,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
-    package_data={"speechbrain_ram": ["py.typed"]},
+    package_data={"speechbrain_ram": ["py.typed", "*.html"]},
+    entry_points={
+        "console_scripts": ["speechbrain-ram = speechbrain_ram.cli:main"]
+    },
     # Ranges that were tried. A torch newer than torchaudio's last release
     # brings another CUDA and fails at import; constraints.txt pins one set.
     install_requires=[
@@ -31,21 +44,23 @@ setup(
         "numpy",
         "pandas",
         "scipy",
+        "click",
         "soundfile>=0.12.1",
         "safetensors",
         "tqdm",
     ],
     extras_require={
-        "report": ["matplotlib"],
-        "calibration": ["scikit-learn"],
-        "tensorboard": ["tensorboard"],
+        **EXTRAS,
         "dev": [
-            "matplotlib",
-            "scikit-learn",
-            "tensorboard",
-            "pytest",
+            *sorted({name for names in EXTRAS.values() for name in names}),
+            "faiss-cpu",
             "hypothesis",
+            "kaldi-native-fbank",
+            "pytest",
             "ruff",
+            "selenium",
+            "sherpa-onnx",
+            "webdataset",
             "yamllint",
         ],
     },
