@@ -6,13 +6,15 @@ import time
 
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.diagnostics import MarginDiagnostics
 from speechbrain_ram.embeddings import Padding, extract
+from speechbrain_ram.losses import make_objective
 from speechbrain_ram.metrics import eer, min_dcf
-from speechbrain_ram.processes import n_processes
+from speechbrain_ram.processes import gathered, n_processes
 from speechbrain_ram.robust_brain import RobustBrain
 from speechbrain_ram.scoring import score_trials
 from speechbrain_ram.trials import TrialList
@@ -36,6 +38,11 @@ class SpeakerBrain(RobustBrain):
     epoch_counter        SpeechBrain's
     train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
     verify_every         epochs between verifications of the dev trials
+    margin_schedule      optional: epochs done -> margin, such as
+                         :class:`speechbrain_ram.schedules.MarginRise`; then
+                         ``objective``, ``scale`` and ``form`` are read too
+    average_checkpoints  optional: the encoder of the end is the mean over so
+                         many last epochs, not the best one's
     margin_diagnostics   False leaves them out of the log, see
                          :mod:`speechbrain_ram.diagnostics`
     ===================  ====================================================
@@ -124,8 +131,19 @@ class SpeakerBrain(RobustBrain):
         epochs_done = self.hparams.epoch_counter.current - 1
         epochs_done += (self.step - 1) / self.steps_per_epoch
         self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
+        schedule = getattr(self.hparams, "margin_schedule", None)
+        if schedule is not None:
+            self._set_margin(schedule(epochs_done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
+
+    def _set_margin(self, margin):
+        """Give the objective another margin; it stays the same object."""
+        hparams = self.hparams
+        fresh = make_objective(
+            hparams.objective, margin, hparams.scale, hparams.form
+        )
+        hparams.compute_cost.loss_fn.__dict__.update(fresh.__dict__)
 
     def make_dataloader(self, dataset, stage, *args, **kwargs):
         """RobustBrain's loader; notes the length of an epoch."""
@@ -183,7 +201,9 @@ class SpeakerBrain(RobustBrain):
                 {"epoch": epoch, "lr": self.rate}, self.train_stats, stats
             )
             self.checkpointer.save_and_keep_only(
-                meta=stats, min_keys=[self.best_key]
+                meta=stats,
+                min_keys=[self.best_key],
+                num_to_keep=max(self.n_averaged, 1),
             )
 
     def _training_stats(self) -> dict[str, float]:
@@ -196,7 +216,7 @@ class SpeakerBrain(RobustBrain):
             "utterances/s": (total.n_seen - self.seen_before) / seconds,
         }
         if self.diagnostics is not None:
-            stats.update(self.diagnostics.summary(stats["loss"]))
+            stats.update(self._joint_diagnostics().summary(stats["loss"]))
         if self.n_bad_steps:
             stats["skipped steps"] = self.n_bad_steps
         if self.faults[sb.Stage.TRAIN].messages:
@@ -211,15 +231,24 @@ class SpeakerBrain(RobustBrain):
                 meta, train_stats=train_stats, valid_stats=valid_stats
             )
 
+    def _joint_diagnostics(self) -> MarginDiagnostics:
+        joint = MarginDiagnostics(self.diagnostics.loss_fn)
+        joint.restore(*gathered(self.diagnostics.state()))
+        return joint
+
     @property
     def diagnosed(self) -> dict | None:
-        """The margin diagnostics of the running epoch, for checkpoints."""
-        return self.diagnostics and self.diagnostics.state()
+        """The epoch's margin diagnostics so far, of all processes."""
+        if self.diagnostics is None:
+            return None
+        return self._joint_diagnostics().state()
 
     @diagnosed.setter
     def diagnosed(self, state: dict | None):
         if self.diagnostics is not None and state is not None:
-            self.diagnostics.restore(state)
+            self.diagnostics.reset()
+            if if_main_process():  # as with the tally, it stands for all
+                self.diagnostics.restore(state)
 
     # -- verification -----------------------------------------------------
 
@@ -258,9 +287,23 @@ class SpeakerBrain(RobustBrain):
             encoder = _unwrapped(self.modules["embedding_model"])
             return encoder(feats, lengths).squeeze(1).float()
 
+    @property
+    def n_averaged(self) -> int:
+        """Over how many epochs the encoder of the end is averaged."""
+        return getattr(self.hparams, "average_checkpoints", None) or 0
+
     def load_best(self) -> None:
-        """Load the weights of the best checkpoint, after training."""
+        """Load the weights that training ends with: best, or averaged."""
         self.modules.eval()  # a run that had been finished trains nothing
+        if self.n_averaged > 1:
+            newest = self.checkpointer.find_checkpoints(
+                ckpt_predicate=lambda each: each.meta["end-of-epoch"],
+                max_num_checkpoints=self.n_averaged,
+            )
+            for name in ("embedding_model", "classifier"):
+                mean = average_checkpoints(newest, name)
+                self.checkpointer.recoverables[name].load_state_dict(mean)
+            return
         best = self.checkpointer.find_checkpoint(min_key=self.best_key)
         self.checkpointer.load_modules(best)
 

@@ -168,8 +168,7 @@ def loss_floor(loss_fn: LossFunction, n_classes: int) -> float:
 class MarginDiagnostics:
     """Collects the quantities of an epoch; see ``QUANTITIES``.
 
-    Keeps a few numbers a sample, on the device, so that quantiles are exact.
-    Of several processes each sees its own share of the samples.
+    Keeps seven numbers a sample, on the device, so that quantiles are exact.
 
     Arguments
     ---------
@@ -197,20 +196,21 @@ class MarginDiagnostics:
         self.n_classes = 0
 
     def state(self) -> dict:
-        """What a checkpoint in the middle of an epoch must keep."""
+        """For a checkpoint in the middle of an epoch, or another process."""
         return {
-            "samples": _joined(self.samples) if self.samples else None,
-            "classes": _joined(self.classes) if self.classes else None,
+            "samples": _joined(self.samples).cpu() if self.samples else None,
+            "classes": _joined(self.classes).cpu() if self.classes else None,
             "n_classes": self.n_classes,
         }
 
-    def restore(self, state: dict) -> None:
-        """Go on from a ``state``."""
+    def restore(self, *states: dict) -> None:
+        """Go on from one ``state``, or from those of several processes."""
         self.reset()
-        for name in ("samples", "classes"):
-            if state[name] is not None:
-                getattr(self, name).append(state[name])
-        self.n_classes = state["n_classes"]
+        for state in states:
+            for name in ("samples", "classes"):
+                if state[name] is not None:
+                    getattr(self, name).append(state[name])
+            self.n_classes = max(self.n_classes, state["n_classes"])
 
     def watch(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
         """Take a batch before the loss, and its gradient when it comes back.

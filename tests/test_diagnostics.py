@@ -224,6 +224,9 @@ def test_an_epoch_goes_on_from_its_state():
             each.add(cosines, targets)
             each.add_gradient(gradient, targets)
     assert second.summary(1.0) == whole.summary(1.0)
+    # as do several processes' shares
+    second.restore(second.state(), MarginDiagnostics(loss_fn).state())
+    assert second.summary(1.0) == whole.summary(1.0)
     second.restore(MarginDiagnostics(loss_fn).state())
     assert second.summary(1.0) == {}
 
