@@ -26,8 +26,7 @@ FLOORS = [
     "dataset encoder_folder robust_brain",
     "corpora.convert corpora.folder corpora.shards corpora.sitw loading",
     # The SpeechBrain runtime, and the corpora of the paper.
-    "brain corpora.cnceleb corpora.voxceleb inference "
-    "onnx_export",
+    "brain corpora.cnceleb corpora.voxceleb inference onnx_export",
     # What people type.
     "cli_common demo",
     "cli",
