@@ -28,5 +28,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/yamllint -s hparams recipes
 
+# What moved since the committed tables; fails nothing.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/compare.py
+
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis
