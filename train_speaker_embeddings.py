@@ -26,6 +26,7 @@ from speechbrain_ram.decision import Decision
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.metrics import eer
+from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import n_processes
 from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
@@ -57,6 +58,9 @@ def train(hparams_file, run_opts, overrides):
         "resample": hparams["resample"],
         "mixdown": hparams["mixdown"],
     }
+    augment = None
+    if hparams.get("make_augmentation"):
+        augment = hparams["make_augmentation"]()
     train_set, valid_set, label_encoder = speaker_datasets(
         train_csv,
         valid_csv,
@@ -64,6 +68,7 @@ def train(hparams_file, run_opts, overrides):
         crop_seconds=hparams["crop_seconds"],
         seed=hparams["seed"],
         speeds=hparams["speeds"],
+        augment=augment,
         **reading,
     )
     trials = None
@@ -74,6 +79,14 @@ def train(hparams_file, run_opts, overrides):
     # Modules: one row of the classifier for each speaker.
     classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
     hparams["checkpointer"].add_recoverable("classifier", classifier)
+    if hparams.get("pretrained"):
+        start_from(
+            hparams["pretrained"],
+            encoder_section(output / "hyperparams.yaml"),
+            hparams["encoder"]["embedding_model"],
+            classifier,
+            label_encoder,
+        )
     brain = SpeakerBrain(
         modules={**hparams["modules"], "classifier": classifier},
         opt_class=hparams["opt_class"],
@@ -102,7 +115,7 @@ def train(hparams_file, run_opts, overrides):
     some = read_manifest(valid_csv)[:1000]
     embeddings = extract(
         brain.encode,
-        [row.id for row in some],
+        [row.path(hparams["data_root"]) for row in some],
         hparams["data_root"],
         pad=brain.pad,
         distributed=n_processes() > 1,

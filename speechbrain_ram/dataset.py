@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torchaudio
@@ -62,6 +62,11 @@ class CropDataset(DynamicItemDataset):
     speeds : sequence of float
         Play every utterance at each of these speeds. Pitch moves along, so
         that all but 1.0 count as other utterances by other speakers.
+    augment : callable, optional
+        From a crop [crop_samples] and a key of seed, epoch and utterance to
+        a crop, such as
+        :class:`speechbrain_ram.augmentation.RandomAugmentation`. Random crops
+        only.
 
     Example
     -------
@@ -88,6 +93,7 @@ class CropDataset(DynamicItemDataset):
         resample: bool = False,
         mixdown: bool = False,
         speeds: Sequence[float] = (1.0,),
+        augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
     ):
         _check_speeds(speeds)
         if not crop_seconds * sample_rate >= 1:
@@ -101,6 +107,7 @@ class CropDataset(DynamicItemDataset):
         self.seed = seed
         self.resample = resample
         self.mixdown = mixdown
+        self.augment = augment if random_crops else None
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         items = {
             at_speed(row.id, speed): {
@@ -159,7 +166,14 @@ class CropDataset(DynamicItemDataset):
                 waveform, round(speed * self.sample_rate), self.sample_rate
             )
         repeats = math.ceil(self.crop_samples / len(waveform))
-        return waveform.repeat(repeats)[: self.crop_samples]
+        crop = waveform.repeat(repeats)[: self.crop_samples]
+        if self.augment is not None:
+            crop = self.augment(crop, f"{self._key(utterance_id)}/augment")
+        return crop
+
+    def _key(self, utterance_id: str) -> str:
+        """What everything random about a crop is a function of."""
+        return f"{self.seed}/{self.epoch}/{utterance_id}"
 
     def _position(self, utterance_id: str) -> float:
         """A number in [0, 1) from seed, epoch and utterance alone.
@@ -167,8 +181,8 @@ class CropDataset(DynamicItemDataset):
         A hash, not a random generator: there is no state that workers could
         share or that a checkpoint would have to keep.
         """
-        text = f"{self.seed}/{self.epoch}/{utterance_id}"
-        digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
+        key = self._key(utterance_id).encode()
+        digest = hashlib.blake2b(key, digest_size=6).digest()
         return int.from_bytes(digest, "big") / 2**48
 
 
@@ -235,6 +249,7 @@ def speaker_datasets(
     resample: bool = False,
     mixdown: bool = False,
     speeds: Sequence[float] = (1.0,),
+    augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
 ) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
     """Make the training and validation datasets and the speaker labels.
 
@@ -260,6 +275,8 @@ def speaker_datasets(
     speeds : sequence of float
         Of the training utterances: each but 1.0 adds as many speakers as
         there are. :func:`original_speakers` drops them again.
+    augment : callable, optional
+        Of the training crops, see :class:`CropDataset`.
 
     Returns
     -------
@@ -307,6 +324,7 @@ def speaker_datasets(
             resample=resample,
             mixdown=mixdown,
             speeds=speeds if random_crops else (1.0,),
+            augment=augment,
         )
         for rows, random_crops in ((train_rows, True), (valid_rows, False))
     )

@@ -281,3 +281,21 @@ def test_speeds_make_speakers_of_their_own(corpus):
 def test_impossible_speeds(corpus, speeds):
     with pytest.raises(ValueError, match="numbers from 0.5 to 2 are needed"):
         datasets(corpus, speeds=speeds)
+
+
+def test_augmentation_of_training_crops_alone(corpus):
+    """It is given the crop, and a key of seed, epoch and utterance."""
+    seen = []
+
+    def augment(crop, key):
+        seen.append((len(crop), key))
+        return -crop
+
+    train, valid, _ = datasets(corpus, augment=augment)
+    plain = datasets(corpus)[0]
+    train.set_epoch(5)
+    plain.set_epoch(5)
+    assert torch.equal(train[6]["sig"], -plain[6]["sig"])
+    assert seen == [(3200, "1986/5/a/6.wav/augment")]
+    assert valid[6]["sig"].max() > 0
+    assert len(seen) == 1

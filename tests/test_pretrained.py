@@ -1,0 +1,84 @@
+"""Starting from an exported folder, with the same speakers or others."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import run_recipe
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+
+from speechbrain_ram.architecture import EncoderError
+from speechbrain_ram.corpora.synthetic import SyntheticCorpus
+from speechbrain_ram.encoder_folder import encoder_section, read_folder
+from speechbrain_ram.pretrained import start_from
+
+
+def labels(*names):
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(names)
+    encoder.expect_len(len(names))
+    return encoder
+
+
+def test_weights_and_known_speakers_are_taken_over(tiny_run):
+    folder = tiny_run / "inference"
+    section = encoder_section(tiny_run / "hyperparams.yaml")
+    weights = read_folder(folder).weights
+    model = torch.nn.Module()
+    model.load_state_dict = lambda state: taken.update(state)
+    taken = {}
+    names = labels("new", "id10003", "id10001")
+    classifier = Classifier(512, out_neurons=3)
+    before = classifier.weight.detach().clone()
+    assert start_from(folder, section, model, classifier, names) == 2
+    assert all(torch.equal(taken[name], weights[name]) for name in weights)
+    rows = torch.load(folder / "classifier.ckpt")["weight"]
+    assert torch.equal(classifier.weight[0], before[0])
+    assert torch.equal(classifier.weight[1], rows[2])
+    assert torch.equal(classifier.weight[2], rows[0])
+
+
+def test_fine_tuning_with_other_speakers(tiny_corpus, tiny_run, tmp_path):
+    """Half of the speakers, a longer crop, a larger margin."""
+    corpus = tmp_path / "half"
+    for speaker in sorted(tiny_corpus.train_root.iterdir())[:3]:
+        shutil.copytree(speaker, corpus / speaker.name)
+    corpus = SyntheticCorpus(corpus, tiny_corpus.test_root, tiny_corpus.trials)
+    settings = {"number_of_epochs": 1, "lr": 1e-9, "margin": 0.5}
+    tuned = run_recipe(
+        corpus,
+        tmp_path / "tuned",
+        pretrained=str(tiny_run / "inference"),
+        crop_seconds=0.8,
+        **settings,
+    )
+    anew = run_recipe(corpus, tmp_path / "anew", crop_seconds=0.8, **settings)
+    start = read_folder(tiny_run / "inference").weights
+    end = read_folder(tuned / "inference").weights
+    other = read_folder(anew / "inference").weights
+    # With next to no learning rate the weights are where they started.
+    names = [name for name in start if start[name].ndim == 4]
+    moved = [(end[name] - start[name]).abs().max() for name in names]
+    assert max(moved) < 1e-4
+    apart = [(end[name] - other[name]).abs().max() for name in names]
+    assert min(apart) > 1e-3
+    rows = torch.load(tuned / "inference" / "classifier.ckpt")["weight"]
+    assert len(rows) == 3
+
+
+def test_folders_that_do_not_fit(tiny_corpus, tiny_run, tmp_path):
+    with pytest.raises(EncoderError, match="cannot be read"):
+        run_recipe(
+            tiny_corpus, tmp_path / "a", pretrained=str(tmp_path / "nowhere")
+        )
+    with pytest.raises(
+        EncoderError, match=r"another architecture: .*16.* there, .* here"
+    ):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "b",
+            pretrained=str(tiny_run / "inference"),
+            channels=[16, 16, 16, 32],
+        )
+    assert not list((tmp_path / "b" / "save").glob("CKPT*"))
