@@ -28,7 +28,7 @@ from speechbrain_ram.metrics import eer, min_dcf
 from speechbrain_ram.onnx_export import export_waveform, quantise
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.scoring import score_trials
-from speechbrain_ram.trials import read_trials
+from speechbrain_ram.trials import TrialList, read_trials
 
 RATE = 16000
 
@@ -150,7 +150,8 @@ def error_rates(forms, sizes, channels, arguments) -> None:
     speech = Path(arguments.speech)
     trials = read_trials(speech / "dev_trials.txt")
     if arguments.utterances:
-        keep = set(trials.utterances[: arguments.utterances])
+        every = sorted(trials.utterances)
+        keep = every[:: max(1, len(every) // arguments.utterances)]
         trials = restrict(trials, keep)
     names = trials.utterances
     table = Table(
@@ -186,18 +187,14 @@ def error_rates(forms, sizes, channels, arguments) -> None:
 
 def restrict(trials, keep):
     """Only the trials between the utterances to keep."""
-    from speechbrain_ram.trials import TrialList
-
-    enrol = np.array([name in keep for name in trials.enrol_ids])
-    test = np.array([name in keep for name in trials.test_ids])
-    chosen = enrol[trials.enrol] & test[trials.test]
-    return TrialList(
-        trials.enrol_ids,
-        trials.test_ids,
-        trials.enrol[chosen],
-        trials.test[chosen],
-        trials.labels[chosen],
-    )
+    enrol = np.array(trials.enrol_ids)[trials.enrol]
+    test = np.array(trials.test_ids)[trials.test]
+    keep = np.array(sorted(keep))
+    chosen = np.isin(enrol, keep) & np.isin(test, keep)
+    enrol_ids, enrol = np.unique(enrol[chosen], return_inverse=True)
+    test_ids, test = np.unique(test[chosen], return_inverse=True)
+    labels = trials.labels[chosen]
+    return TrialList(tuple(enrol_ids), tuple(test_ids), enrol, test, labels)
 
 
 if __name__ == "__main__":
