@@ -73,7 +73,7 @@ def read_headers(
     data_root : path
         The corpus folder.
     names : sequence of str
-        Paths relative to it.
+        Paths relative to it, or absolute.
     cache : path, optional
         Read first and written last, also when the reading is interrupted.
     verify : bool
@@ -100,10 +100,13 @@ def read_headers(
     root = Path(data_root)
     known = _read_cache(cache, root) if cache else {}
 
-    prefix = os.path.join(root, "")
+    folder = os.fspath(root)
 
     def examine(chunk):
-        return [_examine(prefix + n, known.get(n), verify) for n in chunk]
+        return [
+            _examine(os.path.join(folder, name), known.get(name), verify)
+            for name in chunk
+        ]
 
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     headers: list[Header | AudioError] = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ def build_manifest(
     data_root : path
         The corpus folder.
     recordings : iterable of (str, str)
-        Path relative to `data_root`, and speaker.
+        Path, relative to `data_root` or absolute, and speaker.
     cache : path, optional
         A file outside of the corpus that remembers headers from one call to
         the next. A file is read again when its size or its time of change is
@@ -156,11 +156,8 @@ def build_manifest(
         if duration < min_duration:
             short.append(f"'{root / name}' lasts {duration:.3f} s only.")
             continue
-        rows.append(
-            Utterance(
-                name, duration, ROOT_PREFIX + name, 0, header.frames, speaker
-            )
-        )
+        wav = name if os.path.isabs(name) else ROOT_PREFIX + name
+        rows.append(Utterance(name, duration, wav, 0, header.frames, speaker))
     _report_skipped(skipped, short, len(recordings), min_duration, skipped_list)
     if not rows:
         raise ManifestError(
@@ -274,7 +271,21 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
         raise ManifestError(
             f"The manifest '{path}' does not exist. Was the corpus prepared?"
         )
-    rows, line_of_id = [], {}
+    try:
+        rows = list(_checked_rows(path))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(
+            f"'{path}' cannot be read as CSV in UTF-8: {error}. Is it a "
+            "manifest, and was it copied whole?"
+        ) from error
+    if not rows:
+        raise ManifestError(f"The manifest '{path}' holds no utterances.")
+    return rows
+
+
+def _checked_rows(path: Path) -> Iterator[Utterance]:
+    """The rows of a manifest, each with an ID of its own."""
+    line_of_id: dict[str, int] = {}
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
@@ -292,10 +303,7 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
                     f"{line_of_id[row.id]} already; expected unique IDs."
                 )
             line_of_id[row.id] = reader.line_num
-            rows.append(row)
-    if not rows:
-        raise ManifestError(f"The manifest '{path}' holds no utterances.")
-    return rows
+            yield row
 
 
 def _parse_row(record: dict[str, str | None], place: str) -> Utterance:

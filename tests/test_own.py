@@ -1,0 +1,148 @@
+"""Your own corpus: folders and tables, and trials that are fair."""
+
+import os
+from collections import Counter
+
+import miniature
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechbrain_ram.corpora.manifest import (
+    ManifestError,
+    Utterance,
+    read_manifest,
+)
+from speechbrain_ram.corpora.own import make_trials, prepare_own
+from speechbrain_ram.trials import check_utterances, read_trials
+
+VOICES = miniature.voices(6, 4)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for k, utterances in enumerate(VOICES):
+        for i, samples in enumerate(utterances):
+            path = tmp_path / "corpus" / f"speaker{k}" / "day1" / f"{i}.flac"
+            miniature.write(path, samples)
+    return tmp_path / "corpus"
+
+
+def check(paths, root, speakers=6, held_out=2):
+    train, valid = map(read_manifest, paths)
+    trials = read_trials(paths[0].parent / "dev_trials.txt")
+    check_utterances(trials, root)
+    tested = {name.split("speaker")[1][0] for name in trials.utterances}
+    trained = {row.spk_id[-1] for row in train}
+    assert len(tested) == held_out and not tested & trained
+    assert len(tested | trained) == speakers
+    assert {row.spk_id for row in valid} <= {row.spk_id for row in train}
+    for row in train + valid:
+        assert os.path.isfile(row.path(root))
+    return train, valid, trials
+
+
+def test_a_folder(tmp_path, corpus):
+    before = sorted(os.walk(corpus))
+    paths = prepare_own(corpus, tmp_path / "out", valid_fraction=0.25)
+    train, valid, trials = check(paths, corpus)
+    assert len(train + valid) == 16
+    assert (trials.labels.sum(), len(trials)) == (2 * 6, 2 * 2 * 6)
+    assert sorted(os.walk(corpus)) == before
+    contents = [path.read_bytes() for path in (tmp_path / "out").glob("*.*")]
+    prepare_own(corpus, tmp_path / "out", valid_fraction=0.25)
+    again = [path.read_bytes() for path in (tmp_path / "out").glob("*.*")]
+    assert contents == again
+    other = prepare_own(corpus, tmp_path / "other", seed=3)
+    assert other[0].read_bytes() != paths[0].read_bytes()
+
+
+def test_a_folder_below_another_root(tmp_path, corpus):
+    paths = prepare_own(corpus, tmp_path / "out", data_root=tmp_path)
+    train, _, _ = check(paths, tmp_path)
+    assert train[0].id.startswith("corpus/speaker")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_table(tmp_path, corpus, absolute):
+    table = tmp_path / "table.csv"
+    with open(table, "w") as file:
+        file.write("age,spk_id, wav\n")
+        for path in sorted(corpus.rglob("*.flac")):
+            name = path if absolute else path.relative_to(tmp_path)
+            file.write(f"33,{path.parts[-3]}, {name}\n")
+    paths = prepare_own(table, tmp_path / "out")
+    train, _, _ = check(paths, tmp_path)
+    assert train[0].wav.startswith(
+        str(corpus) if absolute else "$data_root/corpus/"
+    )
+
+
+def test_a_manifest_of_ours_is_such_a_table(tmp_path, corpus):
+    first, _ = prepare_own(corpus, tmp_path / "out")
+    paths = prepare_own(first, tmp_path / "two", data_root=corpus)
+    check(paths, corpus, speakers=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(2, 12), min_size=2, max_size=6),
+    max_trials=st.integers(4, 200),
+    seed=st.integers(0, 99),
+)
+def test_trials(counts, max_trials, seed):
+    rows = [
+        Utterance(f"{s}/{i}", 1.0, "", 0, 1, str(s))
+        for s, count in enumerate(counts)
+        for i in range(count)
+    ]
+    trials = make_trials(rows, max_trials, np.random.default_rng(seed))
+    assert len(trials) <= max_trials
+    pairs = [frozenset(p) for p in zip(trials.enrol, trials.test, strict=True)]
+    assert len(set(pairs)) == len(pairs)
+    for pair, label in zip(pairs, trials.labels, strict=True):
+        first, second = (rows[i] for i in pair)  # two different ones
+        assert label == (first.spk_id == second.spk_id)
+    possible = sum(n * (n - 1) // 2 for n in counts)
+    kinds = Counter(trials.labels.tolist())
+    assert kinds[1] == min(possible, max_trials // 2)
+    others = len(rows) * (len(rows) - 1) // 2 - possible
+    assert kinds[0] == min(kinds[1], others)
+
+
+def test_corpora_that_are_no_good(tmp_path, corpus):
+    out = tmp_path / "out"
+    with pytest.raises(ManifestError, match="nothing.csv' does not exist. Exp"):
+        prepare_own(tmp_path / "nothing.csv", out)
+    (tmp_path / "t.csv").write_text("path,speaker\na,b\n")
+    with pytest.raises(ManifestError, match="line 1: found the columns"):
+        prepare_own(tmp_path / "t.csv", out)
+    (tmp_path / "t.csv").write_text("wav,spk_id\na.wav,\n")
+    with pytest.raises(ManifestError, match="line 2: wav or spk_id is empty"):
+        prepare_own(tmp_path / "t.csv", out)
+    (tmp_path / "t.csv").write_text("wav,spk_id\n")
+    with pytest.raises(ManifestError, match="names no recordings"):
+        prepare_own(tmp_path / "t.csv", out)
+    with pytest.raises(ManifestError, match="lies within the corpus"):
+        prepare_own(corpus, corpus / "out")
+    with pytest.raises(ManifestError, match="dev_share is 10, expected"):
+        prepare_own(corpus, out, dev_share=10)
+    with pytest.raises(ManifestError, match="Of 6 speakers, 6 have two .* 5 a"):
+        prepare_own(corpus, out, dev_share=0.9)
+    miniature.write(corpus / "stray.wav", VOICES[0][0])
+    with pytest.raises(ManifestError, match="stray.wav' lies in no speaker's"):
+        prepare_own(corpus, out)
+    assert not (out / "train.csv").exists()
+
+
+def test_paths_with_spaces_are_trained_on_only(tmp_path, corpus):
+    """Trial lists could not name them."""
+    for k in range(4):
+        (corpus / f"speaker{k}").rename(corpus / f"a speaker{k}")
+    paths = prepare_own(corpus, tmp_path / "out")
+    _, _, trials = check(paths, corpus)
+    assert not any(" " in name for name in trials.utterances)
+    (corpus / "speaker4").rename(corpus / "a speaker4")
+    with pytest.raises(ManifestError, match="6 speakers, 1 have .* spaces"):
+        prepare_own(corpus, tmp_path / "out")
