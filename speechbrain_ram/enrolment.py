@@ -315,6 +315,9 @@ class EnrolmentDatabase:
             return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
         if number("application_id") == 0 and number("schema_version") == 0:
+            # A model of 512 dimensions fills half of SQLite's usual page and
+            # wastes the other half.
+            connection.execute("PRAGMA page_size = 16384")
             # Two processes may get here at once: the second changes nothing.
             with _transaction(connection):
                 for statement in _SCHEMA.strip().split(";")[:-1]:
