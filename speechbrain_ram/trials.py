@@ -262,6 +262,10 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
                     models[fields[0]] = (*known, *fields[1:])
     except FileNotFoundError as error:
         raise TrialError(f"The list '{path}' does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise TrialError(
+            f"'{path}' is no UTF-8 text ({error}). Is it an enrolment list?"
+        ) from error
     if not models:
         raise TrialError(f"The enrolment list '{path}' is empty.")
     return models
@@ -408,7 +412,7 @@ class FieldReader:
                 raise self.first_bad_line()  # pandas only warns
             # dtype=object, because the category type would read the name
             # 00012 as the number 12; the extra column catches long lines
-            for chunk in pd.read_csv(
+            with pd.read_csv(
                 self.path,
                 sep=r"\s+",
                 header=None,
@@ -419,13 +423,14 @@ class FieldReader:
                 quoting=csv.QUOTE_NONE,
                 encoding="utf-8",
                 chunksize=_CHUNK,
-            ):
-                empty = empty and chunk.empty
-                fields = {name: chunk[name].to_numpy() for name in self.names}
-                too_short = (fields[self.names[-1]] == "").any()
-                if too_short or (chunk["too many"] != "").any():
-                    raise self.first_bad_line()
-                yield fields
+            ) as reader:
+                for chunk in reader:
+                    empty = empty and chunk.empty
+                    fields = {n: chunk[n].to_numpy() for n in self.names}
+                    too_short = (fields[self.names[-1]] == "").any()
+                    if too_short or (chunk["too many"] != "").any():
+                        raise self.first_bad_line()
+                    yield fields
         except FileNotFoundError as error:
             raise TrialError(
                 f"The file '{self.path}' does not exist."

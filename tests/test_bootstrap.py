@@ -5,6 +5,7 @@ import pytest
 
 from speechbrain_ram.bootstrap import (
     Interval,
+    _replicate,
     _Resampled,
     bootstrap,
     paired_bootstrap,
@@ -72,6 +73,55 @@ def test_interval_holds_the_value_and_is_reproducible():
         assert interval.low <= interval.value <= interval.high
     narrow = bootstrap(*trials, replicates=200, seed=3, level=0.5)["EER"]
     assert first["EER"].low < narrow.low < narrow.high < first["EER"].high
+
+
+def test_intervals_are_reflected_percentiles():
+    trials = speaker_list()
+    _, value, draws = _replicate([_Resampled(*trials)], (0.5,), 100, 3, False)
+    found = bootstrap(*trials, p_targets=(0.5,), replicates=100, seed=3)
+    low, high = np.percentile(draws[:, 0], [2.5, 97.5], axis=0)
+    for i, interval in enumerate(found.values()):
+        assert interval.value == value[0, i]
+        assert interval.low == pytest.approx(2 * value[0, i] - high[i])
+        assert interval.high == pytest.approx(2 * value[0, i] - low[i])
+
+
+def test_intervals_hold_their_value_and_no_negative_rate():
+    """Few errors: reflected percentiles end below zero, or off the value."""
+    narrow = 0
+    for seed in range(20):
+        scores, labels, enrol, test = speaker_list(300, speakers=8, seed=seed)
+        trials = scores + 3 * labels, labels, enrol, test
+        _, value, draws = _replicate(
+            [_Resampled(*trials)], (0.01,), 30, 0, False
+        )
+        ends = np.percentile(draws[:, 0], [2.5, 97.5], axis=0)
+        narrow += ((value[0] < ends[0]) | (value[0] > ends[1])).sum()
+        narrow += (2 * value[0] < ends[1]).sum()
+        for interval in bootstrap(
+            *trials, p_targets=(0.01,), replicates=30
+        ).values():
+            assert 0 <= interval.low <= interval.value <= interval.high
+    assert narrow > 3  # else this test would test nothing
+
+
+def test_p_value_and_interval_agree():
+    """At the level 1 - p the interval ends at zero."""
+    scores, labels, enrol, test = speaker_list(4000, seed=9)
+    noise = np.random.default_rng(9).standard_normal((2, 4000))
+    options = {"p_targets": (), "replicates": 400}
+    one, other = scores + noise[0], scores + 1.1 * noise[1]
+    who = labels, enrol, test
+    p = paired_bootstrap(one, other, *who, **options)["EER"].p_value
+    assert 0.02 < p < 0.9
+    within = paired_bootstrap(one, other, *who, level=1 - p - 0.02, **options)[
+        "EER"
+    ]
+    beyond = paired_bootstrap(
+        one, other, *who, level=min(1 - p + 0.02, 0.999), **options
+    )["EER"]
+    assert not within.low <= 0 <= within.high
+    assert beyond.low <= 0 <= beyond.high
 
 
 def test_names_of_speakers_may_be_strings():

@@ -289,6 +289,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(recordings, tmp_path):
     np.testing.assert_array_equal(result.matrix, whole.matrix)
 
 
+def test_what_was_stored_counts_while_parts_are_there(recordings, tmp_path):
+    root, names = recordings
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    options = {"store": store, "max_frames_per_batch": 1, "progress": False}
+    extract(StandIn(), names[:4], root, **options)
+    with pytest.raises(KeyboardInterrupt):
+        extract(Interrupted(), names, root, **options)
+    assert len(store.load().ids) == 4 + 5
+    encoder = StandIn()
+    extract(encoder, names, root, **options)
+    assert len(encoder.batches) == 3
+
+
 def test_parts_are_saved_while_it_runs(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SECONDS_BETWEEN_PARTS", -1)
     root, names = recordings

@@ -116,6 +116,7 @@ def test_the_embeddings_are_left_alone():
     matrix = np.stack(list(embeddings.values())).astype(np.float32)
     copy = matrix.copy()
     score_trials(trials, list(embeddings), matrix, mean=np.ones(8))
+    speaker_means(matrix, list(embeddings), mean=np.ones(8))
     assert (matrix == copy).all()
 
 

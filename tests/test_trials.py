@@ -88,12 +88,12 @@ def test_duplicates_are_kept(tmp_path):
 
 
 def test_names_of_another_machine_are_adapted(tmp_path):
-    text = "1 /old/vox/id1/a.wav id2/b\n0 id3/c.M4A id3.x/d\n"
+    text = "1 /old/vox/id1/a.wav id2/b.v1\n0 id3/c.M4A id3.x/d\n"
     trials = read_trials(
         write(tmp_path, text), strip_prefix="/old/vox/", suffix=".flac"
     )
     assert rows(trials) == [
-        ("id1/a.flac", "id2/b.flac", 1),
+        ("id1/a.flac", "id2/b.v1.flac", 1),
         ("id3/c.flac", "id3.x/d.flac", 0),
     ]
 
@@ -140,6 +140,7 @@ def test_models_of_several_utterances(tmp_path):
     assert trials.utterances[-1] == "test/t.flac"
 
 
+@pytest.mark.filterwarnings("error")  # one message, no warning of pandas
 @pytest.mark.parametrize(
     ("text", "form", "message"),
     [
