@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
-from study_results import interval, result, table
+from study_results import difference, interval, result, table
 
 # Told apart without colour.
 MARKERS = "os^vDP*X"
@@ -77,9 +77,8 @@ def difference_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     base = result(grid, records, grid.baseline)
     others = [s for s in grid.systems if s != grid.baseline]
     for row, system in enumerate(others):
-        one = result(grid, records, system)
-        shift = one.value["EER"] - base.value["EER"]
-        low, high = interval(one.draws["EER"] - base.draws["EER"])
+        shift, draws = difference(result(grid, records, system), base)
+        low, high = interval(shift, draws)
         axes.plot([low, high], [row, row], "k-", lw=1.2)
         axes.plot(shift, row, "ko")
     axes.axvline(0, color="0.6", lw=1)

@@ -78,17 +78,23 @@ def result(grid: Grid, records: Mapping[Run, Mapping], system: str) -> Result:
     return Result(chosen, n_seeds, value, draws)
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentiles."""
+def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
+    """95 %, the basic bootstrap as in ``speechbrain_ram.bootstrap``."""
     low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return min(2 * value - high, value), max(2 * value - low, value)
 
 
-def p_value(draws: np.ndarray) -> float:
-    """Two-sided: how often chance puts a difference on the other side."""
-    below = (np.sum(draws <= 0) + 1) / (len(draws) + 1)
-    above = (np.sum(draws >= 0) + 1) / (len(draws) + 1)
+def p_value(value: float, draws: np.ndarray) -> float:
+    """Of a difference, two-sided: a level whose interval would end at 0."""
+    below = (np.sum(draws <= 2 * value) + 1) / (len(draws) + 1)
+    above = (np.sum(draws >= 2 * value) + 1) / (len(draws) + 1)
     return float(min(1, 2 * min(below, above)))
+
+
+def difference(one: Result, other: Result) -> tuple[float, np.ndarray]:
+    """EER of one minus the other's, and its draws."""
+    value = one.value["EER"] - other.value["EER"]
+    return value, one.draws["EER"] - other.draws["EER"]
 
 
 def at_edge(grid: Grid, system: str, margin: float) -> bool:
@@ -129,7 +135,8 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
         cells.append(", ".join(margins) if any(one.chosen.values()) else "")
         cells.append(str(one.n_seeds))
         for metric, digits in zip(METRICS, (2, 3), strict=True):
-            low, high = interval(one.draws[metric])
+            low, high = interval(one.value[metric], one.draws[metric])
+            low = max(low, 0)
             cells.append(
                 f"{one.value[metric]:.{digits}f} "
                 f"[{low:.{digits}f}, {high:.{digits}f}]"
@@ -137,11 +144,10 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
         if system == grid.baseline:
             cells += ["", ""]
         else:
-            draws = one.draws["EER"] - base.draws["EER"]
-            low, high = interval(draws)
-            shift = one.value["EER"] - base.value["EER"]
+            shift, draws = difference(one, base)
+            low, high = interval(shift, draws)
             cells.append(f"{shift:+.2f} [{low:+.2f}, {high:+.2f}]")
-            cells.append(f"{p_value(draws):.3f}")
+            cells.append(f"{p_value(shift, draws):.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines)
     if edge:
