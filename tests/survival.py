@@ -92,9 +92,9 @@ def let_random_numbers_matter():
 
 def count_events(events, kill_at=None):
     """Count what happens in a run; die before event number `kill_at`."""
-    import train_speaker_embeddings
     from speechbrain.utils.train_logger import FileTrainLogger
 
+    import train_speaker_embeddings
     from speechbrain_ram.brain import SpeakerBrain
     from speechbrain_ram.checkpoints import SafeCheckpointer
 
@@ -165,7 +165,9 @@ def fingerprint(run):
     changing = ("unixtime", "checksum", "files")
     for name, each in (("newest", newest), ("best", best)):
         parts[name] = {
-            key: value for key, value in each.meta.items() if key not in changing
+            key: value
+            for key, value in each.meta.items()
+            if key not in changing
         }
     parts["best weights"] = torch.load(best.paramfiles["embedding_model"])
     parts["log"] = without_speed((run / "train_log.txt").read_text())

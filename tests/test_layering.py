@@ -24,9 +24,10 @@ FLOORS = [
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "dataset encoder_folder robust_brain",
-    "augmentation corpora.convert corpora.folder corpora.shards corpora.sitw loading",
+    "augmentation corpora.convert corpora.folder corpora.shards corpora.sitw "
+    "loading pretrained",
     # The SpeechBrain runtime, and the corpora of the paper.
-    "brain corpora.cnceleb corpora.voxceleb inference onnx_export",
+    "brain corpora.cnceleb corpora.own corpora.voxceleb inference onnx_export",
     # What people type.
     "cli_common demo",
     "cli",

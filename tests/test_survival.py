@@ -161,7 +161,9 @@ def forget(*names):
 
         def partly(self, checkpoint):
             kept = self.recoverables
-            self.recoverables = {k: v for k, v in kept.items() if k not in names}
+            self.recoverables = {
+                k: v for k, v in kept.items() if k not in names
+            }
             load(self, checkpoint)
             self.recoverables = kept
 
@@ -226,4 +228,3 @@ def test_what_a_checkpoint_forgets_is_seen(
     run_recipe(tiny_corpus, tmp_path / "run", *OPTIONS, **SETTINGS)
     found = differences(whole[0], tmp_path / "run")
     assert (seen in found) if seen else not found
-
