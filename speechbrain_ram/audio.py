@@ -136,7 +136,12 @@ def read_audio(
             if start:
                 file.seek(start)
             data = file.read(wanted - start, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
+    except (
+        soundfile.SoundFileError,
+        OSError,
+        TypeError,
+        MemoryError,  # a damaged header may promise a terabyte
+    ) as error:
         raise AudioError(_why_unreadable(path, error)) from error
 
     if len(data) == 0:

@@ -7,7 +7,7 @@ import time
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import average_checkpoints
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.diagnostics import MarginDiagnostics
@@ -223,9 +223,8 @@ class SpeakerBrain(RobustBrain):
             stats["unreadable"] = len(self.faults[sb.Stage.TRAIN].messages)
         return stats
 
+    @main_process_only  # SpeechBrain's loggers talk to the other processes
     def _log(self, meta, train_stats=None, valid_stats=None):
-        if not if_main_process():
-            return
         for one in self.loggers:
             one.log_stats(
                 meta, train_stats=train_stats, valid_stats=valid_stats

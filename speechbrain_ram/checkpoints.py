@@ -102,7 +102,7 @@ class SafeCheckpointer(Checkpointer):
         """
         try:
             part = super().save_checkpoint(
-                meta or {}, end_of_epoch, name, verbosity
+                meta or {}, end_of_epoch, name, logging.DEBUG
             )
             final = None if part is None else self._publish(part)
         except (OSError, RuntimeError) as error:
@@ -112,6 +112,8 @@ class SafeCheckpointer(Checkpointer):
             self._sweep()
             raise CheckpointError(self._why_not_written(error)) from error
         ddp_barrier()
+        if final is not None:
+            logger.log(verbosity, "Saved checkpoint %s", final.path)
         return final
 
     def save_and_keep_only(
@@ -313,7 +315,7 @@ class SafeCheckpointer(Checkpointer):
 
     def _remove(self, path: Path, verbosity=logging.INFO) -> None:
         """Out of sight first: removing many files can be cut short, too."""
-        hidden = _part(path)
+        hidden = path.with_name(f".{path.name}.old.part")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         self._sound.pop(path, None)
@@ -371,7 +373,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         text = (path / METAFNAME).read_text(encoding="utf-8")
         meta = yaml.safe_load(text)
         number = meta.get("format", 0)
-        if number == FORMAT and meta["checksum"] != _checksum_of_meta(meta):
+        # Whatever a format changes, this stays: a flipped bit in the number
+        # itself must not pass for another format.
+        ours = number or "checksum" in meta or "files" in meta
+        if ours and meta["checksum"] != _checksum_of_meta(meta):
             raise DamagedCheckpoint(f"'{path / METAFNAME}' is damaged.")
         if not isinstance(meta["unixtime"], float):
             raise KeyError("unixtime")
@@ -429,7 +434,8 @@ def _is_of_the_disk(error: Exception) -> bool:
         return False
     if isinstance(error, OSError):
         return True
-    return "file write failed" in str(error) or "No space" in str(error)
+    # What torch.save says, by the place where the writing stopped.
+    return "inline_container" in str(error) or "iostream" in str(error)
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -223,7 +223,13 @@ def read_folder(folder: str | os.PathLike) -> EncoderFolder:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         number = description["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,  # brackets without end
+    ) as error:
         raise EncoderError(
             f"'{file}' cannot be read: {error!r}. Is '{folder}' an exported "
             "folder, and was it copied whole?"

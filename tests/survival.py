@@ -1,11 +1,13 @@
 """Training runs in processes of their own, which are killed for real."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -26,17 +28,23 @@ SETTINGS = {
 OPTIONS = ("--ckpt_interval_steps", "2")
 
 
-def train_in_process(corpus, folder, kill_at=None, seconds=None, **overrides):
+def train_in_process(
+    corpus, folder, kill_at=None, seconds=None, by=signal.SIGKILL, **overrides
+):
     """Train in a process of its own, and kill it if asked to.
 
-    `kill_at`: the number of the event before which it dies. `seconds`: of
-    processor time after which it is killed from here. Returns how it ended,
-    minus the signal's number as always, and the events that it lived to see.
+    `kill_at`: the number of the event before which it dies, `by` a signal to
+    it and its workers. `seconds`: of processor time after which it is killed
+    from here. Returns how it ended, minus the signal's number as always, and
+    the events that it lived to see.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     events = folder.with_name(folder.name + ".events")
     events.unlink(missing_ok=True)
-    arguments = (corpus, folder, events, kill_at, {**SETTINGS, **overrides})
+    arguments = (
+        *(corpus, folder, events, kill_at, by),
+        {**SETTINGS, **overrides},
+    )
     process = PROCESSES.Process(target=_train, args=arguments)
     process.start()
     while seconds is not None and process.is_alive():
@@ -49,9 +57,62 @@ def train_in_process(corpus, folder, kill_at=None, seconds=None, **overrides):
     return process.exitcode, seen
 
 
+def train_in_processes(corpus, folder, n, watch=None, **overrides):
+    """Train in `n` processes with gloo; returns how each ended.
+
+    `watch(rank)` is called in each of them first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        PROCESSES.Process(
+            target=_train_together,
+            args=(corpus, folder, rank, n, port, watch, overrides),
+        )
+        for rank in range(n)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=150)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _train_together(corpus, folder, rank, n, port, watch, overrides):
+    """As torchrun would start it."""
+    import speechbrain as sb
+    from conftest import run_recipe
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    _print_to(folder)
+    faulthandler.dump_traceback_later(100)
+    torch.set_num_threads(1)
+    sb.utils.distributed.ddp_init_group({"distributed_backend": "gloo"})
+    if watch is not None:
+        watch(rank)
+    run_recipe(corpus, folder, "--distributed_backend", "gloo", **overrides)
+
+
 def output_of(folder):
     """What a run printed."""
     return folder.with_name(folder.name + ".output").read_text()
+
+
+def _print_to(folder):
+    output = folder.with_name(folder.name + ".output")
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
 
 
 def _processor_seconds(pid):
@@ -62,16 +123,17 @@ def _processor_seconds(pid):
     return 0.0
 
 
-def _train(corpus, folder, events, kill_at, overrides):
+def _train(corpus, folder, events, kill_at, by, overrides):
     from conftest import run_recipe
 
-    output = folder.with_name(folder.name + ".output")
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    from speechbrain_ram.stopping import leave_on_signals
+
+    _print_to(folder)
     torch.set_num_threads(1)
     let_random_numbers_matter()
-    count_events(events, kill_at)
+    os.setpgid(0, 0)
+    leave_on_signals()
+    count_events(events, kill_at, by)
     run_recipe(corpus, folder, *OPTIONS, **overrides)
 
 
@@ -90,8 +152,8 @@ def let_random_numbers_matter():
     SpeakerBrain.compute_forward = noisy
 
 
-def count_events(events, kill_at=None):
-    """Count what happens in a run; die before event number `kill_at`."""
+def count_events(events, kill_at=None, by=signal.SIGKILL):
+    """Count what happens in a run; be killed before event `kill_at`."""
     from speechbrain.utils.train_logger import FileTrainLogger
 
     import train_speaker_embeddings
@@ -107,7 +169,7 @@ def count_events(events, kill_at=None):
         if os.getpid() != owner:  # a loader's worker
             return
         if count == kill_at:
-            os.kill(owner, signal.SIGKILL)
+            os.killpg(owner, by)
         os.write(log, f"{name}\n".encode())
         count += 1
 

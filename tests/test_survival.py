@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import run_recipe
 from survival import (
     OPTIONS,
@@ -135,6 +136,44 @@ def test_a_run_killed_again_and_again(tiny_corpus, whole, tmp_path):
         killed += 1
     status, _ = train_in_process(tiny_corpus, folder)
     assert status == 0
+    assert differences(whole[0], folder) == set()
+
+
+# -- asked to leave ---------------------------------------------------------
+
+ASKED = [
+    ("a step", signal.SIGTERM, 1),
+    ("a validation", signal.SIGINT, 0),
+    ("a checkpoint", signal.SIGINT, 0),
+    ("the export", signal.SIGTERM, 0),
+]
+
+
+@pytest.mark.parametrize("moment, by, num_workers", ASKED)
+def test_a_run_asked_to_leave(
+    moment, by, num_workers, tiny_corpus, whole, tmp_path
+):
+    """By the signal to all its processes, as Ctrl-C and schedulers send."""
+    name, share = MOMENTS[moment]
+    at = [i for i, event in enumerate(whole[1]) if event == name]
+    folder = tmp_path / "run"
+    status, events = train_in_process(
+        tiny_corpus,
+        folder,
+        kill_at=at[int(share * len(at))],
+        by=by,
+        num_workers=num_workers,
+    )
+    assert status == 75, output_of(folder)
+    if moment != "the export":
+        steps = events.count("after optimizers_step")
+        newest = SafeCheckpointer(folder / "save").find_checkpoint()
+        state = torch.load(newest.paramfiles["brain"], weights_only=True)
+        assert state["optimizer_step"] == steps  # not one is lost
+        assert f"{by.name} was received" in output_of(folder)
+        assert "The same command goes on" in output_of(folder)
+    status, _ = train_in_process(tiny_corpus, folder, num_workers=num_workers)
+    assert status == 0, output_of(folder)
     assert differences(whole[0], folder) == set()
 
 

@@ -1,0 +1,294 @@
+"""What goes wrong with data and numbers while a run is training."""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import run_recipe
+from speechbrain.utils.checkpoints import Checkpointer
+from survival import differences
+
+from speechbrain_ram import dataset as dataset_module
+from speechbrain_ram import robust_brain
+from speechbrain_ram.audio import AudioError
+from speechbrain_ram.brain import SpeakerBrain
+from speechbrain_ram.dataset import CropDataset
+from speechbrain_ram.faults import Fault, FaultError, FaultList, SkipUnreadable
+from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.stopping import Interrupted
+
+
+class Flaky:
+    """A dataset whose items fail so many times."""
+
+    data_ids = ("a", "b")
+
+    def __init__(self, failures):
+        self.failures = failures
+        self.tries = 0
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        self.tries += 1
+        if self.tries <= self.failures:
+            raise OSError("Input/output error")
+        return index
+
+
+def test_a_stutter_is_bridged():
+    flaky = Flaky(2)
+    assert SkipUnreadable(flaky, waits=(0, 0))[1] == 1
+    assert flaky.tries == 3
+
+
+def test_what_stays_broken_becomes_a_fault():
+    flaky = Flaky(10)
+    item = SkipUnreadable(flaky, waits=(0, 0))[1]
+    assert item == Fault("b", "Input/output error") and flaky.tries == 3
+
+
+def test_a_bug_is_no_fault():
+    class Buggy(Flaky):
+        def __getitem__(self, index):
+            raise KeyError("spk_id")
+
+    with pytest.raises(KeyError):
+        SkipUnreadable(Buggy(0), waits=(0,))[0]
+
+
+def test_faults_are_listed_and_counted_once(tmp_path):
+    faults = FaultList(100, 0.02, tmp_path / "faults.txt")
+    for _ in range(3):
+        faults.add([Fault("a", "gone\nfor good"), Fault("b", "torn")])
+        faults.check()
+    listed = (tmp_path / "faults.txt").read_text()
+    assert listed == "a\tgone for good\nb\ttorn\n"
+    faults.add([Fault("c", "c.wav is empty")])
+    with pytest.raises(FaultError, match="(?s)3 of 100 .* allows 2.*c.wav is"):
+        faults.check()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, 5, float("nan")])
+def test_a_share_is_no_percentage(share):
+    with pytest.raises(ValueError, match="allowed is 0 to 1"):
+        FaultList(10, share)
+
+
+# -- recordings, in a run ----------------------------------------------------
+
+
+@pytest.fixture
+def vanishing(tiny_corpus, tmp_path, monkeypatch):
+    """A corpus of which files go once training has begun."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus.train_root, folder)
+    monkeypatch.setattr(robust_brain, "SkipUnreadable", impatient)
+
+    def vanish(count):
+        start = SpeakerBrain.on_fit_start
+
+        def then_gone(self):
+            start(self)
+            for name in self.train_set.data_ids[:count]:
+                os.unlink(folder / name)
+
+        monkeypatch.setattr(SpeakerBrain, "on_fit_start", then_gone)
+        return str(folder)
+
+    return vanish
+
+
+def impatient(dataset):
+    return SkipUnreadable(dataset, waits=(0, 0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_vanished_file_is_skipped_and_listed(
+    tiny_corpus, vanishing, tmp_path, num_workers
+):
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        data_root=vanishing(2),
+        max_fault_share=0.1,
+        num_workers=num_workers,
+    )
+    listed = (run / "training_faults.txt").read_text().splitlines()
+    assert len(listed) == 2 and all("does not exist" in x for x in listed)
+    assert "train unreadable: 2" in (run / "train_log.txt").read_text()
+    assert (run / "inference").is_dir()
+
+
+def test_too_many_vanished_files_stop_training(
+    tiny_corpus, vanishing, tmp_path
+):
+    with pytest.raises(FaultError, match=r"\d of 27 training utterances could"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            data_root=vanishing(5),
+            max_fault_share=0.1,
+        )
+
+
+def test_a_disk_that_stutters_changes_nothing(
+    tiny_corpus, tiny_run, tmp_path, monkeypatch
+):
+    """Every third read fails the first time: nothing is lost."""
+    read, failures, count = dataset_module.read_audio, set(), 0
+
+    def stuttering(path, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count % 3 == 0 and path not in failures:
+            failures.add(path)
+            raise AudioError(f"'{path}' cannot be read: Stale file handle.")
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(dataset_module, "read_audio", stuttering)
+    monkeypatch.setattr(robust_brain, "SkipUnreadable", impatient)
+    run = run_recipe(tiny_corpus, tmp_path / "run")
+    assert len(failures) >= 8
+    assert differences(tiny_run, run) == set()
+
+
+def test_a_dead_worker_is_named(tiny_corpus, tmp_path, monkeypatch):
+    parent = os.getpid()
+
+    def killed(self, *args):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(CropDataset, "_read_crop", killed)
+    with pytest.raises(
+        WorkerError, match=r"pid.*memory.*num_workers.*last checkpoint is none"
+    ):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            num_workers=1,
+            verify_untrained=False,
+        )
+
+
+def test_a_hanging_worker_is_not_waited_for(tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(CropDataset, "_read_crop", lambda *_: time.sleep(60))
+    monkeypatch.setattr(robust_brain, "_LOADER_TIMEOUT", 1)
+    with pytest.raises(WorkerError, match="timed out after 1"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            num_workers=1,
+            verify_untrained=False,
+        )
+
+
+# -- numbers -----------------------------------------------------------------
+
+
+def spoil_steps(monkeypatch, values, what):
+    """Put NaN into the features, or into the loss, of some steps (from 1)."""
+    fit, objectives = SpeakerBrain.fit_batch, SpeakerBrain.compute_objectives
+    count, value = 0, None
+
+    def fit_batch(self, batch):
+        nonlocal count, value
+        count += 1
+        value = values.get(count)
+        if value and what == "features":
+            batch.data.sig.data[0] = float(value)
+        return fit(self, batch)
+
+    def compute_objectives(self, cosines, batch, stage):
+        loss = objectives(self, cosines, batch, stage)
+        if value and what == "loss" and self.modules.training:
+            return loss * float(value)
+        return loss
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", fit_batch)
+    monkeypatch.setattr(SpeakerBrain, "compute_objectives", compute_objectives)
+
+
+@pytest.mark.parametrize(
+    "what, value", [("features", "nan"), ("loss", "nan"), ("loss", "inf")]
+)
+def test_a_bad_step_leaves_no_trace(
+    tiny_corpus, tmp_path, monkeypatch, what, value
+):
+    spoil_steps(monkeypatch, {2: value, 5: value}, what)
+    skipped = []
+    skip = SpeakerBrain._skip_step
+
+    def watched(self, batch, loss):
+        skip(self, batch, loss)
+        state = self.modules.state_dict()
+        assert all(x.isfinite().all() for x in state.values())
+        skipped.append((self.step, self.optimizer_step))
+
+    monkeypatch.setattr(SpeakerBrain, "_skip_step", watched)
+    run = run_recipe(
+        tiny_corpus, tmp_path / "run", verify_untrained=False, trials=None
+    )
+    assert skipped == [(2, 1), (1, 3)]  # of four in an epoch
+    log = (run / "train_log.txt").read_text()
+    assert "train skipped steps: 2" in log and "nan" not in log
+    newest = Checkpointer(run / "save").find_checkpoint()
+    state = torch.load(newest.paramfiles["embedding_model"])
+    assert all(each.isfinite().all() for each in state.values())
+
+
+def test_bad_steps_in_a_row_stop_training(tiny_corpus, tmp_path, monkeypatch):
+    spoil_steps(monkeypatch, dict.fromkeys(range(4, 99), "nan"), "loss")
+    with pytest.raises(NonFiniteError) as caught:
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            max_bad_steps=3,
+            verify_untrained=False,
+        )
+    message = str(caught.value)
+    assert "3 steps in a row (max_bad_steps)" in message
+    name = re.search(r"checkpoint is '(CKPT[^']*)'", message).group(1)
+    good = torch.load(tmp_path / "run" / "save" / name / "embedding_model.ckpt")
+    assert all(each.isfinite().all() for each in good.values())
+    batch = message.rpartition("last batch: ")[2].split(", ")
+    for utterance in batch:
+        assert (tiny_corpus.train_root / utterance).is_file()
+    assert len(batch) >= 8
+
+
+def test_single_bad_steps_never_stop(tiny_corpus, tmp_path, monkeypatch):
+    spoil_steps(monkeypatch, dict.fromkeys(range(1, 99, 2), "nan"), "loss")
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        max_bad_steps=2,
+        verify_untrained=False,
+        number_of_epochs=1,
+        batch_size=4,
+    )
+    assert "train skipped steps: 4" in (run / "train_log.txt").read_text()
+
+
+# -- time --------------------------------------------------------------------
+
+
+def test_max_hours_leaves_with_a_checkpoint(tiny_corpus, tiny_run, tmp_path):
+    with pytest.raises(Interrupted, match="max_hours, 1e-09, is over") as left:
+        run_recipe(tiny_corpus, tmp_path / "run", max_hours=1e-9)
+    assert left.value.code == 75
+    newest = Checkpointer(tmp_path / "run" / "save").find_checkpoint()
+    assert not newest.meta["end-of-epoch"]
+    run_recipe(tiny_corpus, tmp_path / "run")
+    assert differences(tiny_run, tmp_path / "run") == set()
+
+
+def test_max_hours_below_zero(tiny_corpus, tmp_path):
+    with pytest.raises(ValueError, match="max_hours is -1"):
+        run_recipe(tiny_corpus, tmp_path / "run", max_hours=-1)
