@@ -7,7 +7,6 @@ file is looked up there by its path, size and time of change.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import struct
@@ -220,19 +219,29 @@ def _riff_format(
 
 def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:
     """Read the cache; an unreadable or foreign one counts as empty."""
+    known = {}
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8", newline="\n") as file:
             if json.loads(file.readline()) != _cache_stamp(root):
                 return {}
-            return {
-                name: Header(*map(int, values[:5]), values[5] == "1")
-                for name, *values in csv.reader(file)
-            }
+            for line in file:
+                size, mtime, frames, rate, channels, verified, name = (
+                    line.rstrip("\n").split(" ", 6)
+                )
+                known[name] = Header(
+                    int(size),
+                    int(mtime),
+                    int(frames),
+                    int(rate),
+                    int(channels),
+                    verified == "1",
+                )
     except FileNotFoundError:
         return {}
-    except (ValueError, IndexError, TypeError) as error:
+    except ValueError as error:
         logger.warning("The cache '%s' is not used: %s", path, error)
         return {}
+    return known
 
 
 def _write_cache(path, root, names, headers, known) -> None:
@@ -247,12 +256,19 @@ def _write_cache(path, root, names, headers, known) -> None:
         return
     with atomic_writer(path) as file:
         file.write(json.dumps(_cache_stamp(root)) + "\n")
-        csv.writer(file, lineterminator="\n").writerows(
-            (name, *header[:5], int(header.verified))
-            for name, header in merged.items()
+        file.writelines(
+            f"{size} {mtime} {frames} {rate} {channels} {verified:d} {name}\n"
+            for name, (
+                size,
+                mtime,
+                frames,
+                rate,
+                channels,
+                verified,
+            ) in merged.items()
         )
 
 
 def _cache_stamp(root: Path) -> dict:
     """The first line of a cache: its format and the corpus it is about."""
-    return {"header_cache": 1, "data_root": str(root.resolve())}
+    return {"header_cache": 2, "data_root": str(root.resolve())}
