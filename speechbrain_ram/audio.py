@@ -23,6 +23,9 @@ import torch
 #: File name endings that are taken for recordings when a folder is searched.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff")
 
+# No format needs less for silence: FLAC has up to 65,535 samples in 14 bytes.
+_SAMPLES_PER_BYTE = 10_000
+
 
 class AudioError(ValueError):
     """A recording cannot be used; the message names the file and says why."""
@@ -76,6 +79,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
         raise AudioError(_why_unreadable(path, error)) from error
     if info.frames <= 0:
         raise AudioError(f"'{path}' holds no samples (an empty recording).")
+    _check_promise(path, info.frames)
     return AudioInfo(info.frames, info.samplerate, info.channels)
 
 
@@ -126,6 +130,7 @@ def read_audio(
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate, available = file.samplerate, file.frames
+            _check_promise(path, available)
             wanted = available if stop is None else min(stop, available)
             if not 0 <= start < max(wanted, 1):
                 raise AudioError(
@@ -140,7 +145,6 @@ def read_audio(
         soundfile.SoundFileError,
         OSError,
         TypeError,
-        MemoryError,  # a damaged header may promise a terabyte
     ) as error:
         raise AudioError(_why_unreadable(path, error)) from error
 
@@ -226,6 +230,16 @@ def pad_waveforms(
     lens = (valid - 0.5) / (hops + 1)
     lens[valid == hops + 1] = 1.0
     return padded, lens
+
+
+def _check_promise(path: str | os.PathLike, frames: int) -> None:
+    """Is the length in a header possible? Memory is taken for it at once."""
+    size = os.path.getsize(path)
+    if frames > _SAMPLES_PER_BYTE * size:
+        raise AudioError(
+            f"'{path}' is damaged: its header promises {frames} samples in "
+            f"{size} bytes."
+        )
 
 
 def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:

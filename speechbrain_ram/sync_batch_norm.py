@@ -34,7 +34,8 @@ class CPUSyncBatchNorm(_NormBase):
             )
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        values = input.float()
+        half = input.dtype in (torch.bfloat16, torch.float16)
+        values = input.float() if half else input
         ones = values.new_full((1,), values.numel() / values.size(1))
         sums = torch.cat([values.sum(dims), ones])
         sums = differentiable.all_reduce(sums)
@@ -75,7 +76,7 @@ def sync_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
             module.num_features, module.eps, module.momentum, module.affine
         )
         new.load_state_dict(module.state_dict())
-        return new.to(module.running_mean.device)
+        return new.to(module.running_mean)  # its device and number type
     for name, child in module.named_children():
         setattr(module, name, sync_batch_norm(child))
     return module
