@@ -1,0 +1,56 @@
+"""What earlier releases wrote can still be read."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from speechbrain.utils.checkpoints import Checkpointer
+from write_release import release_run, waveform
+
+from speechbrain_ram.checkpoints import SafeCheckpointer
+from speechbrain_ram.inference import load_encoder
+
+RELEASES = sorted((Path(__file__).parent / "data").glob("release_*"))
+
+
+@pytest.fixture(params=RELEASES, ids=lambda folder: folder.name)
+def release(request):
+    return request.param
+
+
+def test_the_first_release_is_there():
+    assert RELEASES[0].name == "release_0.1.0"
+    files = [each for each in RELEASES[0].rglob("*") if each.is_file()]
+    assert sum(each.stat().st_size for each in files) < 600_000
+
+
+def test_checkpoints_are_whole_by_their_checksums(release):
+    found = SafeCheckpointer(release / "save").find_checkpoints()
+    assert len(found) >= 2
+    assert all(each.meta["format"] == 1 for each in found)
+
+
+def test_exported_folder_gives_the_same_embedding(release):
+    encoder = load_encoder(release / "inference")
+    embedding = encoder.encode(waveform(), torch.ones(1)).numpy()
+    expected = np.load(release / "embedding.npy")
+    np.testing.assert_allclose(embedding, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("within_epoch", [True, False])
+def test_training_goes_on(release, tiny_corpus, tmp_path, within_epoch):
+    """From the checkpoint before the last validation, and after it."""
+    run = tmp_path / "run"
+    shutil.copytree(release / "save", run / "save")
+    for each in Checkpointer(run / "save").find_checkpoints():
+        if each.meta["end-of-epoch"] == within_epoch:
+            shutil.rmtree(each.path)
+    release_run(tiny_corpus, run, number_of_epochs=3)
+    epochs = [
+        line.split(",")[0]
+        for line in (run / "train_log.txt").read_text().splitlines()
+        if "train loss" in line
+    ]
+    assert epochs == ["epoch: 1", "epoch: 2", "epoch: 3"]
