@@ -2,6 +2,8 @@
 
 import os
 import struct
+import threading
+import time
 import wave
 
 import numpy as np
@@ -236,3 +238,24 @@ def test_interrupted_reading_is_continued(tmp_path, opened, monkeypatch):
     opened.clear()
     assert len(read_headers(corpus, names, cache)) == 600
     assert sorted(opened) == names[512:]  # two chunks of 256 were kept
+
+
+def test_slow_disks_are_asked_in_parallel(tmp_path, monkeypatch):
+    """Order stays; nobody waits for one file after the other."""
+    names = [f"{i:04d}.wav" for i in range(1500)]
+    for name in names:
+        soundfile.write(tmp_path / name, NOISE[: 100 + int(name[:4])], 16000)
+    original, threads = headers._read_header, set()
+
+    def slow(path):
+        threads.add(threading.get_ident())
+        time.sleep(0.0005)
+        return original(path)
+
+    assert [h.frames for h in read_headers(tmp_path, names)] == [
+        100 + i for i in range(1500)
+    ]
+    monkeypatch.setattr(headers, "_read_header", slow)
+    found = read_headers(tmp_path, names, workers=6)
+    assert [h.frames for h in found] == [100 + i for i in range(1500)]
+    assert len(threads) > 3

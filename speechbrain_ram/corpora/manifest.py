@@ -23,7 +23,11 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.audio import AudioError
 from speechbrain_ram.corpora.atomic import atomic_writer
-from speechbrain_ram.corpora.headers import Header, read_headers
+from speechbrain_ram.corpora.headers import (
+    Header,
+    many_objects,
+    read_headers,
+)
 
 logger = get_logger(__name__)
 
@@ -113,8 +117,8 @@ def build_manifest(
         When given, unusable recordings are left out and listed in this file,
         with their reasons; when not, the first few are named in an error.
     workers : int, optional
-        Threads; by default 4 per processor, which hides the delay of a
-        network disk.
+        Threads that wait for a slow disk, or decode; 4 a processor by
+        default.
 
     Returns
     -------
@@ -137,9 +141,29 @@ def build_manifest(
     """
     root = Path(data_root)
     recordings = list(recordings)
-    headers = read_headers(
-        root, [name for name, _ in recordings], cache, verify, workers
-    )
+    with many_objects():
+        names = [name for name, _ in recordings]
+        headers = read_headers(root, names, cache, verify, workers)
+        rows, skipped, short = _rows(
+            root,
+            recordings,
+            headers,
+            min_duration,
+            (sample_rate, resample, mixdown),
+        )
+    _report_skipped(skipped, short, len(recordings), min_duration, skipped_list)
+    if not rows:
+        raise ManifestError(
+            f"None of the {len(recordings)} recordings under '{root}' is left: "
+            f"{len(short)} are shorter than {min_duration} s, {len(skipped)} "
+            "are unusable."
+        )
+    return rows
+
+
+def _rows(root, recordings, headers, min_duration, wanted):
+    """Rows, and what is wrong with the files that become none."""
+    sample_rate, resample, mixdown = wanted
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
         if isinstance(header, AudioError):
@@ -158,14 +182,7 @@ def build_manifest(
             continue
         wav = name if os.path.isabs(name) else ROOT_PREFIX + name
         rows.append(Utterance(name, duration, wav, 0, header.frames, speaker))
-    _report_skipped(skipped, short, len(recordings), min_duration, skipped_list)
-    if not rows:
-        raise ManifestError(
-            f"None of the {len(recordings)} recordings under '{root}' is left: "
-            f"{len(short)} are shorter than {min_duration} s, {len(skipped)} "
-            "are unusable."
-        )
-    return rows
+    return rows, skipped, short
 
 
 def _unsuitable(
@@ -272,7 +289,8 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
             f"The manifest '{path}' does not exist. Was the corpus prepared?"
         )
     try:
-        rows = list(_checked_rows(path))
+        with many_objects():
+            rows = list(_checked_rows(path))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(
             f"'{path}' cannot be read as CSV in UTF-8: {error}. Is it a "
