@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_metrics.py [--quick]
 
 Scores are float32, one trial in ten is a target. SpeechBrain's minDCF makes a
-matrix of thresholds by scores, so both run together only up to 10,000 trials;
-beyond, the memory that it would take is computed from its source: two
-float32 matrices and two bool ones over 2 K - 1 thresholds.
+matrix of thresholds by scores, so both run together only up to 10,000 trials.
+The memory that it takes is computed from its source: 2 K - 1 thresholds by
+the larger class, once as float32 and once as bool.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
         if n >= 600_000:
             goals.append(met(memory < MEMORY_GOAL, f"< {MEMORY_GOAL} scores"))
         distinct = len(np.unique(scores))
-        needed = (2 * distinct - 1) * n * (4 + 1)
+        needed = (2 * distinct - 1) * len(negative) * (4 + 1)
         table.add(
             f"{n:,}",
             f"{median['theirs']:.3g}" if "theirs" in median else "-",
