@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import RECIPE, REPOSITORY, run_recipe
+from conftest import REPOSITORY, run_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from survival import differences, output_of, train_in_processes
@@ -271,17 +271,25 @@ def test_extraction_in_parts_gives_the_same_scores(two, tiny_corpus, tmp_path):
 # -- torchrun ----------------------------------------------------------------
 
 
+#: The recipe for real speech, on the tiny corpus.
+REAL_SPEECH = REPOSITORY / "recipes/SpeechOcean762/hparams/ram_resnet34.yaml"
+
+
 def torchrun(corpus, folder, *options, **overrides):
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *(options or ("--standalone", "--nproc_per_node=2")),
-        *(REPOSITORY / "train_speaker_embeddings.py", RECIPE),
+        *(REPOSITORY / "train_speaker_embeddings.py", REAL_SPEECH),
         *("--device", "cpu", "--distributed_backend", "gloo"),
         *("--noprogressbar", "--ckpt_interval_steps", "1"),
     ]
     values = {
         "ckpt_interval_minutes": 0,
-        "corpus_folder": corpus.train_root.parents[1],
+        "data_folder": corpus.train_root,
+        "data_root": corpus.train_root,
+        "trials": corpus.trials,
+        "trials_root": corpus.test_root,
+        "precision": "fp32",
         "output_folder": folder,
         "channels": "[16, 16, 16, 16]",
         "crop_seconds": 0.5,
