@@ -35,7 +35,7 @@ def test_no_reference_is_forgotten(file, tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_small_enough_to_read(file):
     lines = file.read_text().splitlines()
-    assert len(lines) <= 120
+    assert len(lines) <= 130
     assert not [line for line in lines if re.search(r": (yes|no)$", line)]
     assert not [line for line in lines if "out_neurons" in line]
 

@@ -1,0 +1,401 @@
+"""Each recipe end to end, in miniature: prepare, train, verify, table."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import miniature
+import pytest
+import speechbrain as sb
+import torch
+import yaml
+from conftest import REPOSITORY
+from hyperpyyaml import resolve_references
+
+import train_speaker_embeddings
+import verify_speakers
+from speechbrain_ram.corpora import convert
+from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.encoder_folder import read_folder
+from speechbrain_ram.losses import make_objective
+from speechbrain_ram.schedules import MarginRise
+from speechbrain_ram.scoring import read_scores
+
+sys.path.insert(0, str(REPOSITORY / "recipes"))
+import sweep
+
+VOICES = miniature.voices(8, 6)
+TINY = {
+    "channels": [16, 16, 16, 16],
+    "number_of_epochs": 2,
+    "batch_size": 6,
+    "crop_seconds": 0.5,
+    "num_workers": 0,
+    "verify_every": 1,
+    "precision": "fp32",
+}
+
+
+def arguments(settings):
+    return [text for k, v in settings.items() for text in (f"--{k}", str(v))]
+
+
+def train(recipe, output, *options, **settings):
+    """What the command line does, in this process."""
+    command = [str(REPOSITORY / recipe), "--device", "cpu", "--noprogressbar"]
+    settings = {**TINY, "output_folder": output, **settings}
+    parsed = sb.parse_arguments([*command, *options, *arguments(settings)])
+    train_speaker_embeddings.train(*parsed)
+    return output
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The sweep's commands run here; starting Python takes a while."""
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        if command[1].endswith("verify_speakers.py"):
+            verify_speakers.main(command[2:])
+        else:
+            options = ["--device", "cpu", "--noprogressbar"]
+            parsed = sb.parse_arguments([*command[2:], *options])
+            train_speaker_embeddings.train(*parsed)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    return commands
+
+
+@pytest.fixture(scope="module")
+def voxceleb(tmp_path_factory):
+    """VoxCeleb2 as WAV, VoxCeleb1, SITW: (arguments of the recipe)."""
+    root = tmp_path_factory.mktemp("voxceleb")
+    return {
+        "voxceleb2": miniature.voxceleb2(root / "v2", VOICES[:4], ".wav"),
+        "voxceleb1": miniature.voxceleb1(root / "v1", VOICES[4:6], VOICES[6:8]),
+        "sitw": miniature.sitw(root / "sitw", VOICES[4:6], VOICES[6:8]),
+    }
+
+
+@pytest.fixture(scope="module")
+def cnceleb(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cnceleb")
+    miniature.cnceleb(root, VOICES[:2], VOICES[2:4], VOICES[4:6])
+    return {"data_folder": root}
+
+
+def test_table_1(voxceleb, tmp_path, in_process, capsys):
+    plan = REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml"
+    command = [
+        str(plan),
+        "--output",
+        str(tmp_path),
+        "--rows",
+        "1",
+        "4",
+        *arguments({**voxceleb, **TINY, "number_of_epochs": 1}),
+    ]
+    assert sweep.main(command) == 0
+    table = (tmp_path / "table.md").read_text()
+    rows = re.findall(r"\| (\w+ ?AM-Softmax|AM-Softmax) \| (\S+) \|(.*)", table)
+    assert [row[:2] for row in rows] == [
+        ("AM-Softmax", "0.20"),
+        *(("Real AM-Softmax", f"0.{m}") for m in (20, 25, 30, 35)),
+    ]
+    done = [row[2].split("|")[:5] for row in (rows[0], rows[3])]
+    assert all(re.match(r" \d+\.\d{3} \(", cell) for r in done for cell in r)
+    assert "(1.739)" in done[0][0] and "(3.417)" in done[1][4]
+    assert rows[1][2].startswith(" - (1.872) | - (3.068)")
+    # Three commands a row; again, nothing is left to do.
+    assert len(in_process) == 6
+    assert sweep.main(command) == 0
+    assert len(in_process) == 6
+    # An interrupted verification is all that is done again.
+    (tmp_path / "am_m0.20/verification/sitw-eval/scores.txt").unlink()
+    assert sweep.main(command) == 0
+    assert len(in_process) == 7
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_table_2(cnceleb, tmp_path, in_process):
+    command = [
+        str(REPOSITORY / "recipes" / "CNCeleb" / "table2.yaml"),
+        "--output",
+        str(tmp_path),
+        "--rows",
+        "4",
+        *arguments({**cnceleb, **TINY}),
+    ]
+    assert sweep.main(command) == 0
+    row = (tmp_path / "table.md").read_text().splitlines()[-2]
+    assert re.match(
+        r"\| Real AM-Softmax \| 0.20 \| [\d.]+ \(11.049\) \| [\d.]+ \|", row
+    )
+    # Averaged enrolment goes by model, and is another list of scores.
+    lists = tmp_path / "ram_m0.20" / "verification"
+    concat, average = (
+        read_scores(lists / f"cnceleb-{name}" / "scores.txt")
+        for name in ("concat", "average")
+    )
+    assert average[0].enrol_ids == ("id00800-enroll", "id00801-enroll")
+    assert (average[0].labels == concat[0].labels).all()
+    assert abs(average[1] - concat[1]).max() > 1e-4
+
+
+def test_sweep_says_what_it_would_do(tmp_path, capsys):
+    plan = str(REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml")
+    options = ["--output", str(tmp_path / "o"), "--dry_run"]
+    corpora = ["--voxceleb2", "/v2", "--voxceleb1", "/v1"]
+    launch = ["--launch", "torchrun --nproc_per_node=4"]
+    assert sweep.main([plan, *options, *launch, *corpora]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10  # without SITW, two commands a row
+    assert lines[0].startswith("torchrun --nproc_per_node=4 ")
+    assert "--objective am --margin 0.2 --voxceleb2 /v2" in lines[0]
+    assert "--data_root /v1" in lines[1] and "vox1-E.txt" in lines[1]
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit):
+        sweep.main([plan, *options, *corpora, "--lr"])
+    assert "come in pairs" in capsys.readouterr().err
+
+
+def test_sweep_stops_with_the_status_of_a_run(tmp_path, monkeypatch, capsys):
+    plan = str(REPOSITORY / "recipes" / "CNCeleb" / "table2.yaml")
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "run",
+        lambda command: subprocess.CompletedProcess(command, 75),
+    )
+    options = ["--output", str(tmp_path), "--data_folder", "/cn"]
+    assert sweep.main([plan, *options]) == 75
+    assert "am_m0.10: status 75" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["VoxCeleb", "CNCeleb"])
+def test_tables_are_the_papers(recipe):
+    """Every number of the plan is in the paper's order: lower m first."""
+    file = {"VoxCeleb": "table1.yaml", "CNCeleb": "table2.yaml"}[recipe]
+    path = REPOSITORY / "recipes" / recipe / file
+    plan = yaml.safe_load(path.read_text())
+    assert len(plan["rows"]) == 5
+    margins = [row["overrides"]["margin"] for row in plan["rows"]]
+    assert margins[1:] == sorted(margins[1:])
+    hparams = yaml.safe_load(
+        re.sub(r"!\S*", "", (path.parent / plan["hparams"]).read_text())
+    )
+    assert hparams["scale"] == 30.0 and hparams["crop_seconds"] == 2.0
+    best = min(
+        plan["rows"][1:], key=lambda row: row["paper"][plan["lists"][0]["name"]]
+    )
+    assert hparams["margin"] == best["overrides"]["margin"]
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory):
+    """MUSAN and rooms in miniature."""
+    root = tmp_path_factory.mktemp("noises")
+    for i, part in enumerate(("noise", "music", "speech")):
+        miniature.write(root / "musan" / part / "a" / "1.wav", VOICES[i][0])
+    room = VOICES[0][0][:800] * 0.1
+    room[40] = 0.9
+    miniature.write(root / "rirs" / "Room001-00001.wav", room)
+    return {"musan": root / "musan", "rirs": root / "rirs"}
+
+
+def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
+    """Noise, rooms, speeds, rising margin, averaging, then a large margin."""
+    margins = []
+    original = train_speaker_embeddings.SpeakerBrain.compute_objectives
+
+    def watch(self, cosines, batch, stage):
+        if stage == sb.Stage.TRAIN:
+            margins.append(self.hparams.compute_cost.loss_fn.margin)
+        return original(self, cosines, batch, stage)
+
+    monkeypatch.setattr(
+        train_speaker_embeddings.SpeakerBrain, "compute_objectives", watch
+    )
+    recipe = "recipes/VoxCeleb/hparams/ram_resnet34_strong.yaml"
+    run = train(
+        recipe,
+        tmp_path / "strong",
+        **voxceleb,
+        **noises,
+        number_of_epochs=3,
+        average_checkpoints=2,
+        margin_start=1,
+        margin_end=2,
+        batch_size=9,
+    )
+    # 23 utterances, one held out, at three speeds: 8 steps of 9 an epoch.
+    per_epoch = len(margins) // 3
+    rise = MarginRise(0.5, start=1, end=2)
+    expected = [rise(step / per_epoch) for step in range(len(margins))]
+    assert margins == pytest.approx(expected)
+    assert (margins[0], margins[-1]) == (0.0, 0.5)
+
+    # What is exported is the mean of the last two epochs.
+    states = [
+        torch.load(path / "embedding_model.ckpt")
+        for path in (run / "save").glob("CKPT*")
+        if "end-of-epoch: true" in (path / "CKPT.yaml").read_text()
+    ]
+    assert len(states) == 2
+    weights = read_folder(run / "inference").weights
+    for name, value in weights.items():
+        if value.is_floating_point():
+            mean = (states[0][name] + states[1][name]) / 2
+            assert torch.allclose(value, mean, atol=1e-6)
+    rows = torch.load(run / "inference" / "classifier.ckpt")["weight"]
+    assert len(rows) == 4  # the speeds' speakers are gone
+
+    tuned = train(
+        recipe,
+        tmp_path / "tuned",
+        **voxceleb,
+        **noises,
+        pretrained=run / "inference",
+        number_of_epochs=1,
+        crop_seconds=1.0,
+        margin=0.8,
+        margin_start=0,
+        margin_end=0,
+        warmup_epochs=0,
+        speeds=[1.0],
+        average_checkpoints=1,
+        lr=1e-4,
+        final_lr=2.5e-5,
+    )
+    command = [
+        *("--encoder", str(tuned / "inference")),
+        *("--trials", str(tuned / "manifests" / "vox1-O.txt")),
+        *("--data_root", str(voxceleb["voxceleb1"])),
+        *("--cohort", str(tuned / "manifests" / "train.csv")),
+        *("--cohort_root", str(voxceleb["voxceleb2"])),
+        *("--center", "--normalise", "as-norm1", "--top_n", "3"),
+        *("--output", str(tmp_path / "verified")),
+    ]
+    results = verify_speakers.main(command)
+    assert 0 <= results["vox1-O"].eer <= 100
+
+
+def test_strong_cnceleb(cnceleb, noises, tmp_path):
+    """Joined utterances are trained on, and embedded at the end."""
+    run = train(
+        "recipes/CNCeleb/hparams/ram_resnet34_strong.yaml",
+        tmp_path / "strong",
+        **cnceleb,
+        **noises,
+        number_of_epochs=1,
+    )
+    assert list((run / "manifests" / "joined").rglob("*-join*.flac"))
+    assert (run / "inference" / "encoder.json").is_file()
+
+
+@pytest.mark.parametrize("objective", ["softmax", "am", "aam", "ram", "raam"])
+def test_any_objective_takes_another_margin(objective):
+    """In place: who holds the object holds the new margin."""
+    cosines = torch.rand(5, 7) * 2 - 1
+    targets = torch.nn.functional.one_hot(torch.arange(5), 7)
+    loss_fn = make_objective(objective, margin=0.1, scale=30.0)
+    brain = torch.nn.Module()
+    brain.hparams = torch.nn.Module()
+    brain.hparams.objective = objective
+    brain.hparams.scale, brain.hparams.form = 30.0, "paper"
+    brain.hparams.compute_cost = torch.nn.Module()
+    brain.hparams.compute_cost.loss_fn = loss_fn
+    train_speaker_embeddings.SpeakerBrain._set_margin(brain, 0.4)
+    expected = make_objective(objective, margin=0.4, scale=30.0)
+    assert torch.equal(loss_fn(cosines, targets), expected(cosines, targets))
+
+
+def test_your_own_corpus(voxceleb, tmp_path):
+    """A folder of speakers to encoder, report and inference folder."""
+    run = train(
+        "recipes/YourCorpus/hparams/ram_resnet34.yaml",
+        tmp_path / "own",
+        corpus=voxceleb["voxceleb2"] / "dev" / "aac",
+        number_of_epochs=1,
+    )
+    assert (run / "report" / "results.md").is_file()
+    assert (run / "inference" / "encoder.json").is_file()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_voxceleb_recipe_learns_real_speech(speechocean, tmp_path):
+    """speechocean762 in VoxCeleb's clothes: m4a, converted, trained on."""
+    from speechbrain_ram.corpora.convert import convert_tree
+
+    voices = miniature.real_voices("train", 24, 12)
+    tested = miniature.real_voices("dev", 10, 8)
+    miniature.voxceleb2(tmp_path / "m4a", voices)
+    convert_tree(tmp_path / "m4a", tmp_path / "v2")
+    corpora = {
+        "voxceleb2": tmp_path / "v2",
+        "voxceleb1": miniature.voxceleb1(
+            tmp_path / "v1", tested[:5], tested[5:]
+        ),
+        "sitw": miniature.sitw(tmp_path / "s", tested[:5], tested[5:]),
+    }
+    run = train(
+        "recipes/VoxCeleb/hparams/ram_resnet34.yaml",
+        tmp_path / "run",
+        **corpora,
+        number_of_epochs=8,
+        verify_every=4,
+        crop_seconds=2.0,
+        batch_size=24,
+        warmup_steps=20,
+        lr=0.003,
+    )
+    log = (run / "train_log.txt").read_text()
+    rates = [float(rate) for rate in re.findall(r"valid EER: ([\d.e+]+)", log)]
+    assert rates[-1] < 0.7 * rates[0], rates
+
+
+PAGES = [
+    REPOSITORY / "docs" / "your-corpus.md",
+    REPOSITORY / "recipes" / "VoxCeleb" / "README.md",
+    REPOSITORY / "recipes" / "CNCeleb" / "README.md",
+]
+COMMANDS = [
+    line
+    for page in PAGES
+    for block in re.findall(
+        r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S
+    )
+    for line in block.strip().splitlines()
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=range(len(COMMANDS)))
+def test_commands_of_the_pages_are_understood(line, monkeypatch, capsys):
+    """Options exist, files of ours are there; nothing is trained."""
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        words[:2] = ["python"]
+    if words[0] == "make":
+        done = subprocess.run(
+            ["make", "-n", *words[1:]], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        command = done.stdout.replace("\\\n", " ").split("recipes/sweep.py ")[1]
+        command = command.splitlines()[0]
+        assert sweep.main([*shlex.split(command), "--dry_run"]) == 0
+        assert "train_speaker_embeddings.py" in capsys.readouterr().out
+    elif words[1] == "-m":
+        assert words[2] == "speechbrain_ram.corpora.convert"
+        with pytest.raises(ManifestError, match="vox2/dev/aac' does not exist"):
+            convert.main(words[3:])
+    elif words[1] == "verify_speakers.py":
+        assert verify_speakers.parse(words[2:]).trials
+    else:
+        assert words[1] == "train_speaker_embeddings.py"
+        file, _, overrides = sb.parse_arguments(words[2:])
+        with open(file, encoding="utf-8") as stream:
+            resolve_references(stream, overrides, overrides_must_match=True)
