@@ -12,8 +12,8 @@ Intervals are basic bootstrap intervals (Davison & Hinkley, 1997, eq. 5.6),
 ``2 value - percentiles``: a replicate repeats speakers, which makes minima
 such as minDCF look better than they are, and plain percentiles of minDCF miss
 the truth far too often (see the coverage test). They are widened, if need be,
-to hold the value. They say how the number would vary over other speakers of
-this population, not over other trainings.
+to hold the value, and cut off where the metric ends. They say how the number
+would vary over other speakers of this population, not over other trainings.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def bootstrap(
         [system], p_targets, replicates, seed, progress
     )
     low, high = _ends(value[0], draws[:, 0], level)
-    low = np.maximum(low, 0)
+    worst = np.where(np.array(names) == "EER", 100, 1)
+    low, high = np.clip(low, 0, worst), np.clip(high, 0, worst)
     return {
         name: Interval(float(value[0, i]), float(low[i]), float(high[i]))
         for i, name in enumerate(names)

@@ -8,6 +8,7 @@ can tell apart; line styles differ too, for print without colour.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -289,6 +290,8 @@ def _style():
 
 def _save(figure, path: str | os.PathLike) -> None:
     """Write PNG and PDF under temporary names, then rename them."""
+    # it tells every glyph it embeds to whoever logs at level INFO
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     for ending in ("png", "pdf"):
         final = Path(f"{path}.{ending}")
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")

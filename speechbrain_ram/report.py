@@ -101,14 +101,15 @@ def write_report(
         [p for p in p_targets if p != min(p_targets)] or p_targets,
     )
     for name, system in systems.items():
-        thresholds = {"EER": metrics[name].eer_threshold}
-        for p, threshold in metrics[name].min_dcf_threshold.items():
-            thresholds[f"minDCF({p:g})"] = threshold
+        thresholds = {"EER threshold": metrics[name].eer_threshold}
+        for p in p_targets[:1]:
+            at = metrics[name].min_dcf_threshold[p]
+            thresholds[f"minDCF({p:g}) threshold"] = at
         histogram(
             folder / f"histogram_{file_name(name)}",
             system.scores,
             labels,
-            dict(list(thresholds.items())[:2]),
+            thresholds,
             system.scale,
         )
 

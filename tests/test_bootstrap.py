@@ -5,6 +5,7 @@ import pytest
 
 from speechbrain_ram.bootstrap import (
     Interval,
+    _ends,
     _replicate,
     _Resampled,
     bootstrap,
@@ -103,6 +104,26 @@ def test_intervals_hold_their_value_and_no_negative_rate():
         ).values():
             assert 0 <= interval.low <= interval.value <= interval.high
     assert narrow > 3  # else this test would test nothing
+
+
+def test_intervals_end_where_the_metric_does():
+    scores, labels, enrol, test = speaker_list(2000, speakers=12, effect=2.0)
+    poor = scores - labels, labels, enrol, test
+    found = bootstrap(*poor, p_targets=(0.05,), replicates=50)
+    assert found["minDCF(0.05)"].value < 0.95
+    assert found["minDCF(0.05)"].high == 1  # 1.05 by the formula
+    inverted = scores - 12 * labels, labels, enrol, test
+    found = bootstrap(*inverted, p_targets=(), replicates=50)
+    assert 99 < found["EER"].value <= found["EER"].high <= 100
+
+
+def test_intervals_are_widened_to_hold_their_value():
+    value = np.array([0.5, 0.5])
+    draws = np.stack([np.linspace(0.3, 0.4, 99), np.linspace(0.6, 0.7, 99)], 1)
+    low, high = _ends(value, draws, 0.95)
+    assert low[0] == high[1] == 0.5
+    assert high[0] == pytest.approx(0.7, abs=0.01)
+    assert low[1] == pytest.approx(0.3, abs=0.01)
 
 
 def test_p_value_and_interval_agree():

@@ -150,6 +150,28 @@ def test_fewer_errors_of_a_kind_leave_room_for_the_other(scores, kinds):
     )
 
 
+def test_few_misses_leave_room_for_false_alarms():
+    trials = TrialList(("a",), tuple("bcde"), [0] * 4, range(4), [1, 0, 0, 0])
+    found = worst_errors(trials, np.array([0.1, 0.7, 0.9, 0.8]), 0.5, count=4)
+    assert [each["score"] for each in found] == [0.1, 0.9, 0.8, 0.7]
+    assert (
+        len(worst_errors(trials, np.array([0.1, 0.7, 0.9, 0.8]), 0.5, 2)) == 2
+    )
+
+
+def test_infinite_thresholds_are_null_in_json(tmp_path):
+    trials, scores = scored_list(shift=-3.0)
+    metrics = write_report(tmp_path, "Poor", trials, {"poor": System(scores)})
+    assert metrics["poor"].min_dcf_threshold[0.001] == np.inf
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "results.json").read_text()
+    data = json.loads(text, parse_constant=refuse)
+    assert data["systems"]["poor"]["min_dcf_threshold"]["0.001"] is None
+
+
 def test_a_perfect_system_has_a_report(tmp_path):
     trials, _ = scored_list(200)
     scores = trials.labels.astype(np.float32)
