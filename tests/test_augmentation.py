@@ -101,10 +101,10 @@ def test_shares():
     """6 of 10 changed; of those, the choices by their weights."""
     changes = [lambda x, _, k=k: x + k for k in (1, 2)]
     augment = RandomAugmentation(changes, [3, 1], probability=0.6)
-    drawn = [int(augment(torch.zeros(1), f"key{i}")) for i in range(4000)]
-    shares = np.bincount(drawn) / 4000
-    # Four standard deviations of a share near one half: 0.03.
-    assert np.abs(shares - [0.4, 0.45, 0.15]).max() < 0.03
+    drawn = [int(augment(torch.zeros(1), f"key{i}")) for i in range(1000)]
+    shares = np.bincount(drawn) / 1000
+    # Four standard deviations of a share near one half: 0.06.
+    assert np.abs(shares - [0.4, 0.45, 0.15]).max() < 0.06
     never = RandomAugmentation(changes, [1, 1], probability=0.0)
     assert all(int(never(torch.zeros(1), str(i))) == 0 for i in range(50))
 
