@@ -7,13 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
-
-with atheris.instrument_imports(include=["speechbrain_ram"]):
-    from fuzz_targets import targets, try_input
-
 
 def main():
+    # Imported here: pytest imports every file for its doctests, and atheris
+    # is not among what the tests install.
+    import atheris
+
+    with atheris.instrument_imports(include=["speechbrain_ram"]):
+        from fuzz_targets import targets, try_input
+
     with tempfile.TemporaryDirectory() as folder:
         target = targets(Path(folder))[sys.argv.pop(1)]
         corpus = Path(folder) / "corpus"
