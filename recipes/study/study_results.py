@@ -134,9 +134,12 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
         cells = [system]
         cells.append(", ".join(margins) if any(one.chosen.values()) else "")
         cells.append(str(one.n_seeds))
-        for metric, digits in zip(METRICS, (2, 3), strict=True):
-            low, high = interval(one.value[metric], one.draws[metric])
-            low = max(low, 0)
+        for metric, digits, worst in zip(
+            METRICS, (2, 3), (100, 1), strict=True
+        ):
+            low, high = np.clip(
+                interval(one.value[metric], one.draws[metric]), 0, worst
+            )
             cells.append(
                 f"{one.value[metric]:.{digits}f} "
                 f"[{low:.{digits}f}, {high:.{digits}f}]"
