@@ -323,8 +323,10 @@ def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
 
     def problem(fields: dict[str, str]) -> str | None:
         try:
-            float(fields["score"])
+            finite = np.isfinite(float(fields["score"]))
         except ValueError:
+            finite = False
+        if not finite:
             return f"has the score '{fields['score']}'"
         if fields["label"] not in ("0", "1"):
             return f"has the label '{fields['label']}'"
@@ -334,7 +336,7 @@ def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
         path,
         ("enrol", "test", "score", "label"),
         problem,
-        "a number as SCORE and LABEL 1 or 0.",
+        "a finite number as SCORE and LABEL 1 or 0.",
     )
     enrol, test, label = UniqueNames(), UniqueNames(), UniqueNames()
     scores = []
@@ -349,7 +351,7 @@ def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
             scores.append(chunk["score"].astype(np.float64))
         except ValueError as error:
             raise lines.first_bad_line() from error
-        if not set(label.ids) <= {"0", "1"}:
+        if not (set(label.ids) <= {"0", "1"} and np.isfinite(scores[-1]).all()):
             raise lines.first_bad_line()
     label_ids, codes = label.finish()
     labels = np.array([int(text) for text in label_ids], np.int8)[codes]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,24 +87,31 @@ class TrialList:
             if len(set(ids)) != len(ids):
                 raise TrialError(f"{name} must be unique, and are not.")
             object.__setattr__(self, name, ids)
-        for name, dtype in (("enrol", np.int32), ("test", np.int32)):
-            index = np.asarray(getattr(self, name), dtype=dtype)
+        # checked before they are cast, which would make 0 of 0.5 and of 256
+        for name in ("enrol", "test"):
+            index = np.asarray(getattr(self, name))
+            if index.size and not np.issubdtype(index.dtype, np.integer):
+                raise TrialError(
+                    f"{name} must hold indices, whole numbers, got "
+                    f"{index.dtype}."
+                )
             limit = len(getattr(self, f"{name}_ids"))
             if index.size and not 0 <= index.min() <= index.max() < limit:
                 raise TrialError(
                     f"{name} indices must lie in [0, {limit}), got "
                     f"[{index.min()}, {index.max()}]."
                 )
-            object.__setattr__(self, name, index)
-        labels = np.asarray(self.labels, dtype=np.int8)
-        object.__setattr__(self, "labels", labels)
-        if not self.enrol.shape == self.test.shape == labels.shape:
-            raise TrialError(
-                "enrol, test and labels must have one length, got "
-                f"{self.enrol.shape}, {self.test.shape}, {labels.shape}."
-            )
-        if not np.isin(labels, (0, 1)).all():
+            object.__setattr__(self, name, index.astype(np.int32, copy=False))
+        labels = np.asarray(self.labels)
+        if not ((labels == 0) | (labels == 1)).all():
             raise TrialError("labels must be 1 (target) or 0 (non-target).")
+        object.__setattr__(self, "labels", labels.astype(np.int8, copy=False))
+        shapes = self.enrol.shape, self.test.shape, labels.shape
+        if len(set(shapes)) > 1 or labels.ndim != 1:
+            raise TrialError(
+                "enrol, test and labels must have one dimension and one "
+                f"length, got {', '.join(map(str, shapes))}."
+            )
         if self.models is not None:
             unknown = [m for m in self.enrol_ids if not self.models.get(m)]
             if unknown:
@@ -179,6 +187,8 @@ def read_trials(
     def problem(fields: dict[str, str]) -> str | None:
         if fields["label"] not in spellings:
             return f"has the label '{fields['label']}'"
+        if models is not None and fields["enrol"] not in models:
+            return f"names the model '{fields['enrol']}' without enrolment"
         return None
 
     lines = FieldReader(
@@ -205,9 +215,9 @@ def read_trials(
         unknown = [name for name in enrol_ids if name not in models]
         if unknown:
             raise TrialError(
-                f"'{path}': {len(unknown)} enrolment models are not in the "
-                f"enrolment list: {_first_ten(unknown)}. Do the two files "
-                "belong together?"
+                f"{lines.first_bad_line()} In all, {len(unknown)} enrolment "
+                f"models are not in the enrolment list: {_first_ten(unknown)}."
+                " Do the two files belong together?"
             )
         models = {
             model: tuple(map(names.rename, models[model]))
@@ -237,7 +247,8 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     Raises
     ------
     TrialError
-        The file is missing or empty, or a line names no utterance.
+        The file is missing or empty, or a line names no utterance or is not
+        UTF-8.
 
     Example
     -------
@@ -246,29 +257,22 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     >>> read_models(path)
     {'id1': ('id1/a.wav', 'id1/b.wav')}
     """
-    models: dict[str, tuple[str, ...]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.split()
-                if len(fields) == 1:
-                    raise TrialError(
-                        f"'{path}', line {number}: '{line.strip()}' names no "
-                        "utterance, 'MODEL UTTERANCE [UTTERANCE ...]' was "
-                        "expected."
-                    )
-                if fields:
-                    known = models.get(fields[0], ())
-                    models[fields[0]] = (*known, *fields[1:])
-    except FileNotFoundError as error:
-        raise TrialError(f"The list '{path}' does not exist.") from error
-    except UnicodeDecodeError as error:
+    models: dict[str, list[str]] = {}
+    for number, line, fields in _lines(path):
+        if "\ufffd" in line:
+            problem = "is not UTF-8 text"
+        elif len(fields) == 1:
+            problem = "names no utterance"
+        else:
+            models.setdefault(fields[0], []).extend(fields[1:])
+            continue
         raise TrialError(
-            f"'{path}' is no UTF-8 text ({error}). Is it an enrolment list?"
-        ) from error
+            f"'{path}', line {number}: '{line}' {problem}; expected was "
+            "'MODEL UTTERANCE [UTTERANCE ...]'. Is it an enrolment list?"
+        )
     if not models:
         raise TrialError(f"The enrolment list '{path}' is empty.")
-    return models
+    return {model: tuple(names) for model, names in models.items()}
 
 
 def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
@@ -406,9 +410,8 @@ class FieldReader:
         """
         empty = True
         try:
-            with open(self.path, "rb") as file:
-                first = next((line for line in file if line.strip()), b"")
-            if len(first.split()) > len(self.names):
+            _, _, first = next(_lines(self.path), (0, "", []))
+            if len(first) > len(self.names):
                 raise self.first_bad_line()  # pandas only warns
             # dtype=object, because the category type would read the name
             # 00012 as the number 12; the extra column catches long lines
@@ -422,6 +425,7 @@ class FieldReader:
                 na_filter=False,
                 quoting=csv.QUOTE_NONE,
                 encoding="utf-8",
+                compression=None,
                 chunksize=_CHUNK,
             ) as reader:
                 for chunk in reader:
@@ -431,10 +435,6 @@ class FieldReader:
                     if too_short or (chunk["too many"] != "").any():
                         raise self.first_bad_line()
                     yield fields
-        except FileNotFoundError as error:
-            raise TrialError(
-                f"The file '{self.path}' does not exist."
-            ) from error
         except (pd.errors.ParserError, UnicodeDecodeError) as error:
             raise self.first_bad_line() from error
         if empty:
@@ -443,26 +443,37 @@ class FieldReader:
     def first_bad_line(self) -> TrialError:
         """The error that names the first line that is wrong."""
         template = " ".join(name.upper() for name in self.names)
-        with open(self.path, encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.split()
-                if not fields:
-                    continue
-                if "\ufffd" in line:
-                    problem = "is not UTF-8 text"
-                elif len(fields) != len(self.names):
-                    problem = f"has {len(fields)} fields"
-                else:
-                    problem = self.problem(
-                        dict(zip(self.names, fields, strict=True))
-                    )
-                if problem:
-                    return TrialError(
-                        f"'{self.path}', line {number}: '{line.strip()}' "
-                        f"{problem}; expected was '{template}' with "
-                        f"{self.expected}"
-                    )
+        for number, line, fields in _lines(self.path):
+            if "\ufffd" in line:
+                problem = "is not UTF-8 text"
+            elif len(fields) != len(self.names):
+                problem = f"has {len(fields)} fields"
+            else:
+                problem = self.problem(
+                    dict(zip(self.names, fields, strict=True))
+                )
+            if problem:
+                return TrialError(
+                    f"'{self.path}', line {number}: '{line}' {problem}; "
+                    f"expected was '{template}' with {self.expected}"
+                )
         return TrialError(f"'{self.path}' cannot be read as '{template}'.")
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str, list[str]]]:
+    """Number, text and fields of each line that is not blank."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                # as pandas splits; str.split would at any Unicode space
+                if fields := re.findall(r"[^ \t\n]+", line):
+                    yield number, line.strip(), fields
+    except FileNotFoundError as error:
+        raise TrialError(f"The list '{path}' does not exist.") from error
+    except OSError as error:
+        raise TrialError(
+            f"The list '{path}' cannot be read: {error.strerror}."
+        ) from error
 
 
 class _Renamer:

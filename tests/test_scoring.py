@@ -204,6 +204,8 @@ def test_score_files_in_chunks(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("a b 0.5 1\na b high 0\n", "line 2: .* has the score 'high'"),
+        ("a b 0.5 1\na b nan 0\n", "line 2: .* has the score 'nan'"),
+        ("a b -inf 1\na b 1 0\n", "line 1: .* has the score '-inf'"),
         ("a b 0.5 1\na b 0.5 yes\n", "line 2: .* has the label 'yes'"),
         ("1 a b\n", "line 1: .* has 3 fields; expected was 'ENROL TEST SCORE"),
     ],

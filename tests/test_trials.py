@@ -1,5 +1,6 @@
 """Trial lists: every published form, exact errors, large lists in a moment."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -172,6 +173,32 @@ def test_a_late_error_is_found_in_its_chunk(tmp_path, monkeypatch):
         read_trials(write(tmp_path, "".join(lines)))
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u3000", "\x0c"])
+def test_only_spaces_and_tabs_part_fields(tmp_path, space):
+    """Python splits at more; an error must not blame such a line."""
+    name = f"a{space}b.wav"
+    path = write(tmp_path, f"1 {name} c\n0 {name} d\n")
+    assert read_trials(path).enrol_ids == (name,)
+    assert read_models(path)["1"] == (name, "c")
+    with pytest.raises(TrialError, match="line 2: '2 e f' has the label '2'"):
+        read_trials(write(tmp_path, f"1 {name} c\n2 e f\n"))
+
+
+def test_old_line_ends_and_marks_are_no_part_of_a_name(tmp_path):
+    assert len(read_trials(write(tmp_path, "1 a b\r0 a c\r"))) == 2
+    path = write(tmp_path, b"\xef\xbb\xbfm1 a.wav\r\nm2 b.wav\r\n")
+    assert read_models(path) == {"m1": ("a.wav",), "m2": ("b.wav",)}
+
+
+def test_folders_and_packed_lists_are_refused(tmp_path):
+    for read in (read_trials, read_models):
+        with pytest.raises(TrialError, match="cannot be read: Is a directory"):
+            read(tmp_path)
+    packed = write(tmp_path, gzip.compress(b"1 a b\n0 a c\n"), "trials.gz")
+    with pytest.raises(TrialError, match="line 1: .* is not UTF-8"):
+        read_trials(packed)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(TrialError, match=r"nothing\.txt' does not exist"):
         read_trials(tmp_path / "nothing.txt")
@@ -182,10 +209,15 @@ def test_missing_files_are_named(tmp_path):
 def test_enrolment_lists_are_checked(tmp_path):
     with pytest.raises(TrialError, match="line 2: 'id2' names no utterance"):
         read_models(write(tmp_path, "id1 a.wav\nid2\n"))
+    with pytest.raises(TrialError, match="line 2: 'id2 .*' is not UTF-8"):
+        read_models(write(tmp_path, b"id1 a.wav\nid2 \xff.wav\n"))
     with pytest.raises(TrialError, match="enrolment list .* is empty"):
         read_models(write(tmp_path, "\n"))
     path = write(tmp_path, "m1 t.wav 1\nm2 t.wav 0\n")
-    with pytest.raises(TrialError, match="1 enrolment models are not.*: m2"):
+    with pytest.raises(
+        TrialError,
+        match="line 2: .m2 t.wav 0.*1 enrolment models are not.*: m2",
+    ):
         read_trials(path, "cnceleb", models={"m1": ("a.wav",)})
 
 
@@ -196,8 +228,13 @@ def test_enrolment_lists_are_checked(tmp_path):
         ((("a",), ("b", "b"), [0], [0], [1]), "test_ids must be unique"),
         ((("a",), ("b",), [1], [0], [1]), r"enrol indices .* \[0, 1\)"),
         ((("a",), ("b",), [0], [-1], [1]), r"test indices .* \[-1, -1\]"),
-        ((("a",), ("b",), [0, 0], [0], [1]), "must have one length"),
+        ((("a",), ("b",), [2**32], [0], [1]), r"enrol indices .* \[0, 1\)"),
+        ((("a",), ("b",), [0.5], [0], [1]), "whole numbers, got float64"),
+        ((("a",), ("b",), [0, 0], [0], [1]), r"one length, got \(2,\), \(1,"),
+        ((("a",), ("b",), [[0]], [[0]], [[1]]), "must have one dimension"),
         ((("a",), ("b",), [0], [0], [2]), "labels must be 1"),
+        ((("a",), ("b",), [0], [0], [256]), "labels must be 1"),
+        ((("a",), ("b",), [0], [0], [0.5]), "labels must be 1"),
         ((("a",), ("b",), [0], [0], [1], {"c": ("x",)}), "1 .* models .*: a"),
         ((("a",), ("b",), [0], [0], [1], {"a": ()}), "1 .* models .*: a"),
     ],
@@ -275,12 +312,12 @@ def test_a_large_list_takes_little_memory(tmp_path):
             file.write(block)
     size = os.path.getsize(tmp_path / "big.lst")
     code = """
-        import resource, sys, time
+        import resource, sys
         from speechbrain_ram.trials import read_trials
         rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        before, start = rss(), time.process_time()
+        before = rss()
         trials = read_trials(sys.argv[1], "cnceleb")
-        print(len(trials), time.process_time() - start, 1024*(rss() - before))
+        print(len(trials), 1024 * (rss() - before))
     """
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), tmp_path / "big.lst"],
@@ -288,10 +325,9 @@ def test_a_large_list_takes_little_memory(tmp_path):
         text=True,
         check=True,
     )
-    length, seconds, peak = out.stdout.split()
+    length, peak = out.stdout.split()
     assert int(length) == n
     assert int(peak) < 4 * size  # 1.0 at 3.5 million lines
-    assert float(seconds) < 5  # about 0.2
 
 
 @pytest.mark.real
