@@ -7,6 +7,7 @@ then splits a list into groups of trials.
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections.abc import Sequence
@@ -96,13 +97,43 @@ def trial_speakers(
     return TrialSpeakers(names, of_enrol[trials.enrol], of_test[trials.test])
 
 
+def check_speakers(trials: TrialList, speakers: TrialSpeakers) -> None:
+    """Make sure that target trials, and no others, are of one speaker.
+
+    Arguments
+    ---------
+    trials : TrialList
+        N trials.
+    speakers : TrialSpeakers
+        Of the same trials.
+
+    Raises
+    ------
+    TrialError
+        Names the first trial whose label contradicts its speakers.
+    """
+    same = speakers.enrol == speakers.test
+    wrong = np.flatnonzero(same != (trials.labels == 1))
+    if wrong.size:
+        i = wrong[0]
+        enrol, test = speakers.names[speakers.enrol[i]], speakers.test[i]
+        raise TrialError(
+            f"{wrong.size} of {len(trials)} trials contradict their speakers, "
+            f"the first is '{trials.enrol_ids[trials.enrol[i]]} "
+            f"{trials.test_ids[trials.test[i]]}' with label "
+            f"{trials.labels[i]}, of '{enrol}' and '{speakers.names[test]}'. "
+            "Is the speaker another part of the recordings' names?"
+        )
+
+
 def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     """Read a table whose first column is the speaker.
 
     Arguments
     ---------
     path : path
-        With a header line; tabs or commas between columns.
+        With a header line; tabs or commas between columns. An empty field
+        says that something is not known.
 
     Returns
     -------
@@ -112,7 +143,8 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     Raises
     ------
     TrialError
-        The file is missing, has one column, or names a speaker twice.
+        The file is missing or empty, has one column, names a speaker twice,
+        or a line has more or fewer fields than the header.
 
     Example
     -------
@@ -122,18 +154,31 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     'f'
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, index_col=0
-        )
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
+            # pandas would shift columns where a line has a field too many
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TrialError(f"'{path}' cannot be read: {error}.") from error
-    if not len(table.columns):
+    header, *lines = [row for _, row in rows] or [[]]
+    if len(header) < 2:
         raise TrialError(
-            f"'{path}' has one column; a header and a speaker and something "
-            "about them in every line were expected."
+            f"'{path}' is empty or has one column; a header and a speaker and "
+            "something about them in every line were expected."
         )
+    for number, row in rows:
+        if len(row) != len(header):
+            raise TrialError(
+                f"'{path}', line {number}: '{separator.join(row)}' has "
+                f"{len(row)} fields, {len(header)} were expected as in the "
+                f"header, {', '.join(header)}."
+            )
+    names = pd.Index([row[0] for row in lines], name=header[0])
+    table = pd.DataFrame(
+        [row[1:] for row in lines], names, header[1:], dtype=str
+    )
     twice = table.index[table.index.duplicated()]
     if len(twice):
         raise TrialError(f"'{path}' names the speaker '{twice[0]}' twice.")
@@ -151,7 +196,7 @@ def trial_groups(
     For a column such as gender there is one group for each value, of trials
     whose two speakers both have it, and the groups "same gender" and
     "different gender", which share the target trials and split the
-    non-targets.
+    non-targets. Trials of a speaker with an empty field are in none of them.
 
     Arguments
     ---------
@@ -198,9 +243,8 @@ def trial_groups(
                 f"the speaker table has no column '{column}', it has "
                 f"{', '.join(table.columns)}."
             )
-        values, codes = np.unique(
-            table.loc[list(speakers.names), column], return_inverse=True
-        )
+        known = table.loc[list(speakers.names), column]
+        values, codes = np.unique(known, return_inverse=True)
         if len(values) > _MOST_VALUES:
             raise TrialError(
                 f"the column '{column}' has {len(values)} values, at most "
@@ -208,10 +252,12 @@ def trial_groups(
             )
         left, right = codes[speakers.enrol], codes[speakers.test]
         for code, value in enumerate(values):
-            both = (left == code) & (right == code)
-            groups[f"{column} {value}"] = both
-        groups[f"same {column}"] = target | (left == right)
-        groups[f"different {column}"] = target | (left != right)
+            if value:
+                both = (left == code) & (right == code)
+                groups[f"{column} {value}"] = both
+        told = (values != "")[left] & (values != "")[right]
+        groups[f"same {column}"] = told & (target | (left == right))
+        groups[f"different {column}"] = told & (target | (left != right))
     return {
         name: mask
         for name, mask in groups.items()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from speechbrain_ram.metadata import (
+    check_speakers,
     read_speaker_table,
     trial_groups,
     trial_speakers,
@@ -64,7 +65,10 @@ def test_tables_are_read_as_text(tmp_path):
     [
         ("speaker\n0001\n", "has one column"),
         ("speaker\tgender\na\tf\na\tm\n", "names the speaker 'a' twice"),
-        ("speaker\tgender\na\tf\tm\tx\nb\n", None),
+        ("speaker\tgender\na\tf\tm\tx\nb\n", "line 2: .* has 4 fields, 2"),
+        ("speaker\tgender\na\tf\n\nb\n", "line 4: 'b' has 1 fields, 2 .*, gen"),
+        ("speaker,gender\na,f,x\nb,m,y\n", "line 2: 'a,f,x' has 3 fields"),
+        ("", "is empty or has one column"),
         (None, "cannot be read: .*No such file"),
     ],
 )
@@ -134,6 +138,34 @@ def test_groups_of_one_class_are_left_out(known):
         trials.labels, trial_speakers(trials), table, ["gender"]
     )
     assert list(groups) == ["gender f", "same gender", "different gender"]
+
+
+def test_what_is_not_known_makes_no_group(known):
+    pairs, trials, table = known
+    table.loc["b", "gender"] = ""
+    groups = trial_groups(
+        trials.labels, trial_speakers(trials), table, ["gender"]
+    )
+    assert list(groups) == ["gender m", "same gender", "different gender"]
+    for mask in groups.values():
+        for (enrol, test), member in zip(pairs, mask, strict=True):
+            assert not (member and "b" in (enrol[0], test[0]))
+    assert groups["same gender"].sum() == 1 + 6  # a's target, c and d's own
+    assert groups["different gender"].sum() == 3 + 8
+
+
+def test_labels_that_contradict_speakers_are_refused():
+    names = TrialList(
+        ("a/1",), ("a/2", "b/1", "c/1"), [0] * 3, range(3), [1, 0, 0]
+    )
+    check_speakers(names, trial_speakers(names))
+    wrong = TrialList(
+        names.enrol_ids, names.test_ids, names.enrol, names.test, [1, 0, 1]
+    )
+    with pytest.raises(
+        TrialError, match="1 of 3 .* 'a/1 c/1' with label 1, of 'a' and 'c'"
+    ):
+        check_speakers(wrong, trial_speakers(wrong))
 
 
 def test_bad_groupings_are_refused(known):
