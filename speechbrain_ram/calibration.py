@@ -70,7 +70,7 @@ class Calibration:
         Raises
         ------
         ValueError
-            Other qualities than in the fit.
+            Other qualities than in the fit, or of another length.
         """
         names = ("score", *(qualities or {}))
         if names != self.features:
@@ -79,6 +79,11 @@ class Calibration:
                 f"{names}. Were other quality measures asked for?"
             )
         columns = _columns(scores, qualities)
+        if len({column.shape for column in columns}) > 1:
+            raise ValueError(
+                "scores and qualities must have one length, got "
+                f"{[column.shape for column in columns]}."
+            )
         llrs = np.full(len(columns[0]), self.bias)
         for weight, column in zip(self.weights, columns, strict=True):
             llrs += weight * column
@@ -93,14 +98,20 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
-        """Read what :meth:`save` wrote."""
-        data = json.loads(Path(path).read_text())
-        return cls(
-            tuple(data["features"]),
-            tuple(data["weights"]),
-            data["bias"],
-            data["p_target"],
-        )
+        """Read what :meth:`save` wrote; ValueError if it is anything else."""
+        try:
+            data = json.loads(Path(path).read_text())
+            return cls(
+                tuple(data["features"]),
+                tuple(map(float, data["weights"])),
+                float(data["bias"]),
+                float(data["p_target"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"'{path}' is no calibration: {error!r}. Was it written by "
+                "Calibration.save?"
+            ) from error
 
 
 def fit_calibration(
@@ -159,6 +170,8 @@ def fit_calibration(
             f"{[len(column) for column in columns]} and {len(labels)}."
         )
     target = labels == 1
+    if not (target | (labels == 0)).all():
+        raise ValueError("labels must be 1 (target) or 0 (non-target).")
     n_target, n = int(target.sum()), len(labels)
     if n_target in (0, n):
         raise ValueError(

@@ -120,6 +120,7 @@ def test_saving_and_loading(tmp_path):
         (([1.0, np.nan], [1, 0]), "must be finite"),
         (([1.0, 0.0], [1, 0], {"q": [1.0, np.inf]}), "must be finite"),
         (([1.0, 0.0], [1, 0], {"q": [1.0]}), "one length, got .* and 2"),
+        (([1.0, 0.0, 0.5], [1, 0, 2]), "labels must be 1"),
         (([1.0, 0.0], [1, 0], None, 1.0), "strictly between 0 and 1"),
     ],
 )
@@ -132,6 +133,16 @@ def test_other_qualities_than_fitted_are_refused():
     calibration = Calibration(("score", "min_q"), (1.0, 1.0), 0.0, 0.01)
     with pytest.raises(ValueError, match=r"\('score', 'min_q'\), got \('sc"):
         calibration.apply([1.0])
+    with pytest.raises(ValueError, match=r"one length, got \[\(2,\), \(1,\)\]"):
+        calibration.apply([1.0, 2.0], {"min_q": [1.0]})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"features": 3}', "\x00"])
+def test_other_files_are_no_calibrations(tmp_path, text):
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"calibration.json' is no calib"):
+        Calibration.load(path)
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
