@@ -17,6 +17,7 @@ OUTPUT/LIST/ has each list's scores and report.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections import Counter
@@ -29,18 +30,29 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
 from speechbrain_ram.calibration import fit_calibration, pair_quality
-from speechbrain_ram.corpora.manifest import ROOT_PREFIX, read_manifest
+from speechbrain_ram.corpora.manifest import (
+    ROOT_PREFIX,
+    Utterance,
+    read_manifest,
+)
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.metadata import (
     FIRST_FOLDER,
+    TrialSpeakers,
+    check_speakers,
     read_speaker_table,
     trial_groups,
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
-from speechbrain_ram.report import System, metrics_table, write_report
+from speechbrain_ram.report import (
+    System,
+    file_name,
+    metrics_table,
+    write_report,
+)
 from speechbrain_ram.score_norm import METHODS, cohort_statistics, normalise
 from speechbrain_ram.scoring import (
     TrialVectors,
@@ -51,6 +63,7 @@ from speechbrain_ram.scoring import (
 )
 from speechbrain_ram.trials import (
     FORMS,
+    TrialError,
     TrialList,
     check_utterances,
     read_models,
@@ -66,7 +79,8 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     output = Path(options.output)
     if not options.encoder:
         trials, systems = read_systems(options.scores)
-        result = report(options, output, "Scores", trials, systems)
+        known = about(options, trials)
+        result = report(options, output, "Scores", trials, systems, *known)
         print(metrics_table(result))
         return result
 
@@ -83,6 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         dev = [read_list(options, options.calibrate_on)]
     everything = [*dev, *lists.values()]
     check_utterances(everything, options.data_root)
+    cohort_rows = read_cohort(options)
+    known = {name: about(options, trials) for name, trials in lists.items()}
     others = {}
     if options.scores:
         trials, others = read_systems(options.scores)
@@ -96,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         options.data_root,
         options.store or output / "embeddings.safetensors",
     )
-    mean, cohort = embed_cohort(options, encoder)
+    mean, cohort = embed_cohort(options, encoder, cohort_rows)
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
@@ -126,7 +142,8 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         folder = output / name
         folder.mkdir(exist_ok=True)
         write_scores(trials, final, folder / "scores.txt")
-        metrics = report(options, folder, name, trials, {**systems, **others})
+        systems |= others
+        metrics = report(options, folder, name, trials, systems, *known[name])
         results[name] = metrics[options.name]
     table = metrics_table(results)
     (output / "results.md").write_text(f"# {options.name}\n\n{table}")
@@ -138,13 +155,20 @@ def read_list(options: argparse.Namespace, path: str) -> TrialList:
     """Read a trial list; LIST.models beside it holds its models, if any."""
     beside = Path(path).with_suffix(".models")
     models = options.models or (beside if beside.is_file() else None)
-    return read_trials(
+    trials = read_trials(
         path,
         options.form,
         read_models(models) if models else None,
         options.strip_prefix,
         options.suffix,
     )
+    targets = int(trials.labels.sum())
+    if targets in (0, len(trials)):
+        raise TrialError(
+            f"'{path}' has {targets} targets among {len(trials)} trials, both "
+            "kinds are needed."
+        )
+    return trials
 
 
 def list_names(paths: list[str]) -> list[str]:
@@ -200,6 +224,11 @@ def own_device(device: str) -> str:
         torch.distributed.init_process_group("gloo")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise SystemExit(f"--device '{device}' cannot be used: {why}") from None
     return device
 
 
@@ -219,28 +248,55 @@ def embed(options, encoder, names, root, store) -> EmbeddingSet:
     )
 
 
-def embed_cohort(
-    options, encoder
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Mean to centre with, and one unit vector a training speaker."""
+def read_cohort(options) -> list[Utterance]:
+    """The training utterances whose speakers are the cohort."""
     if not options.cohort:
-        return None, None
+        return []
     rows, seen = [], Counter()
     for row in read_manifest(options.cohort):
         seen[row.spk_id] += 1
         if seen[row.spk_id] <= (options.cohort_per_speaker or np.inf):
             rows.append(row)
-    names = [row.wav.removeprefix(ROOT_PREFIX) for row in rows]
+    uses = Counter(row.wav for row in rows)
+    part = next((r for r in rows if r.start > 0 or uses[r.wav] > 1), None)
+    if part:
+        raise SystemExit(
+            f"'{options.cohort}': '{part.id}' is a part of a recording, a "
+            "cohort is made of whole ones"
+        )
+    adaptive = (options.normalise or "").startswith("as-norm")
+    chosen = adaptive or "cohort_mean" in options.qualities
+    if chosen and options.top_n > len(seen):
+        raise SystemExit(
+            f"--top_n {options.top_n} is more than the {len(seen)} speakers "
+            f"of the cohort '{options.cohort}'"
+        )
+    root = options.cohort_root or options.data_root
+    missing = [r.path(root) for r in rows if not os.path.isfile(r.path(root))]
+    if missing:
+        raise SystemExit(
+            f"{len(missing)} of {len(rows)} recordings of the cohort are "
+            f"missing: {', '.join(missing[:10])}. Is --cohort_root right?"
+        )
+    return rows
+
+
+def embed_cohort(
+    options, encoder, rows: list[Utterance]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Mean to centre with, and one unit vector a training speaker."""
+    if not rows:
+        return None, None
     embeddings = embed(
         options,
         encoder,
-        names,
+        [row.wav.removeprefix(ROOT_PREFIX) for row in rows],
         options.cohort_root or options.data_root,
         Path(options.output) / "cohort.safetensors",
     )
     mean = None
     if options.center:
-        mean = embeddings.matrix.mean(axis=0)
+        mean = embeddings.matrix.mean(axis=0, dtype=np.float64)
     speakers = [row.spk_id for row in rows]
     return mean, speaker_means(embeddings.matrix, speakers, mean)[1]
 
@@ -289,18 +345,33 @@ def measures(
     return found
 
 
+def about(
+    options, trials: TrialList
+) -> tuple[TrialSpeakers | None, dict[str, np.ndarray]]:
+    """Who speaks in a list, and its groups, where that is asked for."""
+    if not (options.bootstrap or options.speakers):
+        return None, {}
+    speakers = trial_speakers(trials, options.speaker_pattern)
+    if options.bootstrap:
+        check_speakers(trials, speakers)
+    if not options.speakers:
+        return speakers, {}
+    table = read_speaker_table(options.speakers)
+    return speakers, trial_groups(
+        trials.labels, speakers, table, options.group_by
+    )
+
+
 def report(
-    options, folder: Path, title: str, trials: TrialList, systems
+    options,
+    folder: Path,
+    title: str,
+    trials: TrialList,
+    systems: dict[str, System],
+    speakers: TrialSpeakers | None,
+    groups: dict[str, np.ndarray],
 ) -> dict[str, Metrics]:
-    """Intervals and groups where they are asked for, then the folder."""
-    groups = {}
-    if options.bootstrap or options.speakers:
-        speakers = trial_speakers(trials, options.speaker_pattern)
-        if options.speakers:
-            table = read_speaker_table(options.speakers)
-            groups = trial_groups(
-                trials.labels, speakers, table, options.group_by
-            )
+    """Intervals where they are asked for, then the folder."""
     if options.bootstrap:
         systems = with_intervals(options, trials, systems, speakers)
     return write_report(
@@ -349,46 +420,90 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--strip_prefix", default="", help="taken off names in the lists")
     add("--suffix", help="ending that all names shall have, such as .flac")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--max_frames", type=int, default=6000, help="frames in a batch")
+    add("--max_frames", type=count, default=6000, help="frames in a batch")
     add("--resample", action="store_true", help="allow other sample rates")
     add("--mixdown", action="store_true", help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")
     add("--cohort", help="manifest of training speakers")
     add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
-    add("--cohort_per_speaker", type=int, help="recordings (default: all)")
+    add("--cohort_per_speaker", type=count, help="recordings (default: all)")
     add("--center", action="store_true", help="subtract the cohort's mean")
     add("--normalise", choices=METHODS, help="score normalisation")
-    add("--top_n", type=int, default=300, help="of adaptive normalisation")
+    add("--top_n", type=count, default=300, help="of adaptive normalisation")
     add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
     add("--qualities", nargs="*", default=[], choices=QUALITIES)
-    add("--calibration_prior", type=float, default=0.01)
-    add("--p_targets", nargs="+", type=float, default=list(P_TARGETS))
-    add("--bootstrap", type=int, default=0, metavar="N", help="replicates")
+    add("--calibration_prior", type=prior, default=0.01)
+    add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
+    add("--bootstrap", type=count, default=0, metavar="N", help="replicates")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--speaker_pattern", default=FIRST_FOLDER, help="regular expression")
     add("--speakers", help="table of speakers, by which trials are grouped")
     add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
     add("--scores", nargs="*", default=[], metavar="NAME=FILE")
-    file = parser.parse_args(argv).hparams
-    if file:
-        with open(file, encoding="utf-8") as stream:
-            values = load_hyperpyyaml(stream)
-        unknown = set(values) - set(vars(parser.parse_args([])))
-        if unknown:
-            parser.error(f"'{file}' has unknown keys: {sorted(unknown)}")
-        parser.set_defaults(**values)
+    argv = sys.argv[1:] if argv is None else list(argv)
     options = parser.parse_args(argv)
+    if options.hparams:
+        argv.remove(options.hparams)
+        options = parser.parse_args([*in_yaml(parser, options.hparams), *argv])
     check_options(parser, options)
     return options
+
+
+def in_yaml(parser, path: str) -> list[str]:
+    """The options in a YAML as a command line, so that both are checked."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            values = load_hyperpyyaml(stream)
+    except Exception as error:  # it may call anything
+        parser.error(f"'{path}' cannot be read: {error}")
+    known = set(vars(parser.parse_args([]))) - {"hparams"}
+    unknown = set(values) - known
+    if unknown:
+        parser.error(f"'{path}' has unknown keys: {sorted(map(str, unknown))}")
+    arguments = []
+    for name, value in values.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def count(text: str) -> int:
+    """1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"1 or more is needed, got {text}")
+    return number
+
+
+def prior(text: str) -> float:
+    """A probability between 0 and 1."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(
+            f"a prior lies strictly between 0 and 1, got {text}"
+        )
+    return number
 
 
 def check_options(parser, options: argparse.Namespace) -> None:
     """Say at once which options do not go together."""
     if not options.output:
         parser.error("--output is needed")
+    wanted = {"matplotlib": "report"}
+    if options.calibrate_on:
+        wanted["sklearn"] = "calibration"
+    for module, extra in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            parser.error(f'needs: pip install "speechbrain-ram[{extra}]"')
+    names = [argument.partition("=")[0] for argument in options.scores]
     if not options.encoder:
         if not options.scores or options.trials:
             parser.error("--encoder is needed, or --scores without --trials")
+        check_names(parser, names)
         return
     if not options.trials or not options.data_root:
         parser.error("--trials and --data_root are needed with --encoder")
@@ -403,10 +518,25 @@ def check_options(parser, options: argparse.Namespace) -> None:
         folder = Path(options.encoder).resolve()
         generic = folder.name in ("inference", "save")
         options.name = folder.parent.name if generic else folder.name
+    names.append(options.name)
+    if options.normalise:
+        names.append("cosine")
+    check_names(parser, names)
+
+
+def check_names(parser, names: list[str]) -> None:
+    """Systems are told apart by their names, also in file names."""
+    files = Counter(map(file_name, names))
+    twice = [name for name in names if files[file_name(name)] > 1]
+    if twice:
+        parser.error(
+            f"two systems need two names, got '{twice[0]}' and '{twice[1]}'; "
+            "--name and --scores NAME=FILE name them"
+        )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,91 @@ def test_a_yaml_gives_options_and_the_command_line_wins(
     assert not (world / "not_here").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("normalise: asnorm", "--normalise: invalid choice: 'asnorm'"),
+        ("qualities: [loudness]", "--qualities: invalid choice: 'loudness'"),
+        ("bootstrap: many", "--bootstrap: invalid count value: 'many'"),
+        ("top_n: 0", "1 or more is needed, got 0"),
+        ("center: maybe", "--center: ignored explicit argument 'maybe'"),
+        ("hparams: other.yaml", "unknown keys: ['hparams']"),
+        ("- 1\n- 2", "'{path}' cannot be read: "),
+        ("", "'{path}' cannot be read: "),
+        ("a: [", "'{path}' cannot be read: "),
+        (None, "'{path}' cannot be read: .*No such file"),
+    ],
+)
+def test_what_stands_in_a_yaml_is_checked(
+    verify, tmp_path, text, message, capsys
+):
+    path = tmp_path / "verify.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        verify.parse([str(path), "--output", "o"])
+    message = message.replace("{path}", str(path))
+    assert re.search(message.replace("[", "\\["), capsys.readouterr().err)
+
+
+def test_a_yaml_and_a_command_line_say_the_same(verify, tmp_path):
+    path = tmp_path / "verify.yaml"
+    path.write_text(
+        "encoder: e\ntrials: one.txt\ndata_root: d\noutput: o\n"
+        "strip_prefix: -x/\np_targets: 0.05\nbootstrap: 100\ncenter: True\n"
+        "cohort: c.csv\nmodels: null\nmixdown: False\n"
+        "calibrate_on: dev.txt\nqualities: [duration]\n"
+    )
+    given = vars(verify.parse([str(path)]))
+    command = (
+        "--encoder e --trials one.txt --data_root d --output o --strip_prefix="
+        "-x/ --p_targets 0.05 --bootstrap 100 --center --cohort c.csv "
+        "--calibrate_on dev.txt --qualities duration"
+    )
+    typed = vars(verify.parse(command.split()))
+    assert given == typed
+    # the file may stand before or behind options, which win
+    for order in (["--seed", "3", str(path)], [str(path), "--seed", "3"]):
+        assert vars(verify.parse(order)) == {**given, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speakers": "nowhere.tsv"}, "'nowhere.tsv' cannot be read"),
+        ({"speakers": "TABLE", "group_by": "age"}, "no column 'age'"),
+        ({"bootstrap": 9, "speaker_pattern": "x"}, "does not match 'x'"),
+        ({"bootstrap": 9, "speaker_pattern": "(.)$"}, "contradict their spe"),
+        ({"cohort": "TRAIN", "normalise": "as-norm1"}, "300 is more than the"),
+        ({"cohort": "TRAIN", "cohort_root": "nowhere"}, "24 of 24 .* missing"),
+        ({"cohort": "PARTS"}, "'s1/1.wav' is a part of a recording"),
+        ({"calibrate_on": "TARGETS"}, "has 2 targets among 2 trials"),
+        ({"scores": "a=nowhere.txt"}, "'nowhere.txt' does not exist"),
+        ({"device": "tpu9"}, "--device 'tpu9' cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_work(
+    verify, world, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
+    (tmp_path / "targets.txt").write_text("1 s0/0.wav s0/1.wav\n" * 2)
+    rows = (world / "train.csv").read_text().splitlines()
+    rows = [rows[0]] + [
+        row.replace(",0,", ",99,") if row.startswith("s1/1") else row
+        for row in rows[1:]
+    ]
+    (tmp_path / "parts.csv").write_text("\n".join(rows) + "\n")
+    files = {
+        "TABLE": world / "speakers.tsv",
+        "TRAIN": world / "train.csv",
+        "PARTS": tmp_path / "parts.csv",
+        "TARGETS": tmp_path / "targets.txt",
+    }
+    options = {name: files.get(value, value) for name, value in options.items()}
+    with pytest.raises((ValueError, SystemExit), match=message):
+        verify.main(arguments(world, tmp_path / "out", **options))
+
+
 def test_score_files_are_compared(verify, world, tmp_path, capsys):
     verify.main(arguments(world, tmp_path, "one"))
     trials, scores = read_scores(tmp_path / "one" / "scores.txt")
@@ -259,9 +345,11 @@ def test_score_files_are_compared(verify, world, tmp_path, capsys):
 def test_missing_recordings_stop_it_before_any_work(
     verify, world, tmp_path, monkeypatch
 ):
-    (tmp_path / "list.txt").write_text("1 s0/0.wav s0/9.wav\n")
+    (tmp_path / "list.txt").write_text(
+        "1 s0/0.wav s0/1.wav\n0 s0/0.wav s0/9.wav\n"
+    )
     monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
-    with pytest.raises(ValueError, match="1 of 2 recordings are missing"):
+    with pytest.raises(ValueError, match="1 of 3 recordings are missing"):
         verify.main(
             [*arguments(world, tmp_path), "--trials", f"{tmp_path}/list.txt"]
         )
@@ -283,6 +371,19 @@ def test_missing_recordings_stop_it_before_any_work(
         (["N", "--qualities", "duration"], "need --calibrate_on"),
         (["N", "--trials", "a", "b", "--scores", "c=d"], "one list of trials"),
         (["N", "--form", "vox"], "invalid choice"),
+        (["N", "--p_targets", "0.01", "5"], "strictly between 0 and 1, got 5"),
+        (["N", "--calibration_prior", "0"], "strictly between 0 and 1, got 0"),
+        (["N", "--bootstrap", "-3"], "1 or more is needed, got -3"),
+        (["N", "--scores", "a=x", "a=y"], "two names, got 'a' and 'a'"),
+        (["N", "--scores", "e=x"], "two names, got 'e' and 'e'"),
+        (
+            ["--scores", "a b=x", "a_b=y", "--output", "o"],
+            "two names, got 'a b' and 'a_b'",
+        ),
+        (
+            ["N", "--normalise", "z-norm", "--cohort", "c", "--name", "cosine"],
+            "two names, got 'cosine' and 'cosine'",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(verify, options, message, capsys):
