@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +29,7 @@ _TICKS = (
     *(1, 10, 0.1, 0.01, 0.001, 50, 5, 0.5, 0.05, 0.005, 90, 20, 2, 0.2, 0.02),
     *(0.002, 99, 40, 30, 60, 80, 70, 95, 98),
 )
+_STEP = 0.015  # probits between the points of a curve that are drawn
 _FEW = 30  # Doddington's rule: fewer errors than this say little about a rate
 _STYLE = {
     "font.size": 8,
@@ -72,7 +75,7 @@ def det_plot(
     }
     low, high = _det_range(list(curves.values()), p_targets)
     with _style():
-        figure, axes = _figure(3.5, 3.9)
+        figure, axes = _figure(3.5, 4)
         axes.plot([-9, 9], [-9, 9], color="0.75", linewidth=0.6, zorder=1)
         for i, (name, curve) in enumerate(curves.items()):
             _draw_curve(axes, i, name, curve)
@@ -88,7 +91,14 @@ def det_plot(
         axes.set_axisbelow(True)
         axes.set_xlabel("False alarm rate (%)")
         axes.set_ylabel("Miss rate (%)")
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        _legend(figure)
+        for _ in range(3):  # the height at which the room for axes is square
+            figure.draw_without_rendering()
+            room = axes.get_position(original=True)
+            width, height = figure.get_size_inches()
+            figure.set_figheight(
+                height + room.width * width - room.height * height
+            )
         _save(figure, path)
 
 
@@ -153,8 +163,27 @@ def histogram(
         axes.set_xlabel(xlabel)
         axes.set_ylabel("Density")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        _legend(figure)
         _save(figure, path)
+
+
+def _legend(figure) -> None:
+    """Above the axes, in two columns if they are narrow enough."""
+    for columns in (2, 1):
+        legend = figure.legend(
+            loc="outside upper center", ncols=columns, frameon=False
+        )
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        if columns > 1:
+            legend.remove()
+
+
+def _plain(name: str) -> str:
+    """A name as a label: no mathematics in it, not hidden, not too wide."""
+    name = "\n".join(textwrap.wrap(name, 45))
+    return re.sub("^_", "\u200b_", name).replace("$", r"\$")
 
 
 def _draw_curve(axes, i: int, name: str, curve: ErrorCurve) -> None:
@@ -164,6 +193,13 @@ def _draw_curve(axes, i: int, name: str, curve: ErrorCurve) -> None:
     x = np.clip(ndtri(curve.fpr), -9, 9)
     y = np.clip(ndtri(curve.fnr), -9, 9)
     enough = (curve.misses >= _FEW) & (curve.false_alarms >= _FEW)
+    # Steps too small to be seen would make dashes ragged and files large.
+    steps = np.abs(np.diff(x)) + np.abs(np.diff(y))
+    cell = np.floor(np.append(0, np.cumsum(steps)) / _STEP)
+    keep = np.append(True, np.diff(cell) > 0)
+    keep[:-1] |= steps > _STEP
+    keep[-1] = True
+    x, y, enough = x[keep], y[keep], enough[keep]
     # a pale point next to a full one belongs to both lines
     few = ~enough
     few[:-1] |= few[1:]
@@ -176,11 +212,21 @@ def _draw_curve(axes, i: int, name: str, curve: ErrorCurve) -> None:
         y,
         linestyle=style,
         color=colour,
-        label=f"{name} (EER {curve.eer()[0]:.2f} %)",
+        # with spaces at which it is not broken
+        label=_plain(f"{name} (EER\u00a0{curve.eer()[0]:.2f}\u00a0%)"),
         zorder=3,
     )
     middle = ndtri(curve.eer()[0] / 100)
-    axes.plot(middle, middle, "o", color=colour, markersize=5, zorder=5)
+    axes.plot(
+        middle,
+        middle,
+        "o",
+        color=colour,
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        zorder=5,
+    )
 
 
 def _draw_marks(
@@ -230,7 +276,7 @@ def _det_range(
         lowest = rate / 10
         for p in p_targets:
             fpr, fnr = _min_dcf_rates(curve, p)
-            if fpr > 0 and fnr <= 0.6:  # others would cost half of the axis
+            if fpr > 0 and fnr <= 0.75:  # others would cost half of the axis
                 lowest, high = min(lowest, fpr / 2), max(high, 1.15 * fnr)
         # nothing below one trial's share
         low = min(low, max(lowest, 1 / max(curve.n_target, curve.n_nontarget)))

@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from scipy.spatial import KDTree
 
+from speechbrain_ram import plots
 from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
-from speechbrain_ram.metrics import evaluate
+from speechbrain_ram.metrics import det_points, evaluate
 from speechbrain_ram.plots import _bins, _det_range, det_plot, histogram
 from speechbrain_ram.report import (
     System,
@@ -215,6 +217,74 @@ def test_det_plots_of_extreme_systems(tmp_path, shift):
     trials, scores = scored_list(shift=shift)
     det_plot(tmp_path / "det", {"x": (scores, trials.labels)})
     assert ink(tmp_path / "det.png") > 0.01
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    figures = []
+
+    def keep(figure, path):
+        figure.draw_without_rendering()
+        figures.append(figure)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return figures
+
+
+LONG = "RAM-Softmax m=0.5, equation 12, as-norm1 over 300 speakers, seed 1986"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a", "b"], [LONG], [LONG, LONG[::-1]], [f"s{i}" for i in "12345"]],
+)
+def test_legends_fit_and_axes_fill_the_width(drawn, names):
+    trials, scores = scored_list()
+    det_plot("det", dict.fromkeys(names, (scores, trials.labels)))
+    (figure,) = drawn
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    square = figure.axes[0].get_window_extent()
+    assert box.y0 >= square.y1 - 1
+    assert box.y1 <= page.y1
+    assert square.width == pytest.approx(square.height)
+    assert square.width > 0.78 * page.width
+    # nothing but labels and the legend is above and below the axes
+    labels = figure.axes[0].get_tightbbox()
+    assert labels.height + box.height > 0.93 * page.height
+
+
+@pytest.mark.parametrize("name", ["_mine", "a$b$c", "m_0 $ 1", "100 % \\alpha"])
+def test_names_stand_in_the_legend_as_they_are(drawn, name):
+    trials, scores = scored_list()
+    det_plot("det", {name: (scores, trials.labels)})
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert texts[0].lstrip("\u200b").startswith(name.replace("$", r"\$"))
+    assert len(texts) == 3  # the system, two minDCF
+
+
+def test_curves_are_thinned_but_not_moved(drawn):
+    """Points are left out where nobody can see it."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300_000) % 10 == 0
+    scores = rng.standard_normal(300_000) + 2 * labels
+    det_plot("det", {"x": (scores, labels)})
+    line = next(
+        each
+        for each in drawn[0].axes[0].get_lines()
+        if str(each.get_label()).startswith("x (")
+    )
+    x, y = (np.asarray(values, float) for values in line.get_data())
+    x, y = x[~np.isnan(x)], y[~np.isnan(x)]
+    assert 200 < len(x) < 1500
+    fpr, fnr = det_points(scores, labels)
+    assert len(fpr) > 20 * len(x)
+    inside = (fpr > x.min()) & (fpr < x.max())
+    left_out = np.stack([fpr, fnr], 1)[inside]
+    distance, _ = KDTree(np.stack([x, y], 1)).query(left_out)
+    assert distance.max() < 0.016  # half the width of the line
 
 
 def test_the_eers_lie_within_the_det_axes():
