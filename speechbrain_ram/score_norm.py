@@ -101,10 +101,7 @@ def normalise(
     scores = np.asarray(scores, dtype=np.float32)
     if method == "as-norm2":
         nearest = _nearest(vectors, cohort, top_n)
-        sides = [
-            _cross_statistics(vectors, cohort, enrol, nearest, test),
-            _cross_statistics(vectors, cohort, test, nearest, enrol),
-        ]
+        sides = _cross_statistics(vectors, cohort, enrol, test, nearest)
     else:
         sides = []
         if method != "t-norm":
@@ -187,23 +184,26 @@ def _nearest(vectors: np.ndarray, cohort: np.ndarray, top_n: int) -> np.ndarray:
 def _cross_statistics(
     vectors: np.ndarray,
     cohort: np.ndarray,
-    side: np.ndarray,
+    enrol: np.ndarray,
+    test: np.ndarray,
     nearest: np.ndarray,
-    other: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per trial: `side` against the cohort members closest to `other`."""
-    mean = np.empty(len(side), dtype=np.float32)
-    std = np.empty(len(side), dtype=np.float32)
-    order = np.argsort(side, kind="stable")
-    first = 0  # trials in `order` before this one are done
-    for part, block in _blocks(vectors, cohort, np.unique(side)):
-        last = int(np.searchsorted(side, part[-1], "right", sorter=order))
-        for start in range(first, last, _TRIALS):
-            trials = order[start : min(start + _TRIALS, last)]
-            local = torch.from_numpy(np.searchsorted(part, side[trials]))
-            chosen = torch.from_numpy(nearest[other[trials]]).long()
-            picked = block[local[:, None], chosen]
-            spread, centre = torch.std_mean(picked, dim=1, correction=0)
-            mean[trials], std[trials] = centre.numpy(), spread.numpy()
-        first = last
-    return mean, std
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and deviation of each trial's sides, over the other's nearest."""
+    sides = []
+    for side, other in ((enrol, test), (test, enrol)):
+        order = np.argsort(side, kind="stable")
+        sides.append((side, other, order, np.empty((2, len(side)), np.float32)))
+    both = np.unique(np.concatenate([enrol, test]))
+    for part, block in _blocks(vectors, cohort, both):
+        for side, other, order, found in sides:
+            first, last = np.searchsorted(
+                side, [part[0], part[-1] + 1], sorter=order
+            )
+            for start in range(first, last, _TRIALS):
+                trials = order[start : min(start + _TRIALS, last)]
+                local = torch.from_numpy(np.searchsorted(part, side[trials]))
+                chosen = torch.from_numpy(nearest[other[trials]]).long()
+                picked = block[local[:, None], chosen]
+                spread, centre = torch.std_mean(picked, dim=1, correction=0)
+                found[:, trials] = torch.stack([centre, spread]).numpy()
+    return [(found[0], found[1]) for *_, found in sides]
