@@ -436,3 +436,15 @@ def test_two_processes_give_what_one_gives(verify, world, tmp_path):
     _, shared = read_scores(tmp_path / "shared" / "one" / "scores.txt")
     np.testing.assert_allclose(shared, scores, atol=1e-5)
     assert alone["one"].n_target == 18
+
+
+def test_the_page_names_options_that_exist(verify, capsys):
+    page = (SCRIPT.parent / "docs" / "evaluation.md").read_text()
+    with pytest.raises(SystemExit):
+        verify.parse(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    others = {"--nproc_per_node", "--help"}  # torchrun's, argparse's
+    assert set(re.findall(r"--\w+", page)) - others <= known
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, {})
+    assert "33.33 %, minDCF(0.01) 0.3333\n(0.8, " in capsys.readouterr().out
