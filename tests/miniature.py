@@ -116,6 +116,11 @@ def voxceleb1(root, dev_voices, test_voices, folders=("dev/wav", "test/wav")):
         (root / f"{stem}2.txt").write_text("".join(lines[:-2])[:-1])
     (root / "vox1_meta.csv").write_text(
         "VoxCeleb1 ID\tVGGFace1 ID\tGender\tNationality\tSet\n"
+        + "".join(
+            f"id{first + k}\t{part.title()}_Speaker_{k}\tm\tSri Lanka\t{part}\n"
+            for part, first, speakers in parts
+            for k in range(len(speakers))
+        )
     )
     return root
 

@@ -90,7 +90,10 @@ def test_the_real_list_is_read(tmp_path, vox2):
     """The published list O, all 37,611 trials, over empty recordings."""
     path = os.environ.get("VOXCELEB1_O")
     if not path:
-        pytest.skip("set VOXCELEB1_O to the path of veri_test2.txt")
+        pytest.skip(
+            "VOXCELEB1_O is not set to the path of veri_test2.txt: the "
+            "published list was NOT read"
+        )
     vox1 = tmp_path / "vox1"
     vox1.mkdir()
     shutil.copy(path, vox1 / "veri_test2.txt")
@@ -210,16 +213,21 @@ def test_sitw_and_its_overlap_with_voxceleb1(tmp_path, vox1, vox2):
     with pytest.raises(ManifestError, match="60 of whom are also in SITW"):
         prepare_voxceleb(train, vox1, out, lists=["O"], sitw_root=sitw)
     overlap = tmp_path / "voxceleb1_sitw_overlap.txt"
+    settings = {"lists": ["O"], "sitw_root": sitw, "sitw_overlap": overlap}
     overlap.write_text("id10002\nid11111\n")
     with pytest.raises(ManifestError, match="one speaker only, 'id10001'"):
-        prepare_voxceleb(
-            train,
-            vox1,
-            out,
-            lists=["O"],
-            sitw_root=sitw,
-            sitw_overlap=overlap,
-        )
+        prepare_voxceleb(train, vox1, out, **settings)
+    # The published list holds names, which vox1_meta.csv translates.
+    overlap.write_text("Dev_Speaker_1\nTest_Speaker_0\n")
+    with pytest.raises(ManifestError, match="one speaker only, 'id10001'"):
+        prepare_voxceleb(train, vox1, out, **settings)
+    overlap.write_text("Dev_Speaker_1\nNo_Such_Name\n")
+    with pytest.raises(ManifestError, match="1 speakers .* No_Such_Name"):
+        prepare_voxceleb(train, vox1, out, **settings)
+    overlap.write_text("Dev_Speaker_1\n")
+    (vox1 / "vox1_meta.csv").unlink()
+    with pytest.raises(ManifestError, match="Is vox1_meta.csv of VoxCeleb1"):
+        prepare_voxceleb(train, vox1, out, **settings)
 
 
 def test_the_same_utterance_twice(tmp_path, vox1, vox2):

@@ -101,7 +101,9 @@ def prepare_voxceleb(
         SITW, with ``dev`` and ``eval``.
     sitw_overlap : path, optional
         ``voxceleb1_sitw_overlap.txt`` of OpenSLR 49, with one VoxCeleb1
-        speaker a line; needed only to test on SITW what learned VoxCeleb1.
+        speaker a line, by name or by id; needed only to test on SITW what
+        learned VoxCeleb1. Names need ``vox1_meta.csv``, beside this list or
+        where the trial lists are.
     drop_test_speakers : bool
         Leave the lists' speakers out of training instead of raising.
     valid_fraction, seed, sample_rate, min_duration, verify, skip_bad, workers
@@ -145,7 +147,8 @@ def prepare_voxceleb(
             "(drop_test_speakers=True).",
         )
     if sitw_root is not None:
-        recordings = _without_sitw(recordings, sitw_overlap)
+        folders = _list_folders(test_root, lists_folder)
+        recordings = _without_sitw(recordings, sitw_overlap, folders)
         prepare_sitw(sitw_root, output_dir)
 
     rows = build_manifest(
@@ -261,18 +264,54 @@ def _compare_with_voxceleb2(speakers: set[str], utterances: int) -> None:
         )
 
 
-def _without_sitw(recordings, sitw_overlap) -> list[tuple[str, str]]:
+def _without_sitw(recordings, sitw_overlap, folders) -> list[tuple[str, str]]:
     """Leave out VoxCeleb1 speakers who are in SITW."""
     if all(speaker < "id10000" for _, speaker in recordings):
-        return recordings  # VoxCeleb2: no speaker in common with SITW
+        return recordings  # VoxCeleb2 dev: nobody in common with SITW
     if sitw_overlap is None:
         raise ManifestError(
             "Training has VoxCeleb1 speakers, 60 of whom are also in SITW "
             "under other names. Give sitw_overlap, the list "
             "voxceleb1_sitw_overlap.txt of OpenSLR 49, or leave SITW out."
         )
-    both = set(Path(sitw_overlap).read_text(encoding="utf-8").split())
-    return [r for r in recordings if r[1] not in both]
+    both = _speaker_ids(Path(sitw_overlap), folders)
+    kept = [r for r in recordings if r[1] not in both]
+    logger.info(
+        "%d speakers who are also in SITW are left out of training",
+        len({r[1] for r in recordings} - {r[1] for r in kept}),
+    )
+    return kept
+
+
+def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
+    """Read a list of VoxCeleb1 speakers, who go by name or by id."""
+    listed = path.read_text(encoding="utf-8").split()
+    if all(map(_SPEAKER.match, listed)):
+        return set(listed)
+    id_of = {each: each for each in listed if _SPEAKER.match(each)}
+    for folder in (path.parent, *folders):
+        meta = folder / "vox1_meta.csv"
+        if meta.is_file():
+            for line in meta.read_text(encoding="utf-8").splitlines():
+                fields = re.split(r"[\t, ]+", line)  # both are about
+                if _SPEAKER.match(fields[0]):
+                    id_of[fields[1]] = fields[0]
+            break
+    strangers = [each for each in listed if each not in id_of]
+    if strangers:
+        raise ManifestError(
+            f"'{path}' names {len(strangers)} speakers whose ids are not "
+            f"known, the first: {', '.join(strangers[:5])}. Is vox1_meta.csv "
+            "of VoxCeleb1 beside the list, and complete?"
+        )
+    return {id_of[each] for each in listed}
+
+
+def _list_folders(test_root: Path, lists_folder) -> list[Path]:
+    """Where lists may be."""
+    if lists_folder is not None:
+        return [Path(lists_folder)]
+    return [test_root, test_root / "meta", test_root.parent]
 
 
 def _find_list(name, cleaned, test_root: Path, lists_folder) -> Path:
@@ -282,9 +321,7 @@ def _find_list(name, cleaned, test_root: Path, lists_folder) -> Path:
             f"VoxCeleb1's lists are {', '.join(LISTS)}, got '{name}'."
         )
     file_name = LISTS[name][bool(cleaned)][0]
-    folders = [test_root, test_root / "meta", test_root.parent]
-    if lists_folder is not None:
-        folders = [Path(lists_folder)]
+    folders = _list_folders(test_root, lists_folder)
     for folder in folders:
         if (folder / file_name).is_file():
             return folder / file_name
