@@ -8,8 +8,9 @@ Every other option goes to the training of each row, such as --precision fp32.
 `--launch "torchrun --nproc_per_node=4"` starts several processes. The same
 command goes on where it was interrupted: a row that is finished is read, one
 that is not continues from its checkpoint. OUTPUT/table.md is written again
-after every row. `--rows 1 3` does these rows only, `--dry_run` prints the
-commands.
+after every row; below the table, the development lists choose a margin for each
+objective, whose results the other lists tell. `--rows 1 3` does these rows
+only, `--dry_run` prints the commands.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
 from speechbrain_ram.corpora.atomic import atomic_writer
@@ -25,7 +27,6 @@ from speechbrain_ram.metrics import eer
 from speechbrain_ram.scoring import read_scores
 
 HERE = Path(__file__).resolve().parent
-ASKED_TO_LEAVE = 75  # the status of a run that left with a checkpoint
 
 
 def main(argv=None):
@@ -39,24 +40,37 @@ def main(argv=None):
     for number in chosen:
         row = plan["rows"][number - 1]
         run = output / row["name"]
-        steps = [training(plan, row, run, folder, options, passed_on)]
-        lists = [each for each in plan["lists"] if wanted(each, passed_on)]
-        for root in dict.fromkeys(each["root"] for each in lists):
-            here = [each for each in lists if each["root"] == root]
-            steps.append(verification(here, run, root, options, passed_on))
-        for command, sign in steps:
-            if sign.exists() and not options.dry_run:
-                continue
-            print(shlex.join(command), flush=True)
-            if options.dry_run:
-                continue
-            status = subprocess.run(command).returncode
-            if status:
-                print(f"{row['name']}: status {status}", file=sys.stderr)
-                return status
+        status = do(
+            training(plan, row, run, folder, options, passed_on),
+            options.dry_run,
+        )
+        for root in dict.fromkeys(each["root"] for each in plan["lists"]):
+            lists = [
+                each
+                for each in plan["lists"]
+                if each["root"] == root
+                and wanted(each, run, options, passed_on)
+            ]
+            if lists and not status:
+                status = do(
+                    verification(lists, run, root, options, passed_on),
+                    options.dry_run,
+                )
+        if status:
+            print(f"{row['name']}: status {status}", file=sys.stderr)
+            return status
         if not options.dry_run:
             write_table(plan, output)
     return 0
+
+
+def do(step, dry_run):
+    """Run a command whose last file is not there yet; its status."""
+    command, last_file = step
+    if last_file.exists() and not dry_run:
+        return 0
+    print(shlex.join(command), flush=True)
+    return 0 if dry_run else subprocess.run(command).returncode
 
 
 def parse(argv):
@@ -68,11 +82,13 @@ def parse(argv):
     parser.add_argument("--output", required=True, help="folder for all runs")
     parser.add_argument("--rows", type=int, nargs="+", metavar="N")
     parser.add_argument("--launch", default=sys.executable, metavar="COMMAND")
-    parser.add_argument("--verify_device", default="cpu", metavar="DEVICE")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--verify_device", default=gpu, metavar="DEVICE")
     parser.add_argument("--dry_run", action="store_true")
     options, passed_on = parser.parse_known_args(argv)
     if len(passed_on) % 2 or any(
-        not name.startswith("--") for name in passed_on[::2]
+        text.startswith("--") != (i % 2 == 0)
+        for i, text in enumerate(passed_on)
     ):
         parser.error(
             f"options of the training come in pairs, --name value, got: "
@@ -82,7 +98,7 @@ def parse(argv):
 
 
 def training(plan, row, run, folder, options, passed_on):
-    """The command that trains a row, and the file that it ends with."""
+    """The command that trains a row and the file that it ends with."""
     overrides = [
         text
         for name, value in row["overrides"].items()
@@ -101,7 +117,7 @@ def training(plan, row, run, folder, options, passed_on):
 
 
 def verification(lists, run, root, options, passed_on):
-    """The command that scores lists of one corpus, and its last file."""
+    """The command that scores lists of one corpus and its last file."""
     output = run / "verification"
     command = [
         sys.executable,
@@ -118,6 +134,11 @@ def verification(lists, run, root, options, passed_on):
         str(output / f"embeddings_{root}.safetensors"),
         "--output",
         str(output),
+        *(
+            f"--{name}"
+            for name in ("resample", "mixdown")
+            if value_of(name, passed_on) == "True"
+        ),
     ]
     return command, scores_of(run, lists[-1])
 
@@ -126,13 +147,17 @@ def scores_of(run, each):
     return run / "verification" / Path(each["file"]).stem / "scores.txt"
 
 
-def wanted(each, passed_on):
-    """Whether the corpus of a list was given."""
-    return f"--{each['root']}" in passed_on
+def wanted(each, run, options, passed_on):
+    """Whether the corpus of a list was given, and the list prepared."""
+    there = (run / "manifests" / each["file"]).is_file()
+    return value_of(each["root"], passed_on) and (there or options.dry_run)
 
 
 def value_of(name, passed_on):
-    return passed_on[passed_on.index(f"--{name}") + 1]
+    """What the training is told by --name, or None."""
+    return dict(zip(passed_on[::2], passed_on[1::2], strict=True)).get(
+        f"--{name}"
+    )
 
 
 def write_table(plan, output):
@@ -146,22 +171,60 @@ def write_table(plan, output):
         f"| objective | m | {' | '.join(names)} |",
         f"| --- | ---: |{' ---: |' * len(names)}",
     ]
-    for row in plan["rows"]:
+    rates = [read_rates(plan, output / row["name"]) for row in plan["rows"]]
+    for row, known in zip(plan["rows"], rates, strict=True):
         cells = []
-        for each in plan["lists"]:
-            file = scores_of(output / row["name"], each)
-            rate = "-"
-            if file.is_file():
-                trials, scores = read_scores(file)
-                rate = f"{eer(scores, trials.labels):.3f}"
-            paper = row.get("paper", {}).get(each["name"])
-            cells.append(rate if paper is None else f"{rate} ({paper:.3f})")
+        for name in names:
+            cell = f"{known[name]:.3f}" if name in known else "-"
+            paper = row.get("paper", {}).get(name)
+            cells.append(cell if paper is None else f"{cell} ({paper:.3f})")
         margin = row["overrides"]["margin"]
         lines.append(
             f"| {row['objective']} | {margin:.2f} | {' | '.join(cells)} |"
         )
+    lines += choices(plan, rates)
     with atomic_writer(output / "table.md") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def read_rates(plan, run):
+    """EER in percent of each list that a run was verified on."""
+    rates = {}
+    for each in plan["lists"]:
+        file = scores_of(run, each)
+        if file.is_file():
+            trials, scores = read_scores(file)
+            rates[each["name"]] = eer(scores, trials.labels)
+    return rates
+
+
+def choices(plan, rates):
+    """Of each objective the margin that a development list chooses."""
+    lines = []
+    for each in plan["lists"]:
+        for objective in dict.fromkeys(r["objective"] for r in plan["rows"]):
+            rivals = [
+                (known[each["name"]], row["overrides"]["margin"], known)
+                for row, known in zip(plan["rows"], rates, strict=True)
+                if row["objective"] == objective and each["name"] in known
+            ]
+            judges = each.get("chooses_for", [])
+            if not rivals or not judges:
+                continue
+            _, margin, known = min(rivals, key=lambda rival: rival[:2])
+            results = ", ".join(
+                f"{judge} {known[judge]:.3f}"
+                for judge in judges
+                if judge in known
+            )
+            lines.append(
+                f"| {objective} | {each['name']} | {margin:.2f} "
+                f"of {len(rivals)} | {results} |"
+            )
+    if not lines:
+        return []
+    head = ["| objective | chosen by | m | EER |", "| --- | --- | ---: | --- |"]
+    return ["", *head, *lines]
 
 
 if __name__ == "__main__":

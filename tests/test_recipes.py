@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import miniature
 import pytest
@@ -99,7 +100,9 @@ def test_table_1(voxceleb, tmp_path, in_process, capsys):
     ]
     assert sweep.main(command) == 0
     table = (tmp_path / "table.md").read_text()
-    rows = re.findall(r"\| (\w+ ?AM-Softmax|AM-Softmax) \| (\S+) \|(.*)", table)
+    rows = re.findall(
+        r"\| (Real AM-Softmax|AM-Softmax) \| (0\S+) \|(.*)", table
+    )
     assert [row[:2] for row in rows] == [
         ("AM-Softmax", "0.20"),
         *(("Real AM-Softmax", f"0.{m}") for m in (20, 25, 30, 35)),
@@ -108,6 +111,11 @@ def test_table_1(voxceleb, tmp_path, in_process, capsys):
     assert all(re.match(r" \d+\.\d{3} \(", cell) for cell in done)
     assert "(1.755)" in done[0] and "(3.417)" in done[4]
     assert rows[1][2].startswith(" - (1.872) | - (3.068)")
+    # Two development lists choose, of the only row that there is.
+    assert re.findall(r"\| (\S+) \| 0.30 of 1 \| (\S+) .*\|\n", table) == [
+        ("VoxCeleb1", "VoxCeleb1-H"),
+        ("SITW.Dev.Core", "SITW.Eval.Core"),
+    ]
     # Three commands a row; again, nothing is left to do.
     assert len(in_process) == 3
     assert sweep.main(command) == 0
@@ -156,9 +164,51 @@ def test_sweep_says_what_it_would_do(tmp_path, capsys):
     assert "--objective am --margin 0.2 --voxceleb2 /v2" in lines[0]
     assert "--data_root /v1" in lines[1] and "vox1-E.txt" in lines[1]
     assert not (tmp_path / "o").exists()
-    with pytest.raises(SystemExit):
-        sweep.main([plan, *options, *corpora, "--lr"])
-    assert "come in pairs" in capsys.readouterr().err
+    for wrong in (["--lr"], ["--lr", "--margin"]):
+        with pytest.raises(SystemExit):
+            sweep.main([plan, *options, *corpora, *wrong])
+        assert "come in pairs" in capsys.readouterr().err
+    sweep.main([plan, *options, *corpora, "--resample", "True"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" --resample True")
+    assert lines[1].endswith(" --resample")
+
+
+def test_lists_that_were_not_prepared_are_left_out(tmp_path, monkeypatch):
+    """--lists [O] with VoxCeleb1's test archive alone."""
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        trains = command[1].endswith("train_speaker_embeddings.py")
+        if trains:
+            folder = tmp_path / "am_m0.20" / "manifests"
+            folder.mkdir(parents=True)
+            (folder / "vox1-O.txt").touch()
+        return subprocess.CompletedProcess(command, 0 if trains else 1)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    plan = str(REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml")
+    corpora = ["--voxceleb2", "/v2", "--voxceleb1", "/v1", "--lists", "[O]"]
+    assert sweep.main([plan, "--output", str(tmp_path), *corpora]) == 1
+    lists = [word for word in commands[1] if word.endswith(".txt")]
+    assert [Path(each).name for each in lists] == ["vox1-O.txt"]
+
+
+def test_development_lists_choose_the_margin():
+    """The paper's own numbers: m = 0.30 by VoxCeleb1-O, 0.35 by SITW dev."""
+    path = REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml"
+    plan = yaml.safe_load(path.read_text())
+    lines = sweep.choices(plan, [row["paper"] for row in plan["rows"]])
+    assert lines[3:] == [
+        "| AM-Softmax | VoxCeleb1 | 0.20 of 1 "
+        "| VoxCeleb1-H 2.895, VoxCeleb1-E 1.724 |",
+        "| Real AM-Softmax | VoxCeleb1 | 0.30 of 4 "
+        "| VoxCeleb1-H 2.812, VoxCeleb1-E 1.696 |",
+        "| AM-Softmax | SITW.Dev.Core | 0.20 of 1 | SITW.Eval.Core 3.362 |",
+        "| Real AM-Softmax | SITW.Dev.Core | 0.35 of 4 "
+        "| SITW.Eval.Core 3.335 |",
+    ]
 
 
 def test_sweep_stops_with_the_status_of_a_run(tmp_path, monkeypatch, capsys):
