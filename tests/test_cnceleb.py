@@ -53,6 +53,9 @@ def test_training_part(tmp_path, root, caplog):
         caplog.text
     )
     assert "released list has 1996, papers say 2000" in caplog.text
+    assert "4 speakers train and 2 are tested; the paper has 2800 and 200" in (
+        caplog.text
+    )
     assert sorted(os.walk(root)) == before
 
 

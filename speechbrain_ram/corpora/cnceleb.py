@@ -42,6 +42,7 @@ logger = get_logger(__name__)
 # Training speakers of each part: the lists of the second release, and the
 # round number that papers give.
 _EXPECTED = {"CN-Celeb1": (797, 800), "CN-Celeb2": (1996, 2000)}
+_PAPER = (2800, 200)  # speakers to train on, and to test
 
 
 def prepare_cnceleb(
@@ -124,6 +125,14 @@ def prepare_cnceleb(
     check_overlap(
         listed, tested, "CN-Celeb's eval part", "Is dev.lst the official list?"
     )
+    found = (len({speaker for _, speaker in recordings}), len(tested))
+    if found != _PAPER:
+        logger.warning(
+            "%d speakers train and %d are tested; the paper has %d and %d, the "
+            "release 2,793 and 200.",
+            *found,
+            *_PAPER,
+        )
 
     rows = build_manifest(
         data_root,
