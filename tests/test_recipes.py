@@ -301,22 +301,30 @@ def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
     rows = torch.load(run / "inference" / "classifier.ckpt")["weight"]
     assert len(rows) == 4  # the speeds' speakers are gone
 
+    result = fine_tuned(run, voxceleb, noises, crop_seconds=1.0)
+    assert 0 <= result.eer <= 100
+
+
+def fine_tuned(run, voxceleb, noises, **settings):
+    """Large-margin fine-tuning, then sub-mean and adaptive s-norm."""
     tuned = train(
-        recipe,
-        tmp_path / "tuned",
+        "recipes/VoxCeleb/hparams/ram_resnet34_strong.yaml",
+        run.parent / "tuned",
         **voxceleb,
         **noises,
-        pretrained=run / "inference",
-        number_of_epochs=1,
-        crop_seconds=1.0,
-        margin=0.8,
-        margin_start=0,
-        margin_end=0,
-        warmup_epochs=0,
-        speeds=[1.0],
-        average_checkpoints=1,
-        lr=1e-4,
-        final_lr=2.5e-5,
+        **{
+            "pretrained": run / "inference",
+            "number_of_epochs": 1,
+            "margin": 0.8,
+            "margin_start": 0,
+            "margin_end": 0,
+            "warmup_epochs": 0,
+            "speeds": [1.0],
+            "average_checkpoints": 1,
+            "lr": 1e-4,
+            "final_lr": 2.5e-5,
+            **settings,
+        },
     )
     command = [
         *("--encoder", str(tuned / "inference")),
@@ -325,10 +333,9 @@ def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
         *("--cohort", str(tuned / "manifests" / "train.csv")),
         *("--cohort_root", str(voxceleb["voxceleb2"])),
         *("--center", "--normalise", "as-norm1", "--top_n", "3"),
-        *("--output", str(tmp_path / "verified")),
+        *("--output", str(run.parent / "verified")),
     ]
-    results = verify_speakers.main(command)
-    assert 0 <= results["vox1-O"].eer <= 100
+    return verify_speakers.main(command)["vox1-O"]
 
 
 def test_strong_cnceleb(cnceleb, noises, tmp_path):
@@ -373,27 +380,28 @@ def test_your_own_corpus(voxceleb, tmp_path):
     assert (run / "inference" / "encoder.json").is_file()
 
 
-@pytest.mark.real
-@pytest.mark.slow
-def test_voxceleb_recipe_learns_real_speech(speechocean, tmp_path):
-    """speechocean762 in VoxCeleb's clothes: m4a, converted, trained on."""
-    from speechbrain_ram.corpora.convert import convert_tree
-
+@pytest.fixture(scope="module")
+def real_voxceleb(speechocean, tmp_path_factory):
+    """speechocean762 in VoxCeleb's clothes: m4a, converted; and SITW's."""
+    root = tmp_path_factory.mktemp("real")
     voices = miniature.real_voices("train", 24, 12)
     tested = miniature.real_voices("dev", 10, 8)
-    miniature.voxceleb2(tmp_path / "m4a", voices)
-    convert_tree(tmp_path / "m4a", tmp_path / "v2")
-    corpora = {
-        "voxceleb2": tmp_path / "v2",
-        "voxceleb1": miniature.voxceleb1(
-            tmp_path / "v1", tested[:5], tested[5:]
-        ),
-        "sitw": miniature.sitw(tmp_path / "s", tested[:5], tested[5:]),
+    miniature.voxceleb2(root / "m4a", voices)
+    convert.convert_tree(root / "m4a", root / "v2")
+    return {
+        "voxceleb2": root / "v2",
+        "voxceleb1": miniature.voxceleb1(root / "v1", tested[:5], tested[5:]),
+        "sitw": miniature.sitw(root / "s", tested[:5], tested[5:]),
     }
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_voxceleb_recipe_learns_real_speech(real_voxceleb, tmp_path):
     run = train(
         "recipes/VoxCeleb/hparams/ram_resnet34.yaml",
         tmp_path / "run",
-        **corpora,
+        **real_voxceleb,
         number_of_epochs=8,
         verify_every=4,
         crop_seconds=2.0,
@@ -404,6 +412,32 @@ def test_voxceleb_recipe_learns_real_speech(speechocean, tmp_path):
     log = (run / "train_log.txt").read_text()
     rates = [float(rate) for rate in re.findall(r"valid EER: ([\d.e+]+)", log)]
     assert rates[-1] < 0.7 * rates[0], rates
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_strong_recipe_learns_real_speech(real_voxceleb, noises, tmp_path):
+    """All of the strong recipe, in order, on 24 people's speech."""
+    run = train(
+        "recipes/VoxCeleb/hparams/ram_resnet34_strong.yaml",
+        tmp_path / "strong",
+        **real_voxceleb,
+        **noises,
+        number_of_epochs=6,
+        average_checkpoints=2,
+        margin_start=1,
+        margin_end=3,
+        warmup_epochs=1,
+        verify_every=2,
+        crop_seconds=2.0,
+        batch_size=36,
+        lr=0.1,
+        final_lr=0.01,
+    )
+    log = (run / "train_log.txt").read_text()
+    rates = [float(rate) for rate in re.findall(r"valid EER: ([\d.e+]+)", log)]
+    result = fine_tuned(run, real_voxceleb, noises, crop_seconds=6.0)
+    assert result.eer < 0.9 * rates[0], (result.eer, rates)
 
 
 PAGES = [
