@@ -368,16 +368,34 @@ def test_any_objective_takes_another_margin(objective):
     assert torch.equal(loss_fn(cosines, targets), expected(cosines, targets))
 
 
-def test_your_own_corpus(voxceleb, tmp_path):
+def test_your_own_corpus(voxceleb, cnceleb, tmp_path):
     """A folder of speakers to encoder, report and inference folder."""
+    recipe = "recipes/YourCorpus/hparams/ram_resnet34.yaml"
     run = train(
-        "recipes/YourCorpus/hparams/ram_resnet34.yaml",
+        recipe,
         tmp_path / "own",
         corpus=voxceleb["voxceleb2"] / "dev" / "aac",
         number_of_epochs=1,
     )
     assert (run / "report" / "results.md").is_file()
     assert (run / "inference" / "encoder.json").is_file()
+    # From that folder on, with other speakers, and more of them.
+    (tmp_path / "more").mkdir()
+    for speaker in cnceleb["data_folder"].glob("*/data/*"):
+        (tmp_path / "more" / speaker.name).symlink_to(speaker)
+    tuned = train(
+        recipe,
+        tmp_path / "tuned",
+        corpus=tmp_path / "more",
+        number_of_epochs=1,
+        pretrained=run / "inference",
+        lr=1e-4,
+    )
+    rows = [
+        len(torch.load(each / "inference" / "classifier.ckpt")["weight"])
+        for each in (run, tuned)
+    ]
+    assert rows == [2, 4]  # two of each are held out
 
 
 @pytest.fixture(scope="module")
