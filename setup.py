@@ -11,7 +11,7 @@ EXTRAS = {
     "report": ["matplotlib"],
     "calibration": ["scikit-learn"],
     "tensorboard": ["tensorboard"],
-    "m4a": ["av"],  # VoxCeleb2 as it is downloaded, and video files
+    "m4a": ["av"],  # VoxCeleb2 as it is downloaded, and the sound of videos
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "demo": ["starlette", "uvicorn", "python-multipart"],
     "map": ["scikit-learn", "matplotlib"],

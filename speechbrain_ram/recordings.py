@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from speechbrain_ram.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.video import is_video, read_video, video_info
 
 #: Shorter recordings are refused, in seconds.
 SHORTEST = 0.1
@@ -37,7 +38,7 @@ class Segment:
     Arguments
     ---------
     path : path
-        The file.
+        The file, of audio or of video.
     start, stop : int
         Samples at the file's own rate, end exclusive; None is the file's end.
     """
@@ -122,12 +123,13 @@ def split_into_pieces(
     if isinstance(recording, (str, os.PathLike)):
         recording = Segment(recording)
     if isinstance(recording, Segment):
-        info = audio_info(recording.path)
+        video = is_video(recording.path)
+        info = (video_info if video else audio_info)(recording.path)
         rate = info.sample_rate
         first = recording.start
         last = info.frames if recording.stop is None else recording.stop
         read = partial(
-            read_audio,
+            read_video if video else read_audio,
             recording.path,
             sample_rate=sample_rate,
             resample=resample,

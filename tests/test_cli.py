@@ -147,6 +147,17 @@ def test_embed_and_bad_files(run, voices, tmp_path):
     run("embed", good, "-o", tmp_path / "out.txt", code=2)
 
 
+def test_a_folder_with_a_film_in_it(run, voices, tmp_path):
+    (tmp_path / "film.mp4").write_bytes(bytes(4) + b"ftyp" + bytes(1000))
+    output = tmp_path / "out.npz"
+    result = run("embed", tmp_path, "-o", output, code=2)
+    assert "film.mp4" in result.stderr
+    good = voices / "ada" / "0.wav"
+    options = ["--skip-bad", "--json"]
+    facts = answer(run("embed", tmp_path, good, "-o", output, *options))
+    assert facts["embedded"] == 1 and len(facts["left_out"]) == 1
+
+
 def test_enrol_identify_forget(run, voices, tmp_path):
     database = tmp_path / "who.db"
     options = ["-d", database]

@@ -18,9 +18,9 @@ FLOORS = [
     "sync_batch_norm",
     # On one of those each.
     "bootstrap corpora.headers decision embeddings faults fused metadata "
-    "packed plots recordings resnet "
-    "scoring",
-    "class_parallel corpora.manifest model_card report",
+    "packed plots resnet "
+    "scoring video",
+    "class_parallel corpora.manifest model_card recordings report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "dataset encoder_folder robust_brain",
