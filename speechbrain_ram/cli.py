@@ -16,7 +16,10 @@ import numpy as np
 
 import speechbrain_ram
 from speechbrain_ram.cli_common import (
+    JsonGroup,
+    check_output,
     command,
+    data_root_option,
     database_option,
     device_option,
     encoder_option,
@@ -24,16 +27,26 @@ from speechbrain_ram.cli_common import (
     number_or_name,
     open_database,
     recordings,
+    recordings_below,
     threshold_option,
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=JsonGroup, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(speechbrain_ram.__version__)
 def main() -> None:
     """Tell speakers apart with an encoder trained by speechbrain-ram.
 
-    Nothing that an encoder's folder contains is executed.
+    \b
+    speechbrain-ram compare -e ENCODER a.wav b.wav
+    speechbrain-ram embed -e ENCODER recordings/ -o out.npz
+
+    ENCODER is the folder 'inference' of a training run, or one from somebody
+    else: nothing that it contains is executed. Recordings are sound files of
+    any rate and length, and videos where PyAV is installed. Every command
+    exits with 2 on an error.
     """
 
 
@@ -70,8 +83,10 @@ def compare(folder, a, b, threshold, device):
 @main.command()
 @encoder_option
 @click.argument("inputs", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", required=True, help="File to write, .npz.")
-@click.option("--data-root", default=".", help="What $data_root stands for.")
+@click.option(
+    *("-o", "--output"), required=True, metavar="FILE", help="Ends with .npz."
+)
+@data_root_option
 @click.option("--skip-bad", is_flag=True, help="Leave unusable files out.")
 @device_option
 @command
@@ -80,6 +95,7 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
 
     It holds ids [N], embeddings [N, E] and the encoder's fingerprint.
     """
+    check_output(output, ".npz")
     found = recordings(inputs, data_root)
     encoder = load_encoder(folder, device)
     failures: dict[int, str] | None = {} if skip_bad else None
@@ -88,8 +104,6 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
     ids = [name for i, name in enumerate(found) if i not in failures]
     for reason in failures.values():
         click.echo(f"Left out: {reason}", err=True)
-    if not output.endswith(".npz"):
-        raise ValueError(f"'{output}' does not end with .npz.")
     temporary = f"{output}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         np.savez(
@@ -124,12 +138,15 @@ def enroll(folder, database, name, files, folders, device):
     """Enrol speaker NAME with FILES, or add to what is enrolled."""
     if bool(folders) == bool(name and files):
         raise click.UsageError("Give NAME and FILES, or --folders.")
-    from speechbrain_ram.corpora.find import find_recordings
-
     if folders:
         parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
+        if not parents:
+            raise ValueError(
+                f"'{folders}' holds no folders. One for each speaker is "
+                "needed, with recordings in it."
+            )
         found = {
-            p.name: [p / file for file in find_recordings(p)] for p in parents
+            p.name: [p / file for file in recordings_below(p)] for p in parents
         }
     else:
         found = {name: [Path(file) for file in files]}
@@ -168,7 +185,7 @@ def identify(folder, database, file, top, threshold, device):
         "threshold": least,
         "matches": [asdict(match) for match in matches],
     }
-    lines = [facts["speaker"] or "nobody enrolled", f"threshold {least:.3f}"]
+    lines = [facts["speaker"] or "unknown speaker", f"threshold {least:.3f}"]
     lines += [f"{match.score:6.3f}  {match.name}" for match in matches]
     return facts, "\n".join(lines), 0 if known else 1
 
@@ -187,8 +204,15 @@ def forget(folder, database, name):
 @main.command()
 @encoder_option
 @click.argument("trials", type=click.Path())
-@click.option("--root", required=True, help="Where the list's paths start.")
-@click.option("-o", "--output", required=True, help="Score file to write.")
+@click.option(
+    "--root",
+    required=True,
+    metavar="FOLDER",
+    help="Where the list's paths start.",
+)
+@click.option(
+    *("-o", "--output"), required=True, metavar="FILE", help="Of the scores."
+)
 @device_option
 @command
 def score(folder, trials, root, output, device):
@@ -199,6 +223,7 @@ def score(folder, trials, root, output, device):
     from speechbrain_ram.scoring import score_trials, write_scores
     from speechbrain_ram.trials import check_utterances, read_trials
 
+    check_output(output)
     listed = read_trials(trials)
     check_utterances(listed, root)
     encoder = load_encoder(folder, device)
@@ -244,13 +269,19 @@ def evaluate(scores):
     show_default=True,
     help="Waveform in, or Kaldi's features in with sherpa-onnx's metadata.",
 )
-@click.option("--int8", "examples", help="Quantise; folder of speech to see.")
+@click.option(
+    "--int8",
+    "examples",
+    metavar="FOLDER",
+    help="Make it faster and smaller; speech to find the ranges of values on.",
+)
 @command
 def export(folder, output, client, examples):
     """Export to ONNX, checked against PyTorch."""
     from speechbrain_ram import onnx_export
-    from speechbrain_ram.audio import read_audio
+    from speechbrain_ram.recordings import split_into_pieces
 
+    check_output(output, ".onnx")
     encoder = load_encoder(folder)
     rate = encoder.sample_rate
     onnx_export.EXPORTS[client](encoder.encoder, output)
@@ -260,8 +291,12 @@ def export(folder, output, client, examples):
     facts = {"output": output, "difference": error}
     text = f"{output}: differs from PyTorch by {error:.1e} at most"
     if examples:
-        paths = [str(p) for p in recordings([examples], ".").values()][:100]
-        wavs = [read_audio(p, 0, None, rate, True, True) for p in paths]
+        found = list(recordings([examples], ".").values())
+        some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
+        wavs = [
+            split_into_pieces(path, 0, rate, 10.0, True, True)[0].load()
+            for path in some
+        ]
         fed = onnx_export.graph_inputs(encoder.encoder, output, wavs)
         onnx_export.quantise(output, output, fed)
         text += f"; then quantised on {len(wavs)} files"
@@ -272,8 +307,13 @@ def export(folder, output, client, examples):
 @main.command("map")
 @encoder_option
 @click.argument("source", type=click.Path())
-@click.option("-o", "--output", required=True, help="An .html or an image.")
-@click.option("--data-root", default=".", help="What $data_root stands for.")
+@click.option(
+    *("-o", "--output"),
+    required=True,
+    metavar="FILE",
+    help="Interactive (.html) or an image (.png, .svg, .pdf).",
+)
+@data_root_option
 @device_option
 @command
 def draw(folder, source, output, data_root, device):
@@ -282,10 +322,15 @@ def draw(folder, source, output, data_root, device):
     SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
     """
     from speechbrain_ram import similarity_map
+    from speechbrain_ram.corpora.manifest import read_manifest
 
+    check_output(output, ".html", ".png", ".svg", ".pdf")
     found = recordings([source], data_root)
     starts = [name.removeprefix(source).lstrip("/") for name in found]
-    speakers = [start.split("/")[0] for start in starts]
+    if source.endswith(".csv"):
+        speakers = [row.spk_id for row in read_manifest(source)]
+    else:
+        speakers = [start.split("/")[0] for start in starts]
     rows = load_encoder(folder, device).embed(found.values(), progress=True)
     points = similarity_map.project(rows)
     if output.endswith(".html"):
@@ -310,7 +355,7 @@ def demo(folder, host, port, device):
     encoder = load_encoder(folder, device)
     click.echo(f"http://{host}:{port}  (stop with Ctrl-C)", err=True)
     serve(encoder, host, port)
-    return {}, ""
+    return {"served": f"http://{host}:{port}"}, ""
 
 
 @main.command()
@@ -318,6 +363,7 @@ def demo(folder, host, port, device):
 @click.option(
     "-d",
     "--database",
+    metavar="FILE",
     envvar="SPEECHBRAIN_RAM_DATABASE",
     help="Also list who is enrolled.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -35,21 +36,54 @@ def command(function: Callable) -> Callable:
                 facts, text, *code = function(**options)
         except (ValueError, OSError, ImportError) as error:
             if as_json:
-                click.echo(json.dumps({"error": str(error)}))
+                _print_json({"error": str(error)})
             click.echo(f"Error: {error}", err=True)
             sys.exit(ERROR)
         except click.ClickException:
             raise
-        except Exception:
+        except Exception as error:
             # Python would exit with 1, which says "another speaker".
+            if as_json:
+                _print_json({"error": repr(error)})
             traceback.print_exc()
             sys.exit(ERROR)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
-        click.echo(json.dumps(facts) if as_json else text)
+        if as_json:
+            _print_json(facts)
+        else:
+            click.echo(text)
         sys.exit(*code)
 
     return run
+
+
+class JsonGroup(click.Group):
+    """Commands whose wrong use is an object on stdout too, with --json."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            if as_json:
+                _print_json({"error": error.format_message()})
+            raise
+
+
+def _print_json(value: Any) -> None:
+    """JSON has no infinity: a threshold that nothing reaches is null."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {str(key): plain(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(item) for item in part]
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        return part
+
+    click.echo(json.dumps(plain(value), allow_nan=False))
 
 
 encoder_option = click.option(
@@ -57,9 +91,17 @@ encoder_option = click.option(
     "--encoder",
     "folder",
     required=True,
+    metavar="FOLDER",
     envvar="SPEECHBRAIN_RAM_ENCODER",
     show_envvar=True,
     help="Exported folder, or a run's output folder.",
+)
+data_root_option = click.option(
+    "--data-root",
+    default=".",
+    show_default=True,
+    metavar="FOLDER",
+    help="What $data_root stands for in a manifest.",
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Such as cuda:0."
@@ -68,12 +110,14 @@ database_option = click.option(
     "-d",
     "--database",
     required=True,
+    metavar="FILE",
     envvar="SPEECHBRAIN_RAM_DATABASE",
     show_envvar=True,
     help="File of enrolled speakers; the first enrolment creates it.",
 )
 threshold_option = click.option(
     "--threshold",
+    metavar="NUMBER|NAME",
     help="Least score of one speaker: a number, EER or FAR=1%.  [default: EER]",
 )
 
@@ -88,6 +132,20 @@ def open_database(path: str, encoder):
     from speechbrain_ram.enrolment import EnrolmentDatabase
 
     return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
+
+
+def check_output(path: str, *endings: str) -> None:
+    """Say before hours of work that the result cannot be written."""
+    if endings and not path.lower().endswith(endings):
+        raise ValueError(f"'{path}' does not end with {' or '.join(endings)}.")
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise ValueError(
+            f"'{parent}' is not a folder, so '{Path(path).name}' cannot be "
+            "written into it."
+        )
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"The folder '{parent}' is read-only.")
 
 
 def number_or_name(threshold: str | None) -> float | str | None:

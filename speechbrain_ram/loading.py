@@ -49,8 +49,14 @@ class LoadedEncoder:
                 "the weights do not fit the architecture. Was the run "
                 f"continued with other settings? ({error})"
             ) from error
-        for module in self.modules.values():
-            module.to(device)
+        try:
+            for module in self.modules.values():
+                module.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).split("\n")[0]
+            raise EncoderError(
+                f"the device '{device}' cannot be used: {reason} Try 'cpu'."
+            ) from error
 
     @property
     def pad(self) -> Padding | None:

@@ -80,7 +80,11 @@ def test_errors_exit_with_two(run, voices, as_json):
         assert "missing.wav" in answer(result)["error"]
     else:
         assert result.stdout == ""
-    run("compare", a, code=2)  # click's own complaint
+    result = run("compare", a, *options, code=2)  # click's own complaint
+    assert "Missing argument 'B'" in result.stderr
+    if as_json:
+        assert answer(result) == {"error": "Missing argument 'B'."}
+    run("compare", a, a, "--device", "abacus", *options, code=2)
     run("compare", a, a, "--threshold", "nonsense", *options, code=2)
     run("compare", a, a, "-e", voices, *options, code=2)
 
@@ -93,6 +97,31 @@ def test_a_bug_does_not_look_like_another_speaker(run, voices, monkeypatch):
     a = voices / "ada" / "0.wav"
     result = run("compare", a, a, code=2)
     assert "a bug" in result.stderr
+    result = run("compare", a, a, "--json", code=2)
+    assert answer(result) == {"error": "RuntimeError('a bug')"}
+
+
+def test_an_output_that_cannot_be_written_is_named_at_once(
+    run, voices, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(SpeakerEncoder, "embed")  # nothing is computed
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 ada/0.wav ada/1.wav\n")
+    for words in (
+        ("embed", voices, "-o", tmp_path / "out.txt"),
+        ("map", voices, "-o", tmp_path / "out.txt"),
+        ("export", tmp_path / "out.txt"),
+    ):
+        result = run(*words, code=2)
+        assert "out.txt' does not end with ." in result.stderr
+    for words in (
+        ("embed", voices, "-o", tmp_path / "no" / "out.npz"),
+        ("map", voices, "-o", tmp_path / "no" / "out.png"),
+        ("export", tmp_path / "no" / "out.onnx"),
+        ("score", trials, "--root", voices, "-o", tmp_path / "no" / "out"),
+    ):
+        result = run(*words, code=2)
+        assert "no' is not a folder, so 'out" in result.stderr
 
 
 def test_clipping_is_told_on_stderr(run, tmp_path):
@@ -144,7 +173,6 @@ def test_embed_and_bad_files(run, voices, tmp_path):
     assert "Left out: '" in result.stderr
     assert "bad.wav" in answer(result)["left_out"][0]
     assert len(np.load(output)["ids"]) == 1
-    run("embed", good, "-o", tmp_path / "out.txt", code=2)
 
 
 def test_a_folder_with_a_film_in_it(run, voices, tmp_path):
@@ -174,7 +202,7 @@ def test_enrol_identify_forget(run, voices, tmp_path):
     scores = [match["score"] for match in facts["matches"]]
     assert scores == sorted(scores, reverse=True)
     result = run("identify", *options, file, "--threshold", "1.1", code=1)
-    assert result.stdout.startswith("nobody enrolled")
+    assert result.stdout.startswith("unknown speaker")
     run("forget", *options, "bob")
     info = answer(run("info", *options, "--json"))
     assert info["enrolled"] == {"ada": 4, "cy": 2}
@@ -182,6 +210,8 @@ def test_enrol_identify_forget(run, voices, tmp_path):
     assert "Nobody called 'bob'" in result.stderr
     run("enroll", *options, "ada", code=2)
     run("enroll", *options, code=2)
+    result = run("enroll", *options, "--folders", voices / "ada", code=2)
+    assert "ada' holds no folders. One for each speaker" in result.stderr
 
 
 def test_score_and_evaluate(run, voices, encoder, tmp_path):
@@ -200,6 +230,9 @@ def test_score_and_evaluate(run, voices, encoder, tmp_path):
     assert "EER 0.000 %" in run("evaluate", output).stdout
     facts = answer(run("evaluate", output, "--json"))[str(output)]
     assert facts["eer"] == 0.0 and facts["n_target"] == 1
+    output.write_text("a b 0.1 1\na c 0.9 0\n")
+    facts = answer(run("evaluate", output, "--json"))[str(output)]
+    assert facts["min_dcf_threshold"]["0.01"] is None  # nothing is accepted
     trials.write_text("1 ada/0.wav nobody/1.wav\n")
     result = run("score", trials, "--root", voices, "-o", output, code=2)
     assert "1 of 2 recordings are missing" in result.stderr
