@@ -128,6 +128,8 @@ def train(hparams_file, run_opts, overrides):
         names, rows = original_speakers(label_encoder, hparams["speeds"])
         classifier.weight = torch.nn.Parameter(classifier.weight[rows])
         objective = "{objective}, margin {margin}, scale {scale}"
+        if hparams["objective"] in ("ram", "raam"):
+            objective += ", form {form}"
         export_inference(
             output / "inference",
             encoder_section(output / "hyperparams.yaml"),

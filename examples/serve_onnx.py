@@ -1,26 +1,28 @@
-"""POST a 16 kHz WAV, get its embedding: serve_onnx.py encoder.onnx PORT"""
+"""POST a WAV, get its embedding: serve_onnx.py encoder.onnx PORT"""
 
 import io
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from wsgiref.simple_server import make_server
 
 import onnxruntime
 import soundfile
 
 session = onnxruntime.InferenceSession(sys.argv[1])
+wanted = int(session.get_modelmeta().custom_metadata_map["sample_rate"])
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        wav, _ = soundfile.read(io.BytesIO(body), dtype="float32")
-        embedding = session.run(None, {"waveform": wav[None]})[0][0]
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(embedding.tolist()).encode())
+def embed(request, respond):
+    body = request["wsgi.input"].read(int(request["CONTENT_LENGTH"] or 0))
+    wav, rate = soundfile.read(io.BytesIO(body), dtype="float32")
+    if (rate, wav.ndim) != (wanted, 1):
+        respond("400 Bad Request", [("Content-Type", "text/plain")])
+        return [f"{wanted} Hz mono is needed".encode()]
+    embedding = session.run(None, {"waveform": wav[None]})[0][0]
+    respond("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(embedding.tolist()).encode()]
 
 
-server = HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+server = make_server("127.0.0.1", int(sys.argv[2]), embed)
 print(f"http://127.0.0.1:{server.server_port}", flush=True)
 server.serve_forever()

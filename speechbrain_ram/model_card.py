@@ -17,7 +17,7 @@ FACTS = {
     "speakers": "Training speakers",
     "objective": "Objective",
     "language": "Languages",
-    "license": "Licence",
+    "license": "Licence",  # an SPDX identifier, which hubs read in lower case
 }
 
 _CARD = """---

@@ -3,7 +3,7 @@
 Two graphs, both with dynamic batch and length, float32 or int8:
 
 - :func:`export_waveform`: waveform [batch, samples] in, embedding out; the
-  front-end is inside. For servers: onnxruntime and eight lines of code.
+  front-end is inside. For servers: onnxruntime and ten lines of code.
 - :func:`export_sherpa`: Kaldi filterbank [batch, frames, 80] in, embedding
   out, with the metadata that sherpa-onnx reads (Python, Android, iOS,
   WebAssembly), which computes the filterbank itself. Such an encoder is

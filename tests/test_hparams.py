@@ -32,6 +32,13 @@ def test_no_reference_is_forgotten(file, tmp_path):
     assert not re.search(r"<\w+", code), re.findall(r".*<\w+.*", code)
 
 
+@pytest.mark.parametrize("file", TRAINING, ids=IDS[-len(TRAINING) :])
+def test_the_model_card_gets_its_facts(file):
+    facts = file.read_text().split("\nfacts:\n")[1]
+    for key in ("corpus", "language", "license"):
+        assert f"    {key}: " in facts, f"{file} does not state its {key}"
+
+
 @pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_small_enough_to_read(file):
     lines = file.read_text().splitlines()

@@ -161,6 +161,7 @@ def test_the_missing_extra_is_named(encoders, tmp_path, monkeypatch):
 def test_the_server_of_ten_lines(files, tmp_path):
     import io
     import subprocess
+    import urllib.error
     import urllib.request
 
     import soundfile
@@ -179,6 +180,11 @@ def test_the_server_of_ten_lines(files, tmp_path):
         request = urllib.request.Request(address, body.getvalue())
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
+        body = io.BytesIO()
+        soundfile.write(body, wav, 8000, format="WAV")
+        request = urllib.request.Request(address, body.getvalue())
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request, timeout=60)
     finally:
         server.terminate()
         server.wait()
