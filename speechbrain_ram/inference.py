@@ -167,7 +167,7 @@ class SpeakerEncoder:
         AudioError
             A recording cannot be used.
         EncoderError
-            The encoder itself returns NaN.
+            The encoder itself returns NaN, or zeros.
         """
         kinds = (str, os.PathLike, Segment, np.ndarray, torch.Tensor)
         single = isinstance(recordings, kinds)
@@ -229,9 +229,10 @@ class SpeakerEncoder:
             failures.update(sorted(bad.items()))
         good = [i for i in range(len(items)) if i not in bad]
         embeddings = (sums[good] / counts[good]).astype(np.float32)
-        if not np.isfinite(embeddings).all():
+        # A zero embedding has no cosine with anything.
+        if not (np.isfinite(embeddings).all() and embeddings.any(axis=1).all()):
             raise EncoderError(
-                "the encoder returns NaN or infinite embeddings. Did its "
+                "the encoder returns NaN, infinite or zero embeddings. Did its "
                 "training diverge?"
             )
         return embeddings

@@ -193,6 +193,11 @@ def test_no_nan_leaves_a_broken_encoder(folder):
         network.linear.bias[0] = torch.nan
     with pytest.raises(EncoderError, match="returns NaN"):
         encoder.embed(voice(1.0))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    with pytest.raises(EncoderError, match="or zero embeddings"):
+        encoder.score(voice(1.0), voice(1.0))
 
 
 def test_score_is_the_cosine(encoder):
