@@ -396,6 +396,7 @@ class RobustBrain(sb.Brain):
             "faults": self.faults[sb.Stage.TRAIN].messages,
             "joint_batch": self.train_sampler.joint_size,
             "data": self.data_fingerprint,
+            "threads": torch.get_num_threads(),
             "random": gathered(random_state()),
             "kept": {
                 name: getattr(self, name)
@@ -413,6 +414,7 @@ class RobustBrain(sb.Brain):
             super()._recover(path, end_of_epoch)
             return
         state = torch.load(path, weights_only=True)
+        self._check_same_threads(state)
         if not end_of_epoch:
             self._check_same_epoch(state, path)
             self._resumed = state["tally"]
@@ -433,6 +435,18 @@ class RobustBrain(sb.Brain):
         if end_of_epoch:
             # The next draw is the loader's; within an epoch that was earlier.
             self._restore_random()
+
+    def _check_same_threads(self, state: dict) -> None:
+        """Sums in another order: on CPU the one thing left to the machine."""
+        now = torch.get_num_threads()
+        before = state.get("threads", now)  # the first release kept no count
+        if self.device_type == "cpu" and before != now:
+            logger.warning(
+                "The run was begun with %d threads and goes on with %d: the "
+                "last bits of its numbers will not be those of a run that was "
+                "never interrupted. With OMP_NUM_THREADS=%d they are.",
+                *(before, now, before),
+            )
 
     def _check_same_epoch(self, state: dict, path) -> None:
         """Can this run finish the epoch that another one began?"""

@@ -3,11 +3,13 @@
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import speechbrain as sb
 from speechbrain.utils.importutils import LazyModule
 
+from speechbrain_ram import plots
 from speechbrain_ram.corpora.synthetic import make_synthetic
 from train_speaker_embeddings import train
 
@@ -50,7 +52,13 @@ def run_recipe(corpus, output_folder, *options, recipe=RECIPE, **overrides):
     settings.update(overrides)
     arguments = [str(recipe), "--device", "cpu", "--noprogressbar", *options]
     hparams_file, run_opts, _ = sb.parse_arguments(arguments)
-    train(hparams_file, run_opts, settings)
+    # Half of a tiny run's time is spent on the output of `pip freeze` and on
+    # figures, which test_recipes.py and test_report.py look at.
+    with (
+        mock.patch("speechbrain.utils.logger.get_environment_description", str),
+        mock.patch.object(plots, "_save"),
+    ):
+        train(hparams_file, run_opts, settings)
     return Path(output_folder)
 
 

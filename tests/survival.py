@@ -15,10 +15,17 @@ from pathlib import Path
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
-# Children are forked from a process that has imported torch and SpeechBrain
-# and done nothing else: seconds are saved, and no thread is lost.
+# Children are forked from a process that has imported what they need and done
+# nothing else: seconds are saved, and no thread is lost.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["survival", "train_speaker_embeddings"])
+PROCESSES.set_forkserver_preload(
+    [
+        "survival",
+        "torch._dynamo",  # by the optimiser
+        "matplotlib.figure",  # by the report
+        "sklearn.linear_model",  # by the export
+    ]
+)
 
 SETTINGS = {
     "number_of_epochs": 2,
@@ -29,20 +36,28 @@ OPTIONS = ("--ckpt_interval_steps", "2")
 
 
 def train_in_process(
-    corpus, folder, kill_at=None, seconds=None, by=signal.SIGKILL, **overrides
+    corpus,
+    folder,
+    kill_at=None,
+    seconds=None,
+    by=signal.SIGKILL,
+    threads=1,
+    spoil=None,
+    **overrides,
 ):
     """Train in a process of its own, and kill it if asked to.
 
     `kill_at`: the number of the event before which it dies, `by` a signal to
     it and its workers. `seconds`: of processor time after which it is killed
-    from here. Returns how it ended, minus the signal's number as always, and
-    the events that it lived to see.
+    from here. `threads`: what two runs must share to be the same to the last
+    bit. `spoil`: called in the process before it trains. Returns how it ended,
+    minus the signal's number as always, and the events that it lived to see.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     events = folder.with_name(folder.name + ".events")
     events.unlink(missing_ok=True)
     arguments = (
-        *(corpus, folder, events, kill_at, by),
+        *(corpus, folder, events, kill_at, by, threads, spoil),
         {**SETTINGS, **overrides},
     )
     process = PROCESSES.Process(target=_train, args=arguments)
@@ -123,14 +138,16 @@ def _processor_seconds(pid):
     return 0.0
 
 
-def _train(corpus, folder, events, kill_at, by, overrides):
+def _train(corpus, folder, events, kill_at, by, threads, spoil, overrides):
     from conftest import run_recipe
 
     from speechbrain_ram.stopping import leave_on_signals
 
     _print_to(folder)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     let_random_numbers_matter()
+    if spoil is not None:
+        spoil()
     os.setpgid(0, 0)
     leave_on_signals()
     count_events(events, kill_at, by)

@@ -3,22 +3,15 @@
 import random
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
-from conftest import run_recipe
-from survival import (
-    OPTIONS,
-    SETTINGS,
-    differences,
-    let_random_numbers_matter,
-    output_of,
-    train_in_process,
-)
+from survival import differences, output_of, train_in_process
 
 from speechbrain_ram import robust_brain
-from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.checkpoints import SafeCheckpointer
+from speechbrain_ram.dataset import CropDataset
 
 SEED = 6
 N_KILLS = 20
@@ -49,6 +42,13 @@ def test_the_comparison_sees_another_seed(tiny_corpus, whole, tmp_path):
     assert {"embedding_model", "optimizer", "log", "scores.txt"} <= differences(
         whole[0], tmp_path / "run"
     )
+
+
+def test_the_same_seed_gives_the_same_run(tiny_corpus, whole, tmp_path):
+    """Whether the main process reads the data or a worker."""
+    status, _ = train_in_process(tiny_corpus, tmp_path / "run", num_workers=1)
+    assert status == 0
+    assert differences(whole[0], tmp_path / "run") == set()
 
 
 # One moment of each kind, so that none is left to luck.
@@ -139,6 +139,20 @@ def test_a_run_killed_again_and_again(tiny_corpus, whole, tmp_path):
     assert differences(whole[0], folder) == set()
 
 
+@pytest.mark.slow
+def test_a_run_of_two_threads(tiny_corpus, tmp_path):
+    """Twice the same, and the same after a kill, as with one thread."""
+    runs = tmp_path / "whole", tmp_path / "again", tmp_path / "killed"
+    for run in runs[:2]:
+        status, events = train_in_process(tiny_corpus, run, threads=2)
+        assert status == 0, output_of(run)
+    assert differences(*runs[:2]) == set()
+    steps = [i for i, each in enumerate(events) if each == "before fit_batch"]
+    kill_and_continue(
+        tiny_corpus, runs[0], runs[2], threads=2, kill_at=steps[-1]
+    )
+
+
 # -- asked to leave ---------------------------------------------------------
 
 ASKED = [
@@ -177,6 +191,20 @@ def test_a_run_asked_to_leave(
     assert differences(whole[0], folder) == set()
 
 
+# -- what is not kept -------------------------------------------------------
+
+
+def test_another_number_of_threads_is_no_secret(
+    tiny_corpus, interrupted, tmp_path
+):
+    shutil.copytree(interrupted, tmp_path / "run")
+    status, _ = train_in_process(tiny_corpus, tmp_path / "run", threads=2)
+    assert status == 0
+    printed = output_of(tmp_path / "run")
+    assert "begun with 1 threads and goes on with 2" in printed
+    assert "OMP_NUM_THREADS=1" in printed
+
+
 # -- controls: with a piece of state left out, the comparison must see it ---
 
 
@@ -192,78 +220,70 @@ def interrupted(tiny_corpus, whole, tmp_path_factory):
     return folder
 
 
+# Each runs in the process of the run, so that no other test meets it.
+
+
 def forget(*names):
     """Load everything but some recoverables."""
+    load = SafeCheckpointer.load_checkpoint
 
-    def spoil(monkeypatch):
-        load = SafeCheckpointer.load_checkpoint
+    def partly(self, checkpoint):
+        kept = self.recoverables
+        self.recoverables = {k: v for k, v in kept.items() if k not in names}
+        load(self, checkpoint)
+        self.recoverables = kept
 
-        def partly(self, checkpoint):
-            kept = self.recoverables
-            self.recoverables = {
-                k: v for k, v in kept.items() if k not in names
-            }
-            load(self, checkpoint)
-            self.recoverables = kept
-
-        monkeypatch.setattr(SafeCheckpointer, "load_checkpoint", partly)
-
-    return spoil
+    SafeCheckpointer.load_checkpoint = partly
 
 
-def forget_random_numbers(monkeypatch):
-    monkeypatch.setattr(robust_brain, "restore_random_state", lambda _: None)
+def forget_random_numbers():
+    robust_brain.restore_random_state = lambda _: None
 
 
 def forget_in_brain(*names):
     """Load the brain's state with parts set to nothing."""
+    load = torch.load
 
-    def spoil(monkeypatch):
-        load = robust_brain.torch.load
+    def partly(path, **kwargs):
+        state = load(path, **kwargs)
+        if str(path).endswith("brain.ckpt"):
+            state.update({name: type(state[name])() for name in names})
+            if "tally" in names:
+                state["tally"] = robust_brain.Tally().__dict__
+        return state
 
-        def partly(path, **kwargs):
-            state = load(path, **kwargs)
-            if str(path).endswith("brain.ckpt"):
-                state.update({name: type(state[name])() for name in names})
-                if "tally" in names:
-                    state["tally"] = robust_brain.Tally().__dict__
-            return state
-
-        monkeypatch.setattr(robust_brain.torch, "load", partly)
-
-    return spoil
+    torch.load = partly
 
 
-def forget_epoch_of_crops(monkeypatch):
-    from speechbrain_ram.dataset import CropDataset
-
-    monkeypatch.setattr(CropDataset, "set_epoch", lambda *_: None)
+def forget_epoch_of_crops():
+    CropDataset.set_epoch = lambda *_: None
 
 
 CONTROLS = {
-    "nothing": (lambda _: None, None),
-    "sampler": (forget("dataloader-TRAIN"), "embedding_model"),
+    "nothing": (None, None),
+    "sampler": (partial(forget, "dataloader-TRAIN"), "embedding_model"),
     "random numbers": (forget_random_numbers, "embedding_model"),
-    "schedule": (forget_in_brain("step", "optimizer_step"), "embedding_model"),
+    "schedule": (
+        partial(forget_in_brain, "step", "optimizer_step"),
+        "embedding_model",
+    ),
     "crops": (forget_epoch_of_crops, "embedding_model"),
-    "optimiser": (forget("optimizer"), "embedding_model"),
-    "epoch": (forget("epoch_counter"), "embedding_model"),
-    "sums": (forget_in_brain("tally"), "log"),
-    "log": (forget_in_brain("log"), "log"),
+    "optimiser": (partial(forget, "optimizer"), "embedding_model"),
+    "epoch": (partial(forget, "epoch_counter"), "embedding_model"),
+    "sums": (partial(forget_in_brain, "tally"), "log"),
+    "log": (partial(forget_in_brain, "log"), "log"),
 }
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_what_a_checkpoint_forgets_is_seen(
-    control, tiny_corpus, whole, interrupted, tmp_path, monkeypatch
+    control, tiny_corpus, whole, interrupted, tmp_path
 ):
-    shutil.copytree(interrupted, tmp_path / "run")
     spoil, seen = CONTROLS[control]
-    monkeypatch.setattr(
-        SpeakerBrain, "compute_forward", SpeakerBrain.compute_forward
-    )
-    let_random_numbers_matter()
-    spoil(monkeypatch)
-    run_recipe(tiny_corpus, tmp_path / "run", *OPTIONS, **SETTINGS)
-    found = differences(whole[0], tmp_path / "run")
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    status, _ = train_in_process(tiny_corpus, folder, spoil=spoil)
+    assert status == 0, output_of(folder)
+    found = differences(whole[0], folder)
     assert (seen in found) if seen else not found
+    assert "OMP_NUM_THREADS" not in output_of(folder)
