@@ -1,8 +1,6 @@
 """Extraction: batches equal single utterances; the store; several ranks."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from speechbrain.processing.features import (
     InputNormalization,
     make_padding_mask,
 )
+from survival import PROCESSES
 
 from speechbrain_ram import embeddings as module
 from speechbrain_ram.audio import AudioError, pad_waveforms
@@ -377,67 +376,65 @@ def test_of_two_rows_of_a_name_the_last_stays():
 
 # Several ranks
 
-WORKER = """
-import sys
-import numpy as np
-import torch
-sys.path.insert(0, sys.argv[1])
-from test_embeddings import Interrupted, StandIn
-from speechbrain_ram.embedding_store import EmbeddingStore
-from speechbrain_ram.embeddings import extract
 
-root, out, fail = sys.argv[2:5]
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-names = [f"spk{i % 3}/utt{i}.wav" for i in range(12)]
-encoder = StandIn()
-if fail == "yes" and rank == 1:
-    def encoder(wavs, lens):
-        raise ValueError("out of luck")
-result = extract(
-    encoder, names, root, store=EmbeddingStore(out + "/e.safetensors", "x"),
-    max_frames_per_batch=1, progress=False, distributed=True,
-)
-np.savez(f"{out}/{rank}.npz", matrix=result.matrix, n=len(encoder.batches))
-torch.distributed.destroy_process_group()
-"""
+def extract_together(rank, folder, root, fail):
+    """One of two ranks; writes its matrix, or its error."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meet {fail}"
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=2
+    )
+    names = [f"spk{i % 3}/utt{i}.wav" for i in range(12)]
+    encoder = calls = StandIn()
+    if fail and rank == 1:
+
+        def encoder(wavs, lens):
+            raise ValueError("out of luck")
+
+    try:
+        result = extract(
+            encoder,
+            names,
+            root,
+            store=EmbeddingStore(folder / "e.safetensors", "x"),
+            max_frames_per_batch=1,
+            progress=False,
+            distributed=True,
+        )
+    except Exception as error:
+        (folder / f"error{rank}").write_text(str(error))
+    else:
+        np.savez(
+            folder / f"{rank}.npz", matrix=result.matrix, n=len(calls.batches)
+        )
+    torch.distributed.destroy_process_group()
 
 
 def launch(folder, root, fail):
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-            str(Path(__file__).parent),
-            str(root),
-            str(folder),
-            fail,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    ranks = [
+        PROCESSES.Process(
+            target=extract_together, args=(rank, folder, root, fail)
+        )
+        for rank in range(2)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(timeout=120)
+        assert each.exitcode == 0
 
 
 def test_two_ranks_share_the_work(recordings, tmp_path):
     root, names = recordings
     # an error on one rank is an error on both, and loses no finished row
-    failed = launch(tmp_path, root, "yes")
-    assert failed.returncode != 0
-    assert "Rank 1 failed: out of luck" in failed.stderr
+    launch(tmp_path, root, True)
+    for rank in range(2):
+        error = (tmp_path / f"error{rank}").read_text()
+        assert "Rank 1 failed: out of luck" in error
     store = EmbeddingStore(tmp_path / "e.safetensors", "x")
     assert len(store.load().ids) == 6
     # the next run has the other rank's half to do, and shares it
-    done = launch(tmp_path, root, "no")
-    assert done.returncode == 0, done.stderr
+    launch(tmp_path, root, False)
     alone = extract(StandIn(), names, root, progress=False)
     for rank in range(2):
         saved = np.load(tmp_path / f"{rank}.npz")
