@@ -43,7 +43,7 @@ def test_reproductions_show_what_they_say(tmp_path):
     process.start()
     process.join()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == len(blocks()) == 5
+    assert len(results) == len(blocks()) == 13
     for block, (printed, error) in zip(blocks(), results, strict=True):
         said = re.search(r"(?:print\(.*\)|\(\))  # (.*)", block).group(1)
         assert said in (printed, error), block
