@@ -43,9 +43,15 @@ def test_every_block_has_a_test():
 def test_python_blocks(home, monkeypatch):
     monkeypatch.chdir(home)
     namespace = {}
-    for text in blocks("python"):
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(compile(text, "README.md", "exec"), namespace)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        for text in blocks("python"):
+            with contextlib.redirect_stdout(sys.stderr):
+                exec(compile(text, "README.md", "exec"), namespace)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:  # as other tests expect it
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     assert namespace["embeddings"].shape == (2, 512)
     assert -1 <= float(namespace["score"]) <= 1
 
