@@ -30,6 +30,9 @@ ALLOWED = (
     "speechbrain_ram.resnet.ResNet34",
 )
 
+# The parser's time grows with the square of their depth: 3,000 take seconds.
+_MAX_BRACKETS = 500
+
 
 class EncoderError(ValueError):
     """An encoder cannot be loaded or written; the message says why."""
@@ -72,9 +75,14 @@ def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
     >>> read_architecture(text)["mean_var_norm"]["arguments"]
     {'norm_type': 'sentence'}
     """
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise EncoderError(
+            f"'{name}' has more than {_MAX_BRACKETS} brackets; a description "
+            "of an encoder has ten. Is it damaged?"
+        )
     try:
         document = ruamel.yaml.YAML().load(text)
-    except ruamel.yaml.error.YAMLError as error:
+    except (ruamel.yaml.error.YAMLError, ValueError, RecursionError) as error:
         raise EncoderError(f"'{name}' is no YAML: {error}") from error
     if isinstance(document, Mapping) and "encoder" in document:
         document = document["encoder"]
@@ -158,7 +166,7 @@ def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
             call = dict(architecture[part])
             arguments = dict(call.pop("arguments"))
             (path,) = call.values()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EncoderError(
                 f"the architecture does not describe '{part}' by a class or "
                 "function and its arguments. Was the file edited or cut off?"
@@ -174,7 +182,7 @@ def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
         make = getattr(importlib.import_module(module_name), attribute)
         try:
             modules[part] = make(**arguments).eval()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever bad arguments bring about
             raise EncoderError(
                 f"'{part}' cannot be built: {path} refuses {arguments} "
                 f"({error}). Was it written by another version?"

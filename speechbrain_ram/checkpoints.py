@@ -380,7 +380,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             raise DamagedCheckpoint(f"'{path / METAFNAME}' is damaged.")
         if not isinstance(meta["unixtime"], float):
             raise KeyError("unixtime")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, AttributeError) as e:
+    except (
+        *(OSError, ValueError, yaml.YAMLError, KeyError, AttributeError),
+        *(TypeError, RecursionError),  # another kind of data; brackets
+    ) as e:
         raise DamagedCheckpoint(
             f"'{path / METAFNAME}' is damaged ({type(e).__name__}: {e})."
         ) from e

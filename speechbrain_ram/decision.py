@@ -160,7 +160,7 @@ class Decision:
                 if len(fields[side]) != BINS:
                     raise ValueError(f"{side} has {len(fields[side])} bins")
             return cls(**fields, calibration=calibration)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"These are no thresholds and score distributions: {error!r}. "
                 "Was the file edited, or written by another version?"

@@ -246,7 +246,9 @@ def read_folder(folder: str | os.PathLike) -> EncoderFolder:
             f"'{folder / WEIGHTS}' cannot be read: {error}. Was it copied "
             "whole?"
         ) from error
-    architecture = description.get("architecture", {})
+    architecture = description.get("architecture")
+    if not isinstance(architecture, dict):
+        raise EncoderError(f"'{file}' has no architecture. Was it edited?")
     actual = fingerprint(architecture, weights)
     if actual != description.get("fingerprint"):
         raise EncoderError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
-from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.architecture import (
     EncoderError,
@@ -15,6 +13,7 @@ from speechbrain_ram.architecture import (
     fingerprint,
     read_architecture,
 )
+from speechbrain_ram.checkpoints import CheckpointError, SafeCheckpointer
 from speechbrain_ram.embeddings import Padding
 from speechbrain_ram.encoder_folder import (
     DESCRIPTION,
@@ -36,8 +35,8 @@ class LoadedEncoder:
 
     def __init__(self, folder: EncoderFolder, device: str = "cpu"):
         self.folder = folder
-        self.sample_rate: int = folder.architecture["sample_rate"]
-        self.embedding_dim: int = folder.architecture["embedding_dim"]
+        self.sample_rate = _size(folder.architecture, "sample_rate")
+        self.embedding_dim = _size(folder.architecture, "embedding_dim")
         self.fingerprint = folder.fingerprint
         self.decision = folder.decision
         self.device = device
@@ -107,19 +106,36 @@ def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
     if not (path / "embedding_model.ckpt").is_file():
         path = _best_checkpoint(path)
     hyperparams = _folder_above(path, "hyperparams.yaml") / "hyperparams.yaml"
-    text = hyperparams.read_text(encoding="utf-8")
+    try:
+        text = hyperparams.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"'{hyperparams}' cannot be read: {error}. Was it copied whole?"
+        ) from error
     architecture = read_architecture(text, str(hyperparams))
     weights_file = path / "embedding_model.ckpt"
     try:
         # weights_only refuses a pickle that would call anything.
         state = torch.load(weights_file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        if not all(isinstance(each, torch.Tensor) for each in state.values()):
+            raise TypeError("not all of it are tensors")
+    except Exception as error:  # of the unpickler, whatever the bytes say
         raise EncoderError(
             f"'{weights_file}' holds no plain weights: {error}"
         ) from error
     name = fingerprint(architecture, state)
     folder = EncoderFolder(architecture, state, name, None, {})
     return LoadedEncoder(folder, device)
+
+
+def _size(architecture: dict, key: str) -> int:
+    value = architecture.get(key)
+    if type(value) is not int or value < 1:
+        raise EncoderError(
+            f"the architecture has {key} {value!r}, a whole number above 0 is "
+            "needed. Was the file edited or cut off?"
+        )
+    return value
 
 
 def _folder_above(path: Path, name: str) -> Path:
@@ -133,11 +149,14 @@ def _folder_above(path: Path, name: str) -> Path:
 def _best_checkpoint(run: Path) -> Path:
     """The run's checkpoint of lowest EER, or error, or else the newest."""
     if (run / "save").is_dir():  # SpeechBrain would make one
-        checkpoints = Checkpointer(run / "save")
-        for key in ("EER", "error", None):
-            best = checkpoints.find_checkpoint(min_key=key)
-            if best is not None:
-                return best.path
+        checkpoints = SafeCheckpointer(run / "save")  # skips damaged ones
+        try:
+            for key in ("EER", "error", None):
+                best = checkpoints.find_checkpoint(min_key=key)
+                if best is not None:
+                    return best.path
+        except CheckpointError as error:
+            raise EncoderError(str(error)) from error
     raise EncoderError(
         f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
         "with checkpoints (no save/CKPT+*)."

@@ -4,16 +4,25 @@ A target takes bytes. It may succeed, or raise the error of its own; any other
 exception is a bug. Used by test_fuzz.py and by fuzz_atheris.py.
 """
 
+import contextlib
 import io
+import json
 import random
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+from safetensors.torch import load_file
 from small_encoder import export_small
 
+from speechbrain_ram.architecture import fingerprint
 from speechbrain_ram.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.checkpoints import (
+    CheckpointError,
+    SafeCheckpointer,
+    read_checkpoint,
+)
 from speechbrain_ram.corpora.manifest import ManifestError, read_manifest
 from speechbrain_ram.inference import EncoderError, load_encoder
 from speechbrain_ram.scoring import read_scores
@@ -75,9 +84,37 @@ def read_recording(path):
         raise errors[0]
 
 
+def load_edited(encoder):
+    """An encoder whose description was edited by who knows fingerprints.
+
+    Without a new one nearly every change would be refused for that alone.
+    """
+    file = encoder / "encoder.json"
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        description = json.loads(file.read_text(encoding="utf-8"))
+        weights = load_file(encoder / "encoder.safetensors")
+        description["fingerprint"] = fingerprint(
+            description["architecture"], weights
+        )
+        file.write_text(json.dumps(description))
+    return load_encoder(encoder)
+
+
+def trained_run(folder, encoder):
+    """A run of which load_encoder takes the best checkpoint."""
+    model = load_encoder(encoder).modules["embedding_model"]
+    saved = SafeCheckpointer(folder / "save", {"embedding_model": model})
+    checkpoint = saved.save_checkpoint(meta={"EER": 3.5}).path
+    text = (encoder / "hyperparams.yaml").read_text()
+    (folder / "hyperparams.yaml").write_text(text)
+    return checkpoint
+
+
 def targets(folder):
     """Name -> target; `folder` is for their files."""
     encoder = export_small(folder / "encoder")
+    edited = export_small(folder / "edited")
+    checkpoint = trained_run(folder / "run", encoder)
     texts = {
         "trials": (read_any_trials, TrialError, TRIALS),
         "models": (read_models, TrialError, b"m1 a.wav b.wav\nm2 c.wav\n"),
@@ -106,6 +143,29 @@ def targets(folder):
             (encoder / name).read_bytes(),
             encoder / name,
         )
+    found["edited encoder.json"] = Target(
+        lambda _: load_edited(edited),
+        EncoderError,
+        (edited / "encoder.json").read_bytes(),
+        edited / "encoder.json",
+    )
+    for place in (
+        folder / "run" / "hyperparams.yaml",
+        checkpoint / "embedding_model.ckpt",
+    ):
+        # The checkpoint's own folder: its checksums would refuse all changes.
+        found[place.name] = Target(
+            lambda _: load_encoder(checkpoint),
+            EncoderError,
+            place.read_bytes(),
+            place,
+        )
+    found["CKPT.yaml"] = Target(
+        lambda _: read_checkpoint(checkpoint),
+        CheckpointError,
+        (checkpoint / "CKPT.yaml").read_bytes(),
+        checkpoint / "CKPT.yaml",
+    )
     return found
 
 
