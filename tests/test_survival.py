@@ -1,8 +1,10 @@
 """Runs that are killed end as if nothing had happened."""
 
+import os
 import random
 import shutil
 import signal
+import subprocess
 from functools import partial
 
 import pytest
@@ -287,3 +289,30 @@ def test_what_a_checkpoint_forgets_is_seen(
     found = differences(whole[0], folder)
     assert (seen in found) if seen else not found
     assert "OMP_NUM_THREADS" not in output_of(folder)
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
+    tiny_corpus, whole, tmp_path
+):
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("cannot mount a small disk: this test did NOT run")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr} This test did NOT run")
+    try:
+        # What a run prints goes beside its folder: not to the small disk.
+        (tmp_path / "run").symlink_to(disk, target_is_directory=True)
+        status, _ = train_in_process(tiny_corpus, tmp_path / "run")
+        assert status == 1
+        said = output_of(tmp_path / "run")
+        assert "MB free" in said and "run the same command" in said
+        more = ["mount", "-o", "remount,size=200m", str(disk)]
+        subprocess.run(more, check=True)
+        status, _ = train_in_process(tiny_corpus, tmp_path / "run")
+        assert status == 0, output_of(tmp_path / "run")
+        assert differences(whole[0], tmp_path / "run") == set()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
