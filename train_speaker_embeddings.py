@@ -69,6 +69,7 @@ def train(hparams_file, run_opts, overrides):
         seed=hparams["seed"],
         speeds=hparams["speeds"],
         augment=augment,
+        cache=hparams.get("decoded_cache"),
         **reading,
     )
     trials = None

@@ -181,6 +181,29 @@ def read_audio(
     return waveform
 
 
+def from_16_bit(samples: np.ndarray) -> torch.Tensor:
+    """Turn 16-bit samples into float32 in [-1, 1), as libsndfile does.
+
+    Arguments
+    ---------
+    samples : np.ndarray
+        Shape [samples], int16.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape [samples], float32.
+
+    Example
+    -------
+    >>> from_16_bit(np.array([-32768, 0, 16384], np.int16))
+    tensor([-1.0000,  0.0000,  0.5000])
+    """
+    floats = samples.astype(np.float32)
+    floats /= 32768
+    return torch.from_numpy(floats)
+
+
 def pad_waveforms(
     waveforms: Sequence[torch.Tensor], hop: int = 160
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,12 +19,16 @@ import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.audio import audio_info, read_audio
+from speechbrain_ram.audio import audio_info
+from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
+from speechbrain_ram.decoded_cache import DecodedCache
+from speechbrain_ram.fast_audio import read_samples
+from speechbrain_ram.packed import is_packed
 
 #: What each item of the datasets holds.
 OUTPUT_KEYS = ("id", "sig", "spk_id_encoded")
@@ -67,6 +71,8 @@ class CropDataset(DynamicItemDataset):
         a crop, such as
         :class:`speechbrain_ram.augmentation.RandomAugmentation`. Random crops
         only.
+    cache : DecodedCache, optional
+        Keeps what was decoded; crops are the same without it.
 
     Example
     -------
@@ -94,6 +100,7 @@ class CropDataset(DynamicItemDataset):
         mixdown: bool = False,
         speeds: Sequence[float] = (1.0,),
         augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+        cache: DecodedCache | None = None,
     ):
         _check_speeds(speeds)
         if not crop_seconds * sample_rate >= 1:
@@ -108,17 +115,25 @@ class CropDataset(DynamicItemDataset):
         self.resample = resample
         self.mixdown = mixdown
         self.augment = augment if random_crops else None
+        self.cache = cache
+        paths = [row.path(data_root) for row in rows]
+        kept = [False] * len(rows)
+        if cache is not None:
+            check_outside(cache.folder, data_root)
+            places = ((row.start, row.stop) for row in rows)
+            kept = cache.plan(list(zip(paths, places, strict=True)))
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         items = {
             at_speed(row.id, speed): {
-                "path": row.path(data_root),
+                "path": path,
                 "start": row.start,
                 "stop": row.stop,
                 "speed": speed,
+                "kept": keep,
                 "spk_id": at_speed(row.spk_id, speed),
             }
             for speed in speeds
-            for row in rows
+            for row, path, keep in zip(rows, paths, kept, strict=True)
         }
         labels = {
             speaker: label_encoder.encode_label_torch(speaker).reshape(1)
@@ -126,7 +141,9 @@ class CropDataset(DynamicItemDataset):
         }
         super().__init__(items)
         self.add_dynamic_item(
-            self._read_crop, ["id", "path", "start", "stop", "speed"], "sig"
+            self._read_crop,
+            ["id", "path", "start", "stop", "speed", "kept"],
+            "sig",
         )
         self.add_dynamic_item(labels.__getitem__, "spk_id", "spk_id_encoded")
         self.set_output_keys(OUTPUT_KEYS)
@@ -147,26 +164,42 @@ class CropDataset(DynamicItemDataset):
         self._epoch.fill_(epoch)
 
     def _read_crop(
-        self, utterance_id: str, path: str, start: int, stop: int, speed: float
+        self,
+        utterance_id: str,
+        path: str,
+        start: int,
+        stop: int,
+        speed: float,
+        kept: bool,
     ) -> torch.Tensor:
         """Read one crop, [crop_samples]."""
-        rate = audio_info(path).sample_rate if self.resample else None
-        rate = rate or self.sample_rate
+        within, rate = (start, stop), self.sample_rate
+        if self.resample and not is_packed(path):
+            rate = audio_info(path).sample_rate
         wanted = math.ceil(self.crop_samples * speed * rate / self.sample_rate)
         spare = stop - start - wanted
         if spare > 0:
             share = self._position(utterance_id) if self.random_crops else 0.5
             start += int(share * (spare + 1))
             stop = start + wanted
-        waveform = read_audio(
-            path, start, stop, self.sample_rate, self.resample, self.mixdown
+        waveform = read_samples(
+            path,
+            start,
+            stop,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+            self.cache if kept and rate == self.sample_rate else None,
+            within,
         )
         if speed != 1:
             waveform = torchaudio.functional.resample(
                 waveform, round(speed * self.sample_rate), self.sample_rate
             )
-        repeats = math.ceil(self.crop_samples / len(waveform))
-        crop = waveform.repeat(repeats)[: self.crop_samples]
+        if len(waveform) < self.crop_samples:
+            repeats = math.ceil(self.crop_samples / len(waveform))
+            waveform = waveform.repeat(repeats)
+        crop = waveform[: self.crop_samples]
         if self.augment is not None:
             crop = self.augment(crop, f"{self._key(utterance_id)}/augment")
         return crop
@@ -250,6 +283,7 @@ def speaker_datasets(
     mixdown: bool = False,
     speeds: Sequence[float] = (1.0,),
     augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+    cache: DecodedCache | None = None,
 ) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
     """Make the training and validation datasets and the speaker labels.
 
@@ -277,6 +311,8 @@ def speaker_datasets(
         there are. :func:`original_speakers` drops them again.
     augment : callable, optional
         Of the training crops, see :class:`CropDataset`.
+    cache : DecodedCache, optional
+        Of the training recordings.
 
     Returns
     -------
@@ -325,6 +361,7 @@ def speaker_datasets(
             mixdown=mixdown,
             speeds=speeds if random_crops else (1.0,),
             augment=augment,
+            cache=cache if random_crops else None,
         )
         for rows, random_crops in ((train_rows, True), (valid_rows, False))
     )

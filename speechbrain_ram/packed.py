@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.audio import AudioError, from_16_bit
 
 _MARK = ".tar#"
 
@@ -65,9 +65,7 @@ def read_packed(path: str, start: int, stop: int) -> torch.Tensor:
             f"'{path}' is truncated: samples {start} to {stop} were asked "
             f"for, {len(data) // 2} could be read. Was a copy interrupted?"
         )
-    samples = np.frombuffer(data, "<i2").astype(np.float32)
-    samples /= 32768
-    return torch.from_numpy(samples)
+    return from_16_bit(np.frombuffer(data, "<i2"))
 
 
 @cache

@@ -155,13 +155,13 @@ def test_workers_see_the_epoch(corpus, loader):
 
 def test_only_the_crop_is_read(corpus, monkeypatch):
     asked = []
-    original = dataset_module.read_audio
+    original = dataset_module.read_samples
 
     def spy(path, start, stop, *rest):
         asked.append(stop - start)
         return original(path, start, stop, *rest)
 
-    monkeypatch.setattr(dataset_module, "read_audio", spy)
+    monkeypatch.setattr(dataset_module, "read_samples", spy)
     list(datasets(corpus)[0])
     assert asked == [100, 1600, 3199, 3200, 3200, 3200, 3200]
 

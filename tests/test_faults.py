@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from conftest import run_recipe
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import Checkpointer
 from survival import differences
 
@@ -17,7 +18,13 @@ from speechbrain_ram import robust_brain
 from speechbrain_ram.audio import AudioError
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.dataset import CropDataset
-from speechbrain_ram.faults import Fault, FaultError, FaultList, SkipUnreadable
+from speechbrain_ram.faults import (
+    Batch,
+    Fault,
+    FaultError,
+    FaultList,
+    SkipUnreadable,
+)
 from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
 from speechbrain_ram.stopping import Interrupted
 
@@ -45,6 +52,15 @@ def test_a_stutter_is_bridged():
     flaky = Flaky(2)
     assert SkipUnreadable(flaky, waits=(0, 0))[1] == 1
     assert flaky.tries == 3
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 3, 4), (5,)])
+def test_batches_are_speechbrains(lengths):
+    items = [{"id": str(n), "sig": torch.randn(n)} for n in lengths]
+    ours, theirs = Batch(items).data, PaddedBatch(items)
+    assert type(ours) is PaddedBatch and ours.id == theirs.id
+    for one, other in zip(ours.sig, theirs.sig, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
 
 
 def test_what_stays_broken_becomes_a_fault():
@@ -141,7 +157,7 @@ def test_a_disk_that_stutters_changes_nothing(
     tiny_corpus, tiny_run, tmp_path, monkeypatch
 ):
     """Every third read fails the first time: nothing is lost."""
-    read, failures, count = dataset_module.read_audio, set(), 0
+    read, failures, count = dataset_module.read_samples, set(), 0
 
     def stuttering(path, *args, **kwargs):
         nonlocal count
@@ -151,7 +167,7 @@ def test_a_disk_that_stutters_changes_nothing(
             raise AudioError(f"'{path}' cannot be read: Stale file handle.")
         return read(path, *args, **kwargs)
 
-    monkeypatch.setattr(dataset_module, "read_audio", stuttering)
+    monkeypatch.setattr(dataset_module, "read_samples", stuttering)
     monkeypatch.setattr(robust_brain, "SkipUnreadable", impatient)
     run = run_recipe(tiny_corpus, tmp_path / "run")
     assert len(failures) >= 8

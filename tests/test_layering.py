@@ -17,15 +17,15 @@ FLOORS = [
     "checkpoints joint_batches processes random_state stopping "
     "sync_batch_norm",
     # On one of those each.
-    "bootstrap corpora.headers decision embeddings faults fused metadata "
-    "packed plots resnet "
+    "bootstrap corpora.headers decision decoded_cache embeddings faults fused "
+    "metadata packed plots resnet "
     "scoring video",
-    "class_parallel corpora.manifest model_card recordings report",
+    "class_parallel corpora.manifest fast_audio model_card recordings report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
-    "dataset encoder_folder robust_brain",
+    "encoder_folder robust_brain",
     "augmentation corpora.convert corpora.folder corpora.shards corpora.sitw "
-    "loading pretrained",
+    "dataset loading pretrained",
     # The SpeechBrain runtime, and the corpora of the paper.
     "brain corpora.cnceleb corpora.own corpora.voxceleb inference onnx_export",
     # What people type.

@@ -69,15 +69,8 @@ def test_samples_order_and_speakers_are_the_same(corpus):
         )
 
 
-def test_batches_of_the_loader_are_the_same(corpus, monkeypatch):
+def test_batches_of_the_loader_are_the_same(corpus):
     """The same crops in the same order, whatever the workers."""
-
-    def either(path, start, stop, *args):
-        if is_packed(path):
-            return read_packed(path, start, stop)
-        return read_audio(path, start, stop, *args)
-
-    monkeypatch.setattr(dataset, "read_audio", either)
     pack(corpus)
     epochs = []
     for manifest, workers in (
