@@ -420,7 +420,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--strip_prefix", default="", help="taken off names in the lists")
     add("--suffix", help="ending that all names shall have, such as .flac")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--max_frames", type=count, default=6000, help="frames in a batch")
+    help = "frames in a batch (default: extract's)"
+    add("--max_frames", type=count, help=help)
     add("--resample", action="store_true", help="allow other sample rates")
     add("--mixdown", action="store_true", help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")

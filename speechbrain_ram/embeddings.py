@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -27,11 +26,13 @@ from speechbrain_ram.audio import (
     read_audio,
 )
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore, merge
+from speechbrain_ram.threads import ahead, in_threads, n_threads
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Padding = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 
 _THREADS = 4  # decode while the encoder computes
+_CPU_FRAMES, _DEVICE_FRAMES = 200, 6000
 _SECONDS_BETWEEN_PARTS = 60
 
 
@@ -40,7 +41,7 @@ def extract(
     utterances: Sequence[str],
     root: str | os.PathLike,
     sample_rate: int = 16000,
-    max_frames_per_batch: int = 6000,
+    max_frames_per_batch: int | None = None,
     hop: int | None = None,
     resample: bool = False,
     mixdown: bool = False,
@@ -49,6 +50,7 @@ def extract(
     store: EmbeddingStore | None = None,
     distributed: bool = False,
     pad: Padding | None = None,
+    threads: int | None = None,
 ) -> EmbeddingSet:
     """Embed every utterance once.
 
@@ -63,9 +65,10 @@ def extract(
         Folder of the recordings.
     sample_rate : int
         In Hz, what the encoder was trained on.
-    max_frames_per_batch : int
+    max_frames_per_batch : int, optional
         Bound on frames of `hop` samples in a batch, padding included. An
-        utterance longer than that is a batch of its own.
+        utterance longer than that is a batch of its own. By default 6000 on
+        a GPU, and 200 on a CPU, whose caches a larger batch does not fit.
     hop : int, optional
         Samples from one feature frame to the next; 10 ms if not given.
     resample, mixdown : bool
@@ -82,6 +85,10 @@ def extract(
     pad : callable, optional
         Batches waveforms; given by front-ends that do not frame as the host's
         Fbank does (:meth:`speechbrain_ram.features.KaldiFbank.pad`).
+    threads : int, optional
+        How many batches are encoded at once. By default, on a CPU as many as
+        PyTorch has threads, which then share nothing; on a GPU one. With 1,
+        `encode` is never called by two threads at once.
 
     Returns
     -------
@@ -103,6 +110,10 @@ def extract(
         raise ValueError("No utterance to embed: is the trial list empty?")
     hop = hop or sample_rate // 100
     pad = pad or partial(pad_waveforms, hop=hop)
+    threads = n_threads(device, threads)
+    if max_frames_per_batch is None:
+        on_cpu = torch.device(device).type == "cpu"
+        max_frames_per_batch = _CPU_FRAMES if on_cpu else _DEVICE_FRAMES
     rank, world = 0, 1
     if distributed:
         rank = torch.distributed.get_rank()
@@ -124,25 +135,26 @@ def extract(
         def load(batch: list[int]) -> list[torch.Tensor]:
             return [read_audio(paths[todo[i]], **reading) for i in batch]
 
-        def embed() -> Iterator[EmbeddingSet]:
-            waveforms = _ahead(pool, load, batches)
-            for batch, wavs in zip(batches, waveforms, strict=True):
-                padded, lens = pad(wavs)
-                with torch.inference_mode():
-                    out = encode(padded.to(device), lens.to(device))
-                if out.ndim != 2 or len(out) != len(batch):
-                    raise ValueError(
-                        f"encode must return [{len(batch)}, E] for this "
-                        f"batch, got {tuple(out.shape)}."
-                    )
-                rows = [todo[i] for i in batch]
-                yield EmbeddingSet(
-                    tuple(utterances[row] for row in rows),
-                    out.float().cpu().numpy(),
-                    seconds[batch],
-                    files[rows],
+        def embed(work) -> EmbeddingSet:
+            batch, wavs = work
+            padded, lens = pad(wavs)
+            with torch.inference_mode():
+                out = encode(padded.to(device), lens.to(device))
+            if out.ndim != 2 or len(out) != len(batch):
+                raise ValueError(
+                    f"encode must return [{len(batch)}, E] for this batch, "
+                    f"got {tuple(out.shape)}."
                 )
+            rows = [todo[i] for i in batch]
+            return EmbeddingSet(
+                tuple(utterances[row] for row in rows),
+                out.float().cpu().numpy(),
+                seconds[batch],
+                files[rows],
+            )
 
+        waveforms = ahead(pool, load, batches, depth=threads + 3)
+        work = zip(batches, waveforms, strict=True)
         bar = tqdm(
             total=sum(map(len, batches)),
             unit="utt",
@@ -152,7 +164,12 @@ def extract(
         error = None
         with bar:
             try:
-                new = _collect(embed(), bar, store, f"{rank}-{os.getpid()}")
+                new = _collect(
+                    in_threads(embed, work, threads),
+                    bar,
+                    store,
+                    f"{rank}-{os.getpid()}",
+                )
             except Exception as problem:
                 if not distributed:
                     raise
@@ -298,15 +315,3 @@ def _gather(
                 raise problem
             raise RuntimeError(f"Rank {rank} failed: {problem}") from problem
     return [part for part, _ in parts if part is not None]
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, load: Callable, items: Sequence, depth: int = 4
-) -> Iterator:
-    """`map` that works at most `depth` items ahead of the consumer."""
-    todo = iter(items)
-    waiting = [pool.submit(load, item) for item in islice(todo, depth)]
-    while waiting:
-        done = waiting.pop(0).result()
-        waiting += [pool.submit(load, item) for item in islice(todo, 1)]
-        yield done

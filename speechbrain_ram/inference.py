@@ -33,6 +33,7 @@ from speechbrain_ram.recordings import (
     split_into_pieces,
     warn_of_clipping,
 )
+from speechbrain_ram.threads import in_threads, n_threads
 
 __all__ = [
     "Comparison",
@@ -94,8 +95,9 @@ class SpeakerEncoder:
         Whether files of another rate, or of several channels, are converted.
     window_seconds : float
         Longest piece that is embedded at once.
-    batch_seconds : float
-        Bound on the audio of a batch, padding included.
+    batch_seconds : float, optional
+        Bound on the audio of a batch, padding included. By default 60 on a
+        GPU, and 2 on a CPU, whose caches a larger batch does not fit.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class SpeakerEncoder:
         resample: bool = True,
         mixdown: bool = True,
         window_seconds: float = 60.0,
-        batch_seconds: float = 60.0,
+        batch_seconds: float | None = None,
     ):
         self.encoder = encoder
         self.sample_rate = encoder.sample_rate
@@ -114,6 +116,9 @@ class SpeakerEncoder:
         self.resample = resample
         self.mixdown = mixdown
         self.window_seconds = window_seconds
+        if batch_seconds is None:
+            on_cpu = torch.device(encoder.device).type == "cpu"
+            batch_seconds = 2.0 if on_cpu else 60.0
         self.batch_seconds = batch_seconds
 
     @classmethod
@@ -201,23 +206,34 @@ class SpeakerEncoder:
         pad = self.encoder.pad or partial(
             pad_waveforms, hop=self.sample_rate // 100
         )
+
+        def embed_batch(batch: list[int]):
+            """Whose pieces were heard, their rows, and what failed."""
+            heard, wavs, failed_here = [], [], []
+            for piece in (pieces[index] for index in batch):
+                try:
+                    wav = piece.load()
+                    warn_of_clipping(wav, names[piece.recording])
+                except AudioError as error:
+                    failed_here.append((piece.recording, error))
+                    continue
+                if not is_silent(wav):
+                    heard.append(piece.recording)
+                    wavs.append(wav)
+            rows = self.encoder.encode(*pad(wavs)) if wavs else None
+            return heard, rows, failed_here
+
+        threads = n_threads(self.encoder.device)
         with tqdm(
             total=len(pieces), unit="piece", desc="embed", disable=not progress
         ) as bar:
-            for batch in batches:
-                heard, wavs = [], []
-                for piece in (pieces[index] for index in batch):
-                    try:
-                        wav = piece.load()
-                        warn_of_clipping(wav, names[piece.recording])
-                    except AudioError as error:
-                        failed(piece.recording, error)
-                        continue
-                    if not is_silent(wav):
-                        heard.append(piece.recording)
-                        wavs.append(wav)
-                if wavs:
-                    rows = self.encoder.encode(*pad(wavs))
+            done = in_threads(embed_batch, batches, threads)
+            for batch, (heard, rows, failed_here) in zip(
+                batches, done, strict=True
+            ):
+                for recording, error in failed_here:
+                    failed(recording, error)
+                if heard:
                     np.add.at(sums, heard, rows.double().cpu().numpy())
                     np.add.at(counts, heard, 1)
                 bar.update(len(batch))

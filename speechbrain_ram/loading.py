@@ -20,6 +20,7 @@ from speechbrain_ram.encoder_folder import (
     EncoderFolder,
     read_folder,
 )
+from speechbrain_ram.folding import folded
 
 
 class LoadedEncoder:
@@ -56,6 +57,10 @@ class LoadedEncoder:
             raise EncoderError(
                 f"the device '{device}' cannot be used: {reason} Try 'cpu'."
             ) from error
+        # What computes; not what is exported or looked into.
+        self._network = self.modules["embedding_model"]
+        if torch.device(device).type == "cpu":
+            self._network = folded(self._network)
 
     @property
     def pad(self) -> Padding | None:
@@ -71,7 +76,7 @@ class LoadedEncoder:
         lengths = lengths.to(self.device)
         feats = self.modules["compute_features"](waveforms)
         feats = self.modules["mean_var_norm"](feats, lengths)
-        return self.modules["embedding_model"](feats, lengths).squeeze(1)
+        return self._network(feats, lengths).squeeze(1)
 
 
 def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:

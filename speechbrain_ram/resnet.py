@@ -165,6 +165,11 @@ class ResNet34(nn.Module):
         frames = None
         if lengths is not None:
             frames = valid_frames(lengths, feats.shape[1])
+            # On a GPU this would have to be waited for.
+            if frames.device.type == "cpu" and bool(
+                (frames == feats.shape[1]).all()
+            ):
+                frames = None
         x = feats.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
         mask = _time_mask(frames, x)
         if mask is not None:

@@ -1,6 +1,8 @@
 """Extraction: batches equal single utterances; the store; several ranks."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from speechbrain_ram.embedding_store import (
     merge,
 )
 from speechbrain_ram.embeddings import extract, length_batches
+from speechbrain_ram.threads import ahead
 
 RATE = 16000
 
@@ -116,6 +119,38 @@ def test_batches_equal_single_utterances(recordings, max_frames):
         assert seconds == pytest.approx(len(wav) / RATE)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(recordings, threads):
+    root, names = recordings
+    options = {"max_frames_per_batch": 1, "progress": False}
+    alone = extract(StandIn(), names, root, threads=1, **options)
+    inside = []
+
+    class Asking(StandIn):
+        def __call__(self, wavs, lens):
+            inside.append((threading.get_ident(), torch.get_num_threads()))
+            return super().__call__(wavs, lens)
+
+    before = torch.get_num_threads()
+    found = extract(Asking(), names, root, threads=threads, **options)
+    assert torch.get_num_threads() == before
+    assert {n for _, n in inside} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in inside}
+    assert found.ids == alone.ids
+    np.testing.assert_allclose(found.matrix, alone.matrix, atol=1e-5)
+
+
+def test_an_error_in_a_thread_is_raised(recordings):
+    root, names = recordings
+    before = torch.get_num_threads()
+    options = {"max_frames_per_batch": 1, "threads": 3, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        extract(Interrupted(), names, root, **options)
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="threads is 0, allowed is 1 or more"):
+        extract(StandIn(), names, root, threads=0)
+
+
 def test_lengths_relative_to_samples_would_be_off(recordings):
     """What pad_waveforms is for: the usual lengths fail the test above."""
     root, names = recordings
@@ -133,7 +168,8 @@ def test_lengths_relative_to_samples_would_be_off(recordings):
 def test_batches_are_bounded_and_of_like_length(recordings):
     root, names = recordings
     encoder = StandIn()
-    extract(encoder, names, root, max_frames_per_batch=250, progress=False)
+    options = {"max_frames_per_batch": 250, "threads": 1, "progress": False}
+    extract(encoder, names, root, **options)
     assert sum(size for size, _ in encoder.batches) == len(names)
     assert len(encoder.batches) < len(names)
     for size, samples in encoder.batches:
@@ -180,8 +216,8 @@ def test_reading_never_runs_far_ahead():
         started.append(item)
         return item
 
-    with module.ThreadPoolExecutor(4) as pool:
-        for done in module._ahead(pool, load, range(50), depth=4):
+    with ThreadPoolExecutor(4) as pool:
+        for done in ahead(pool, load, range(50), depth=4):
             assert len(started) <= done + 6
     assert started[-1] == 49
 
@@ -215,7 +251,7 @@ def test_broken_files_are_all_named_before_any_is_embedded(tmp_path):
 
 def test_what_encoders_may_not_do(recordings):
     root, names = recordings
-    with pytest.raises(ValueError, match=r"\[12, E\] .* got \(12, 1, 4\)"):
+    with pytest.raises(ValueError, match=r"\[1, E\] .* got \(1, 1, 4\)"):
         extract(
             lambda wavs, lens: torch.zeros(len(wavs), 1, 4),
             names,
@@ -273,7 +309,12 @@ class Interrupted(StandIn):
 def test_an_interrupted_run_goes_on_where_it_stopped(recordings, tmp_path):
     root, names = recordings
     store = EmbeddingStore(tmp_path / "e.safetensors", "x")
-    options = {"store": store, "max_frames_per_batch": 1, "progress": False}
+    options = {
+        "store": store,
+        "max_frames_per_batch": 1,
+        "threads": 1,
+        "progress": False,
+    }
     with pytest.raises(KeyboardInterrupt):
         extract(Interrupted(), names, root, **options)
     assert not store.path.exists()
@@ -282,16 +323,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(recordings, tmp_path):
     result = extract(encoder, names, root, **options)
     assert len(encoder.batches) == 7
     assert not store.parts.exists()
-    whole = extract(
-        StandIn(), names, root, max_frames_per_batch=1, progress=False
-    )
+    whole = extract(StandIn(), names, root, **{**options, "store": None})
     np.testing.assert_array_equal(result.matrix, whole.matrix)
 
 
 def test_what_was_stored_counts_while_parts_are_there(recordings, tmp_path):
     root, names = recordings
     store = EmbeddingStore(tmp_path / "e.safetensors", "x")
-    options = {"store": store, "max_frames_per_batch": 1, "progress": False}
+    options = {
+        "store": store,
+        "max_frames_per_batch": 1,
+        "threads": 1,
+        "progress": False,
+    }
     extract(StandIn(), names[:4], root, **options)
     with pytest.raises(KeyboardInterrupt):
         extract(Interrupted(), names, root, **options)
@@ -319,6 +363,7 @@ def test_parts_are_saved_while_it_runs(recordings, tmp_path, monkeypatch):
         root,
         store=store,
         max_frames_per_batch=1,
+        threads=1,
         progress=False,
     )
     assert seen == list(range(12))

@@ -15,12 +15,13 @@ FLOORS = [
     "features fused_torch fused_triton losses metrics pooling schedules "
     "score_norm similarity_map trials "
     "checkpoints joint_batches processes random_state stopping "
-    "sync_batch_norm",
+    "sync_batch_norm threads",
     # On one of those each.
     "bootstrap corpora.headers decision decoded_cache embeddings faults fused "
     "metadata packed plots resnet "
     "scoring video",
-    "class_parallel corpora.manifest fast_audio model_card recordings report",
+    "class_parallel corpora.manifest fast_audio folding model_card recordings "
+    "report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "encoder_folder robust_brain",
