@@ -193,7 +193,7 @@ def test_no_nan_leaves_a_broken_encoder(folder):
     with pytest.raises(EncoderError, match="returns NaN"):
         encoder.embed(voice(1.0))
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in encoder.encoder._network.parameters():
             parameter.zero_()
     with pytest.raises(EncoderError, match="or zero embeddings"):
         encoder.score(voice(1.0), voice(1.0))
