@@ -160,34 +160,54 @@ def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
     EncoderError
         A class that is not allowed, or arguments that it does not take.
     """
-    modules = {}
-    for part in PARTS:
-        try:
-            call = dict(architecture[part])
-            arguments = dict(call.pop("arguments"))
-            (path,) = call.values()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EncoderError(
-                f"the architecture does not describe '{part}' by a class or "
-                "function and its arguments. Was the file edited or cut off?"
-            ) from error
-        if path not in ALLOWED:
-            raise EncoderError(
-                f"'{part}' is a '{path}', which is not loaded from a folder "
-                f"for safety; allowed are {', '.join(ALLOWED)}. If you trust "
-                "the folder, load it with SpeechBrain's EncoderClassifier, "
-                "which executes what its YAML names."
-            )
-        module_name, _, attribute = path.rpartition(".")
-        make = getattr(importlib.import_module(module_name), attribute)
-        try:
-            modules[part] = make(**arguments).eval()
-        except Exception as error:  # whatever bad arguments bring about
-            raise EncoderError(
-                f"'{part}' cannot be built: {path} refuses {arguments} "
-                f"({error}). Was it written by another version?"
-            ) from error
-    return modules
+    return {part: build_part(architecture, part) for part in PARTS}
+
+
+def build_part(architecture: Mapping[str, Any], part: str) -> torch.nn.Module:
+    """One of the parts that :func:`build` makes.
+
+    Arguments
+    ---------
+    architecture : mapping
+        As for :func:`build`.
+    part : str
+        One of :data:`PARTS`.
+
+    Returns
+    -------
+    torch.nn.Module
+        In evaluation mode.
+
+    Raises
+    ------
+    EncoderError
+        As :func:`build`.
+    """
+    try:
+        call = dict(architecture[part])
+        arguments = dict(call.pop("arguments"))
+        (path,) = call.values()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EncoderError(
+            f"the architecture does not describe '{part}' by a class or "
+            "function and its arguments. Was the file edited or cut off?"
+        ) from error
+    if path not in ALLOWED:
+        raise EncoderError(
+            f"'{part}' is a '{path}', which is not loaded from a folder "
+            f"for safety; allowed are {', '.join(ALLOWED)}. If you trust "
+            "the folder, load it with SpeechBrain's EncoderClassifier, "
+            "which executes what its YAML names."
+        )
+    module_name, _, attribute = path.rpartition(".")
+    make = getattr(importlib.import_module(module_name), attribute)
+    try:
+        return make(**arguments).eval()
+    except Exception as error:  # whatever bad arguments bring about
+        raise EncoderError(
+            f"'{part}' cannot be built: {path} refuses {arguments} "
+            f"({error}). Was it written by another version?"
+        ) from error
 
 
 def fingerprint(

@@ -10,6 +10,7 @@ import torch
 from speechbrain_ram.architecture import (
     EncoderError,
     build,
+    build_part,
     fingerprint,
     read_architecture,
 )
@@ -41,14 +42,9 @@ class LoadedEncoder:
         self.fingerprint = folder.fingerprint
         self.decision = folder.decision
         self.device = device
+        _check_sizes(folder)
         self.modules = build(folder.architecture)
-        try:
-            self.modules["embedding_model"].load_state_dict(folder.weights)
-        except RuntimeError as error:
-            raise EncoderError(
-                "the weights do not fit the architecture. Was the run "
-                f"continued with other settings? ({error})"
-            ) from error
+        self.modules["embedding_model"].load_state_dict(folder.weights)
         try:
             for module in self.modules.values():
                 module.to(device)
@@ -166,3 +162,22 @@ def _best_checkpoint(run: Path) -> Path:
         f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
         "with checkpoints (no save/CKPT+*)."
     )
+
+
+def _check_sizes(folder: EncoderFolder) -> None:
+    """Refuse an architecture that the weights are not of.
+
+    On the meta device no memory is taken: an edited file cannot ask for more
+    than the weights' own size.
+    """
+    with torch.device("meta"):
+        model = build_part(folder.architecture, "embedding_model")
+    wanted = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    have = {key: tuple(t.shape) for key, t in folder.weights.items()}
+    for key in sorted(wanted.keys() | have.keys()):
+        if wanted.get(key) != have.get(key):
+            raise EncoderError(
+                "the weights do not fit the architecture: it has "
+                f"'{key}' of shape {wanted.get(key)}, they {have.get(key)}. "
+                "Was the run continued with other settings?"
+            )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from speechbrain.inference.speaker import SpeakerRecognition
 from speechbrain_ram import encoder_folder
 from speechbrain_ram.architecture import EncoderError
 from speechbrain_ram.encoder_folder import read_folder
-from speechbrain_ram.loading import load_encoder
+from speechbrain_ram.loading import LoadedEncoder, load_encoder
 
 
 @pytest.fixture(scope="module", params=["fbank", "kaldi"])
@@ -178,6 +179,17 @@ def test_weights_of_another_architecture(copy):
     change(copy, fingerprint=encoder_folder.fingerprint(architecture, state))
     with pytest.raises(EncoderError, match="do not fit the architecture"):
         load_encoder(copy)
+
+
+def test_an_architecture_larger_than_its_weights_takes_no_memory(copy):
+    loaded = read_folder(copy)
+    network = loaded.architecture["embedding_model"]["arguments"]
+    network["channels"] = [3000] * 4  # 10 GB of convolutions
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(EncoderError, match="'conv.weight' of shape .3000, 1"):
+        LoadedEncoder(loaded)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) / 2**10 < 500  # MB
 
 
 def test_damaged_thresholds(copy):
