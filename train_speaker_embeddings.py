@@ -117,7 +117,7 @@ def train(hparams_file, run_opts, overrides):
     embeddings = extract(
         brain.encode,
         [row.path(hparams["data_root"]) for row in some],
-        hparams["data_root"],
+        "",  # the paths are whole
         pad=brain.pad,
         distributed=n_processes() > 1,
         **reading,

@@ -112,6 +112,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert_same(weights(tiny_run), weights(tmp_path / "run"))
 
 
+def test_folders_may_be_relative(tiny_corpus, tmp_path, monkeypatch):
+    """As in the YAML of the demo."""
+    shutil.copytree(tiny_corpus.train_root, tmp_path / "dev")
+    shutil.copytree(tiny_corpus.test_root, tmp_path / "test")
+    monkeypatch.chdir(tmp_path)
+    folders = {"data_root": "dev", "trials_root": "test"}
+    run = run_recipe(tiny_corpus, "run", number_of_epochs=1, **folders)
+    assert (run / "inference" / "encoder.json").is_file()
+
+
 @pytest.mark.parametrize(
     "objective, form",
     [
