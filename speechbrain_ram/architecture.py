@@ -33,6 +33,9 @@ ALLOWED = (
 # The parser's time grows with the square of their depth: 3,000 take seconds.
 _MAX_BRACKETS = 500
 
+#: A setting has no more values than this; real ones have a few.
+_MAX_VALUES = 10_000
+
 
 class EncoderError(ValueError):
     """An encoder cannot be loaded or written; the message says why."""
@@ -262,8 +265,18 @@ def _object(node: Any, part: str, name: str) -> dict:
     )
 
 
-def _plain(value: Any, name: str) -> Any:
-    """A YAML node as JSON's types, or an error where it is more than that."""
+def _plain(value: Any, name: str, left: list[int] | None = None) -> Any:
+    """A YAML node as JSON's types, or an error where it is more than that.
+
+    `left` counts down: aliases of aliases make a short text grow without end.
+    """
+    left = [_MAX_VALUES] if left is None else left
+    left[0] -= 1
+    if left[0] < 0:
+        raise EncoderError(
+            f"'{name}' has a setting of more than {_MAX_VALUES} values. Is it "
+            "the YAML of an encoder?"
+        )
     # ruamel gives every collection a tag, an empty one where there is none.
     tag = getattr(value, "tag", None)
     if tag is not None and getattr(tag, "value", None) is not None:
@@ -272,9 +285,9 @@ def _plain(value: Any, name: str) -> Any:
             "them is needed. Are its references resolved?"
         )
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, name) for k, v in value.items()}
+        return {str(k): _plain(v, name, left) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(item, name) for item in value]
+        return [_plain(item, name, left) for item in value]
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):

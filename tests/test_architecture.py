@@ -44,6 +44,15 @@ def test_the_parts_equal_what_hyperpyyaml_builds():
     assert torch.equal(*outputs)
 
 
+def test_aliases_of_aliases_do_not_grow():
+    lines = ["more:", "  - &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for i in range(12):
+        lines.append(f"  - &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]")
+    bomb = KALDI.replace("  n_mels: 80", "  n_mels: *a12")
+    with pytest.raises(EncoderError, match="more than 10000 values"):
+        read_architecture("\n".join(lines) + "\n" + bomb)
+
+
 def test_it_survives_being_written():
     architecture = read_architecture(KALDI)
     assert read_architecture(write_architecture(architecture)) == architecture
