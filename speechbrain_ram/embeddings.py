@@ -126,6 +126,8 @@ def extract(
     }
     with ThreadPoolExecutor(_THREADS) as pool:
         known = store.load() if store else None
+        if store and distributed:  # before another rank adds its part
+            torch.distributed.barrier()
         files = np.array(list(pool.map(_file_state, paths)), np.int64)
         todo = _not_in(known, utterances, files)
         seconds = _durations(pool, [paths[i] for i in todo], reading)

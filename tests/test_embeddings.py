@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -436,12 +437,19 @@ def extract_together(rank, folder, root, fail):
         def encoder(wavs, lens):
             raise ValueError("out of luck")
 
+    class LateStore(EmbeddingStore):
+        """On rank 1, read when rank 0 could have done its share."""
+
+        def load(self):
+            time.sleep(2 * rank)
+            return super().load()
+
     try:
         result = extract(
             encoder,
             names,
             root,
-            store=EmbeddingStore(folder / "e.safetensors", "x"),
+            store=LateStore(folder / "e.safetensors", "x"),
             max_frames_per_batch=1,
             progress=False,
             distributed=True,
