@@ -23,11 +23,9 @@ from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
 from speechbrain_ram.dataset import original_speakers, speaker_datasets
 from speechbrain_ram.decision import Decision
-from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
-from speechbrain_ram.processes import n_processes
 from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
 from speechbrain_ram.stopping import StopRequest, leave_on_signals
@@ -114,17 +112,11 @@ def train(hparams_file, run_opts, overrides):
     # The best checkpoint becomes the folder that others load.
     brain.load_best()
     some = read_manifest(valid_csv)[:1000]
-    embeddings = extract(
-        brain.encode,
-        [row.path(hparams["data_root"]) for row in some],
-        "",  # the paths are whole
-        pad=brain.pad,
-        distributed=n_processes() > 1,
-        **reading,
-    )
+    paths = [row.path(hparams["data_root"]) for row in some]
+    embeddings = brain.embed(paths, "")
     decision = None
     if trials is not None:
-        decision = verify(brain, trials, hparams, reading, output)
+        decision = verify(brain, trials, hparams, output)
     if if_main_process():
         names, rows = original_speakers(label_encoder, hparams["speeds"])
         classifier.weight = torch.nn.Parameter(classifier.weight[rows])
@@ -144,16 +136,9 @@ def train(hparams_file, run_opts, overrides):
         print(f"Inference folder: {output / 'inference'}")
 
 
-def verify(brain, trials, hparams, reading, output):
+def verify(brain, trials, hparams, output):
     """Score the trials with the best checkpoint and say how it did."""
-    embeddings = extract(
-        brain.encode,
-        trials.utterances,
-        hparams["trials_root"],
-        pad=brain.pad,
-        distributed=n_processes() > 1,
-        **reading,
-    )
+    embeddings = brain.embed(trials.utterances, hparams["trials_root"])
     if not if_main_process():
         return None
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)

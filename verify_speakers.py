@@ -242,6 +242,7 @@ def embed(options, encoder, names, root, store) -> EmbeddingSet:
         max_frames_per_batch=options.max_frames,
         resample=options.resample,
         mixdown=options.mixdown,
+        device=encoder.device,
         store=EmbeddingStore(store, encoder.fingerprint),
         distributed=torch.distributed.is_initialized(),
         pad=encoder.pad,

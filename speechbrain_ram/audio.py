@@ -155,17 +155,7 @@ def read_audio(
             f"'{path}' is truncated: its header promises {wanted - start} "
             f"samples, {len(data)} could be read. Was a copy interrupted?"
         )
-    if data.shape[1] > 1 and not mixdown:
-        raise AudioError(
-            f"'{path}' has {data.shape[1]} channels, mono is needed. Allow "
-            "mixdown=True to average them, or convert the file."
-        )
-    if rate != sample_rate and not resample:
-        raise AudioError(
-            f"'{path}' has a sample rate of {rate} Hz, {sample_rate} Hz is "
-            "needed. Allow resample=True to convert it while reading, or "
-            "convert the file."
-        )
+    check_format(path, data.shape[1], rate, sample_rate, resample, mixdown)
     data = data.mean(axis=1) if data.shape[1] > 1 else data[:, 0]
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).sum())
@@ -179,6 +169,43 @@ def read_audio(
 
         waveform = torchaudio.functional.resample(waveform, rate, sample_rate)
     return waveform
+
+
+def check_format(
+    path: str | os.PathLike,
+    channels: int,
+    rate: int,
+    sample_rate: int,
+    resample: bool,
+    mixdown: bool,
+) -> None:
+    """Refuse several channels or another rate where that is not allowed.
+
+    Arguments
+    ---------
+    path : path
+        Named in the error.
+    channels, rate : int
+        What the recording has.
+    sample_rate, resample, mixdown
+        As for :func:`read_audio`.
+
+    Raises
+    ------
+    AudioError
+        It is not allowed.
+    """
+    if channels > 1 and not mixdown:
+        raise AudioError(
+            f"'{path}' has {channels} channels, mono is needed. Allow "
+            "mixdown=True to average them, or convert the file."
+        )
+    if rate != sample_rate and not resample:
+        raise AudioError(
+            f"'{path}' has a sample rate of {rate} Hz, {sample_rate} Hz is "
+            "needed. Allow resample=True to convert it while reading, or "
+            "convert the file."
+        )
 
 
 def from_16_bit(samples: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import speechbrain as sb
 import torch
@@ -11,6 +12,7 @@ from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.diagnostics import MarginDiagnostics
+from speechbrain_ram.embedding_store import EmbeddingSet
 from speechbrain_ram.embeddings import Padding, extract
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.metrics import eer, min_dcf
@@ -306,20 +308,37 @@ class SpeakerBrain(RobustBrain):
         best = self.checkpointer.find_checkpoint(min_key=self.best_key)
         self.checkpointer.load_modules(best)
 
-    def verify(self) -> dict[str, float]:
-        """Error rates on the dev trials, {} where there are none."""
-        if self.dev_trials is None:
-            return {}
+    def embed(self, utterances: Sequence[str], root: str) -> EmbeddingSet:
+        """Embed recordings, with all processes.
+
+        Arguments
+        ---------
+        utterances : sequence of str
+            Paths relative to `root`.
+        root : str
+            Their folder.
+
+        Returns
+        -------
+        EmbeddingSet
+        """
         self.modules.eval()
-        embeddings = extract(
+        return extract(
             self.encode,
-            self.dev_trials.utterances,
-            self.dev_root,
+            utterances,
+            root,
+            device=self.device,
             progress=not self.noprogressbar,
             pad=self.pad,
             distributed=n_processes() > 1,
             **self.read_options,
         )
+
+    def verify(self) -> dict[str, float]:
+        """Error rates on the dev trials, {} where there are none."""
+        if self.dev_trials is None:
+            return {}
+        embeddings = self.embed(self.dev_trials.utterances, self.dev_root)
         scores = score_trials(
             self.dev_trials, embeddings.ids, embeddings.matrix
         )

@@ -11,7 +11,12 @@ import os
 
 import torch
 
-from speechbrain_ram.audio import AudioError, AudioInfo
+from speechbrain_ram.audio import (
+    AudioError,
+    AudioInfo,
+    check_format,
+    from_16_bit,
+)
 from speechbrain_ram.corpora import transcode
 
 #: File name endings that are taken for recordings when a person's folder is
@@ -105,16 +110,10 @@ def read_video(
         where that was not allowed.
     """
     info = video_info(path)
-    if info.channels > 1 and not mixdown:
-        raise AudioError(
-            f"'{path}' has {info.channels} channels, mono is needed. Allow "
-            "mixdown=True to average them."
-        )
-    if info.sample_rate != sample_rate and not resample:
-        raise AudioError(
-            f"'{path}' has a sample rate of {info.sample_rate} Hz, "
-            f"{sample_rate} Hz is needed. Allow resample=True to convert it."
-        )
+    check_format(
+        *(path, info.channels, info.sample_rate),
+        *(sample_rate, resample, mixdown),
+    )
     ratio = sample_rate / info.sample_rate
     if stop is not None:
         stop = round(stop * ratio)
@@ -124,7 +123,7 @@ def read_video(
         )
     except transcode.DecodeError as error:
         raise AudioError(_why(path, error)) from error
-    return torch.from_numpy(samples).float() / 32768
+    return from_16_bit(samples)
 
 
 def _why(path: str | os.PathLike, error: Exception) -> str:
