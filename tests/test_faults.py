@@ -14,7 +14,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from survival import differences
 
 from speechbrain_ram import dataset as dataset_module
-from speechbrain_ram import robust_brain
+from speechbrain_ram import robust_brain, stopping
 from speechbrain_ram.audio import AudioError
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.dataset import CropDataset
@@ -196,6 +196,7 @@ def test_a_dead_worker_is_named(tiny_corpus, tmp_path, monkeypatch):
 def test_a_hanging_worker_is_not_waited_for(tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(CropDataset, "_read_crop", lambda *_: time.sleep(60))
     monkeypatch.setattr(robust_brain, "_LOADER_TIMEOUT", 1)
+    monkeypatch.setattr(stopping, "_WORKER_GRACE", 1)  # until it is killed
     with pytest.raises(WorkerError, match="timed out after 1"):
         run_recipe(
             tiny_corpus,
