@@ -11,6 +11,7 @@ second table says where the time of the first and last row goes.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from contextlib import nullcontext
 from functools import partial
@@ -27,12 +28,19 @@ from speechbrain_ram.fused import FusedMarginClassifier
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.resnet import ResNet34
 
+# What deterministic products on a GPU need, before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 SPEAKERS, SAMPLES = 5_994, 32_000
 WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 
 STEPS = {
     "stock": {},
     "channels_last": {"channels_last": True},
+    "channels_last, deterministic": {
+        "channels_last": True,
+        "deterministic": True,
+    },
     "channels_last, fused loss": {"channels_last": True, "fused": True},
 }
 # A CPU without bfloat16 instructions emulates them, 10 times slower.
@@ -133,8 +141,10 @@ class Step:
         fused=False,
         bf16=False,
         compiled=False,
+        deterministic=False,
     ):
         torch.manual_seed(0)
+        self.deterministic = deterministic
         self.device = device
         self.waveforms = torch.randn(batch, SAMPLES, device=device)
         self.lengths = torch.ones(batch, device=device)
@@ -168,6 +178,7 @@ class Step:
 
     def __call__(self) -> None:
         """The whole step."""
+        torch.use_deterministic_algorithms(self.deterministic)
         self.optimizer.zero_grad()
         with self.context():
             feats = self.normalise(self.fbank(self.waveforms), self.lengths)
