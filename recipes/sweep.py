@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.scoring import read_scores
 

@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from speechbrain_ram.atomic import atomic_writer
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -91,10 +93,8 @@ class Calibration:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as JSON."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        with atomic_writer(path) as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

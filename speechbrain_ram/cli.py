@@ -7,7 +7,6 @@ it is the same, an enrolled speaker); 1, it is another one; 2, an error.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import click
 import numpy as np
 
 import speechbrain_ram
+from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.cli_common import (
     JsonGroup,
     check_output,
@@ -104,15 +104,13 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
     ids = [name for i, name in enumerate(found) if i not in failures]
     for reason in failures.values():
         click.echo(f"Left out: {reason}", err=True)
-    temporary = f"{output}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with atomic_path(output) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             ids=np.array(ids, dtype=str),
             embeddings=rows,
             fingerprint=encoder.fingerprint,
         )
-    os.replace(temporary, output)
     facts = {
         "output": output,
         "embedded": len(rows),

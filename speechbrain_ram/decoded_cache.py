@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.audio import from_16_bit, read_audio
 
 logger = get_logger(__name__)
@@ -215,13 +215,6 @@ def _write_entry(entry: Path, state, samples: np.ndarray) -> None:
         data, width = narrow, 2
     else:
         data, width = samples.astype("<f4", copy=False), 4
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_HEADER.pack(_MARK, *state, len(data), width))
-            file.write(data.tobytes())
-        os.replace(temporary, entry)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(entry) as temporary, open(temporary, "wb") as file:
+        file.write(_HEADER.pack(_MARK, *state, len(data), width))
+        file.write(data.tobytes())

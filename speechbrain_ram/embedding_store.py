@@ -20,6 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from speechbrain_ram.atomic import atomic_path
+
 _FORMAT = "speechbrain-ram embeddings 1"
 
 
@@ -100,24 +102,24 @@ class EmbeddingStore:
         self._write(self.parts / f"{name}.safetensors", embeddings)
 
     def _write(self, path: Path, embeddings: EmbeddingSet) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         names = json.dumps(embeddings.ids).encode()
-        save_file(
-            {
-                "matrix": np.ascontiguousarray(embeddings.matrix, np.float32),
-                "seconds": np.asarray(embeddings.seconds, np.float32),
-                "files": np.asarray(embeddings.files, np.int64),
-                "ids": np.frombuffer(names, np.uint8),
-            },
-            temporary,
-            metadata={"format": _FORMAT, "fingerprint": self.fingerprint},
-        )
-        # safetensors makes files that only their owner can read
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            save_file(
+                {
+                    "matrix": np.ascontiguousarray(
+                        embeddings.matrix, np.float32
+                    ),
+                    "seconds": np.asarray(embeddings.seconds, np.float32),
+                    "files": np.asarray(embeddings.files, np.int64),
+                    "ids": np.frombuffer(names, np.uint8),
+                },
+                temporary,
+                metadata={"format": _FORMAT, "fingerprint": self.fingerprint},
+            )
+            # safetensors makes files that only their owner can read
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
 
     def _read(self, path: Path) -> EmbeddingSet:
         try:

@@ -19,8 +19,8 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.audio import AudioError
-from speechbrain_ram.corpora.atomic import atomic_writer
 
 logger = get_logger(__name__)
 

@@ -18,15 +18,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from speechbrain_ram.architecture import EncoderError
+from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.features import KaldiFbank
 from speechbrain_ram.loading import LoadedEncoder
 
@@ -175,7 +174,7 @@ def quantise(
         def get_next(self) -> Mapping[str, np.ndarray] | None:
             return next(feeds, None)
 
-    with _replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         quantize_static(
             str(source),
             str(temporary),
@@ -298,21 +297,9 @@ def _export(
     model.ir_version = min(model.ir_version, 9)  # older runtimes stop there
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=str(value))
-    with _replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         onnx.save(model, temporary)
     return Path(path)
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name that becomes `path` when all went well."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}."
-    ) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
 
 
 def _import_onnx():

@@ -13,11 +13,11 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.special import ndtri
 
+from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.metrics import ErrorCurve, error_curve
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -339,7 +339,5 @@ def _save(figure, path: str | os.PathLike) -> None:
     # it tells every glyph it embeds to whoever logs at level INFO
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     for ending in ("png", "pdf"):
-        final = Path(f"{path}.{ending}")
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format=ending, dpi=300)
-        os.replace(temporary, final)
+        with atomic_path(f"{path}.{ending}") as temporary:
+            figure.savefig(temporary, format=ending, dpi=300)

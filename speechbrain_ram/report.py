@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.bootstrap import Difference, Interval
 from speechbrain_ram.metrics import P_TARGETS, Metrics, evaluate
 from speechbrain_ram.plots import det_plot, histogram
@@ -420,6 +421,5 @@ def _plain(value):
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_writer(path) as file:
+        file.write(text)

@@ -29,8 +29,8 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.checkpoints import CheckpointError, is_full_disk
-from speechbrain_ram.corpora.atomic import atomic_writer
 from speechbrain_ram.faults import Batch, FaultList, SkipUnreadable
 from speechbrain_ram.joint_batches import JointBatchSampler
 from speechbrain_ram.processes import all_numbers, gathered, n_processes

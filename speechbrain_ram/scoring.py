@@ -15,10 +15,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.trials import (
     FieldReader,
     TrialList,
@@ -276,9 +276,7 @@ def write_scores(
             f"{len(trials)} trials."
         )
     enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_writer(path) as file:
         for start in range(0, len(trials), _CHUNK):
             part = slice(start, start + _CHUNK)
             file.writelines(
@@ -291,7 +289,6 @@ def write_scores(
                     strict=True,
                 )
             )
-    os.replace(temporary, path)
 
 
 def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_ram.atomic import atomic_path, atomic_writer
+
 #: Markers that take turns, so that 60 speakers can be told apart.
 _MARKERS = ("o", "s", "^")
 
@@ -141,10 +143,10 @@ def draw_map(
             frameon=False,
             ncols=1 + (len(names) > 30),
         )
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        figure.savefig(
+            temporary, format=Path(path).suffix[1:] or "png", dpi=150
+        )
 
 
 def write_html(
@@ -186,7 +188,5 @@ def write_html(
     # "</script>" in a file name must not end the script.
     text = json.dumps(data).replace("<", "\\u003c")
     page = page.replace("TITLE", html.escape(title)).replace("DATA", text)
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_writer(path) as file:
+        file.write(page)

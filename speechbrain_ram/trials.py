@@ -26,10 +26,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from speechbrain_ram.atomic import atomic_writer
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -295,9 +296,7 @@ def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
     '1 a b\\n'
     """
     enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_writer(path) as file:
         for start in range(0, len(trials), _CHUNK):
             part = slice(start, start + _CHUNK)
             file.writelines(
@@ -309,7 +308,6 @@ def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
                     strict=True,
                 )
             )
-    os.replace(temporary, path)
 
 
 def check_utterances(

@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
 
 # The rooms of the house, bottom up. A new file must be given a floor here.
 FLOORS = [
+    # How files are written.
+    "atomic",
     # Alone: formulas, formats, readers.
-    "architecture audio calibration corpora.atomic corpora.transcode "
+    "architecture audio calibration corpora.transcode "
     "diagnostics embedding_store enrolment "
     "features fused_torch fused_triton losses metrics pooling schedules "
     "score_norm similarity_map trials "

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speechbrain.dataio.dataset import DynamicItemDataset
 
-from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.manifest import (
     ManifestError,

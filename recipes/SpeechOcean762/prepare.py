@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from speechbrain_ram.atomic import atomic_writer
+
 HERE = Path(__file__).parent
 
 
@@ -40,12 +42,10 @@ def prepare(download: Path, data_folder: Path) -> None:
                 os.symlink(recording.resolve(), link)
             n_linked += 1
     trials = (HERE / "dev_trials.txt").read_text().splitlines()
-    part = data_folder / "dev_trials.txt.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with atomic_writer(data_folder / "dev_trials.txt") as file:
         for line in trials:
             label, enrol, test = line.split()
             file.write(f"{label} {enrol}.wav {test}.wav\n")
-    os.replace(part, data_folder / "dev_trials.txt")
     print(f"{n_linked} recordings, {len(trials)} trials in '{data_folder}'")
 
 

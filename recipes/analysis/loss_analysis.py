@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -30,6 +29,8 @@ from loss_numbers import (
     one_violator,
     sample,
 )
+
+from speechbrain_ram.atomic import atomic_path
 
 # Told apart without colour: dashes, widths, markers.
 STYLES = {
@@ -71,9 +72,8 @@ def save(figure, path: Path) -> None:
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
-    part = path.with_suffix(".png.part")
-    part.write_bytes(image.getvalue())
-    os.replace(part, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(image.getvalue())
     print(f"wrote {path}, {len(image.getvalue()) // 1000} kB")
 
 

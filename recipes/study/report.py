@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
 from study_results import difference, interval, result, table
+
+from speechbrain_ram.atomic import atomic_path
 
 # Told apart without colour.
 MARKERS = "os^vDP*X"
@@ -138,9 +139,8 @@ def write_figures(
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=110)
         plt.close(figure)
-        part = folder / f"{name}.png.part"
-        part.write_bytes(image.getvalue())
-        os.replace(part, folder / f"{name}.png")
+        with atomic_path(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(image.getvalue())
 
 
 def main() -> None:

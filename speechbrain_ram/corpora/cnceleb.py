@@ -19,7 +19,7 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside, check_overlap
 from speechbrain_ram.corpora.join import join_short

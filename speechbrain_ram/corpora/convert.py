@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from speechbrain_ram.corpora.atomic import atomic_writer
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.transcode import (

@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.audio import AudioError, audio_info, read_audio
 from speechbrain_ram.corpora.manifest import Utterance
 
@@ -106,12 +107,7 @@ def _is_complete(path: Path, frames: int) -> bool:
 
 def _write(path: Path, samples: np.ndarray, sample_rate: int) -> None:
     """Write 16-bit FLAC under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         soundfile.write(
             temporary, samples, sample_rate, format="FLAC", subtype="PCM_16"
         )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.audio import AudioError
-from speechbrain_ram.corpora.atomic import atomic_writer
 from speechbrain_ram.corpora.headers import (
     Header,
     many_objects,

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from speechbrain_ram.atomic import atomic_path
+
 #: Ending of the new files -> libsndfile's name of the format.
 FORMATS = {"flac": "FLAC", "wav": "WAV"}
 
@@ -233,9 +235,7 @@ def _write_checked(
     target: Path, samples: np.ndarray, sample_rate: int, to: str
 ) -> None:
     """Write, read the header back, rename; leave nothing half-written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(target) as temporary:
         try:
             soundfile.write(
                 temporary,
@@ -255,6 +255,3 @@ def _write_checked(
                 "finished files are kept",
                 str(target),
             )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
