@@ -92,7 +92,7 @@ class ResNet34(nn.Module):
     torch.Size([2, 1, 512])
     >>> lengths = torch.tensor([0.5, 1.0])
     >>> alone = encoder(feats[:1, :100])
-    >>> torch.allclose(encoder(feats, lengths)[:1], alone, atol=1e-4)
+    >>> torch.allclose(encoder(feats, lengths)[:1], alone, rtol=1e-4, atol=1e-4)
     True
     """
 
