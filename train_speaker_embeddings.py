@@ -26,9 +26,14 @@ from speechbrain_ram.decision import Decision
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
+from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
-from speechbrain_ram.stopping import StopRequest, leave_on_signals
+from speechbrain_ram.stopping import (
+    Interrupted,
+    StopRequest,
+    leave_on_signals,
+)
 from speechbrain_ram.trials import check_utterances, read_trials
 
 
@@ -160,4 +165,10 @@ if __name__ == "__main__":
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     leave_on_signals()
     sb.utils.distributed.ddp_init_group(run_opts)
-    train(hparams_file, run_opts, overrides)
+    status = 0
+    try:
+        train(hparams_file, run_opts, overrides)
+    except Interrupted as asked:
+        status = asked.code
+    leave_group()
+    sys.exit(status)

@@ -47,6 +47,7 @@ from speechbrain_ram.metadata import (
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
+from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
     file_name,
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     mean, cohort = embed_cohort(options, encoder, cohort_rows)
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
-        torch.distributed.destroy_process_group()
+        leave_group()
         if rank > 0:
             return {}
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
+
+# Its functions take the group that exists when it is first imported as a
+# default, and then hold it: that must be before there is one.
+import torch.distributed.nn
 from speechbrain.utils.distributed import is_distributed_initialized
 
 
@@ -74,3 +79,20 @@ def all_numbers(
     parts = [torch.empty_like(tensor) for _ in range(n_processes())]
     torch.distributed.all_gather(parts, tensor)
     return [tuple(part.tolist()) for part in parts]
+
+
+def leave_group() -> None:
+    """Let go of the other processes, as the last thing of a script.
+
+    Gloo's threads end with the last reference to the group. If Python ends
+    before them, the process can abort when all its work is done, and torchrun
+    takes that for a failure. Models in DistributedDataParallel refer to the
+    group: they must be out of scope.
+
+    Example
+    -------
+    >>> leave_group()  # one process: nothing to let go of
+    """
+    if is_distributed_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from survival import differences, output_of, train_in_processes
 
 from speechbrain_ram.joint_batches import JointBatchSampler
+from speechbrain_ram.processes import leave_group
 from speechbrain_ram.sync_batch_norm import sync_batch_norm
 
 
@@ -71,6 +72,11 @@ def test_the_order_is_speechbrains():
 def _normalise(rank, port, folder, uneven):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    _normalise_part(rank, folder, uneven)
+    leave_group()
+
+
+def _normalise_part(rank, folder, uneven):
     layer, values, weights = _layer_and_values()
     layer = sync_batch_norm(layer)
     part = slice(0, uneven) if rank == 0 else slice(uneven, None)
