@@ -11,6 +11,7 @@ float32 tensors in [-1, 1], shape ``[samples]``.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff")
 
 # No format needs less for silence: FLAC has up to 65,535 samples in 14 bytes.
 _SAMPLES_PER_BYTE = 10_000
+
+#: Hz; outside, a header is damaged rather than a recording unusual.
+_RATES = (1_000, 1_000_000)
+
+#: Coefficients of torchaudio's filter between two rates: 64 MB of float32.
+_FILTER = 2**24
 
 
 class AudioError(ValueError):
@@ -116,7 +123,8 @@ def read_audio(
     ------
     AudioError
         Missing, unreadable, truncated or empty file; another sample rate or
-        several channels where that was not allowed; NaN or infinite samples.
+        several channels where that was not allowed; a rate that nothing
+        sensible converts; NaN or infinite samples.
 
     Example
     -------
@@ -181,6 +189,9 @@ def check_format(
 ) -> None:
     """Refuse several channels or another rate where that is not allowed.
 
+    Where it is, refuse rates between which a filter would fill the memory, as
+    damaged headers have them.
+
     Arguments
     ---------
     path : path
@@ -206,6 +217,18 @@ def check_format(
             "needed. Allow resample=True to convert it while reading, or "
             "convert the file."
         )
+    if rate != sample_rate:
+        common = math.gcd(rate, sample_rate)
+        size = rate * sample_rate // common**2
+        if not _RATES[0] <= rate <= _RATES[1] or size > _FILTER:
+            raise AudioError(
+                f"'{path}' has a sample rate of {rate} Hz, which cannot be "
+                f"converted to {sample_rate} Hz here: allowed are "
+                f"{_RATES[0]} to {_RATES[1]} Hz with a product of at most "
+                f"{_FILTER} when the two are divided by their greatest "
+                f"common divisor, {common}. Is the header damaged? If not, "
+                "convert the file with sox or ffmpeg."
+            )
 
 
 def from_16_bit(samples: np.ndarray) -> torch.Tensor:

@@ -8,7 +8,7 @@ from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_ram import dataset as dataset_module
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.audio import AudioError, read_audio
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
@@ -177,6 +177,16 @@ def test_segments_of_a_long_file(tmp_path):
     for epoch in range(50):
         data.set_epoch(epoch)
         assert 40000 <= starts(data)[0] <= 48000 - 6400
+
+
+@pytest.mark.parametrize("rate", [1, 44_101, 2**31 - 1])
+def test_rates_of_damaged_headers_take_no_memory(tmp_path, rate):
+    """The filter from 44,101 to 16,000 Hz alone would be 2.8 GB."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(1000), rate)
+    message = f"{rate} Hz, which cannot be converted to 16000 Hz.*damaged"
+    with pytest.raises(AudioError, match=message):
+        read_audio(path, resample=True)
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 48000])
