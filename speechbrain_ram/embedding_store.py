@@ -98,7 +98,6 @@ class EmbeddingStore:
 
     def save_part(self, name: str, embeddings: EmbeddingSet) -> None:
         """Keep some rows until :meth:`save`."""
-        self.parts.mkdir(parents=True, exist_ok=True)
         self._write(self.parts / f"{name}.safetensors", embeddings)
 
     def _write(self, path: Path, embeddings: EmbeddingSet) -> None:

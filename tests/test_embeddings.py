@@ -26,6 +26,7 @@ from speechbrain_ram.embedding_store import (
     merge,
 )
 from speechbrain_ram.embeddings import extract, length_batches
+from speechbrain_ram.processes import leave_group
 from speechbrain_ram.threads import ahead
 
 RATE = 16000
@@ -460,7 +461,7 @@ def extract_together(rank, folder, root, fail):
         np.savez(
             folder / f"{rank}.npz", matrix=result.matrix, n=len(calls.batches)
         )
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def launch(folder, root, fail):

@@ -10,7 +10,6 @@ OUTPUT/figures. Needs the extra ``report`` (matplotlib), no data.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from pathlib import Path
 
@@ -70,11 +69,9 @@ def import_pyplot():
 def save(figure, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(image.getvalue())
-    print(f"wrote {path}, {len(image.getvalue()) // 1000} kB")
+        figure.savefig(temporary, format="png", dpi=110)
+    print(f"wrote {path}, {path.stat().st_size // 1000} kB")
 
 
 def draw(axes, x, curves: dict[str, torch.Tensor]) -> None:

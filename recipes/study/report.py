@@ -11,7 +11,6 @@ extra ``report`` (matplotlib).
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,11 +135,9 @@ def write_figures(
     for name, draw in FIGURES.items():
         figure = draw(plt, grid, records)
         figure.tight_layout()
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=110)
-        plt.close(figure)
         with atomic_path(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(image.getvalue())
+            figure.savefig(temporary, format="png", dpi=110)
+        plt.close(figure)
 
 
 def main() -> None:
