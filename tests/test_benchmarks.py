@@ -47,5 +47,19 @@ def test_what_moved(seconds, expected):
     before = {"machine": "m", "numbers": {"step": summary([0.98, 1.0, 1.02])}}
     now = {"machine": "m", "numbers": {"step": summary(seconds), "new": {}}}
     assert moved(before, now) == expected
-    other = moved({**before, "machine": "n"}, now)
-    assert other == ["another machine: n -> m", *expected]
+
+
+def test_another_machine_moves_only_what_moved_more_than_it():
+    def table(machine, **medians):
+        numbers = {
+            k: summary([0.99 * m, m, 1.01 * m]) for k, m in medians.items()
+        }
+        return {"machine": machine, "numbers": numbers}
+
+    before = table("m", stock=1.0, ours=0.5, other=3.0)
+    now = table("n", stock=2.0, ours=1.5, other=6.0)
+    first, *rest = moved(before, now)
+    assert first.startswith("another machine: m -> n; it takes 2.00 x the time")
+    assert rest == ["slower 1.50 x  ours: 0.5 s -> 1.5 s"]
+    assert len(moved(before, {**now, "machine": "m"})) == 3
+    assert moved(before, table("n", new=1.0)) == []
