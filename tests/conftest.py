@@ -1,12 +1,15 @@
 """What several test files share: a tiny corpus, a tiny trained run."""
 
 import os
+import random
 import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import speechbrain as sb
+import torch
 from speechbrain.utils.importutils import LazyModule
 
 from speechbrain_ram import plots
@@ -15,6 +18,21 @@ from train_speaker_embeddings import train
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = REPOSITORY / "hparams" / "ram_resnet34.yaml"
+
+
+class Seeded:
+    """Every test and doctest draws the same numbers in every run."""
+
+    @pytest.hookimpl(tryfirst=True)  # before the fixtures of the test draw
+    def pytest_runtest_setup(self):
+        random.seed(1986)
+        np.random.seed(1986)
+        torch.manual_seed(1986)
+
+
+def pytest_configure(config):
+    """A hook of this file itself would not see the package's doctests."""
+    config.pluginmanager.register(Seeded())
 
 
 @pytest.hookimpl(tryfirst=True)
