@@ -392,6 +392,9 @@ def test_all_of_it_in_miniature(data_folder, tmp_path):
         assert len(record["draws"]["EER"]["A"]) == REPLICATES
         assert record["training"]["train loss"] > 0
         assert record["command"].count(f"--seed {run.seed}") == 1
+        assert f"--output_folder WORK/{run.name} " in record["command"]
+        assert str(tmp_path) not in record["command"]
+        assert str(REPOSITORY) not in record["command"]
         output = tmp_path / "work" / run.name
         assert not (output / "save").exists()
     # each record is of its own training

@@ -46,7 +46,8 @@ import speechbrain_ram
 from speechbrain_ram.corpora.manifest import read_manifest
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parent.parent / "train_speaker_embeddings.py"
+ROOT = HERE.parent.parent
+SCRIPT = ROOT / "train_speaker_embeddings.py"
 
 #: What a launcher gets: command, log file, threads. Returns CPU seconds.
 Launcher = Callable[[Sequence[str], Path, int], float]
@@ -113,10 +114,19 @@ def last_epoch(train_log: Path) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
+def portable(command: Sequence[str], data_folder: Path, work: Path) -> str:
+    """A command as it is recorded, without this machine's folders."""
+    text = " ".join(command)
+    for folder, name in ((data_folder, "DATA_FOLDER"), (work, "WORK")):
+        text = text.replace(str(folder), name)
+    return text.replace(f"{ROOT}{os.sep}", "")
+
+
 def git_state() -> str:
-    """The commit, with a + where files differ from it."""
+    """The commit, with a + where files other than records differ from it."""
+    changed = ["status", "--porcelain", "-uno", ":/", ":(exclude)records"]
     state = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
+    for arguments in (["rev-parse", "HEAD"], changed):
         answer = subprocess.run(
             ["git", "-C", str(HERE), *arguments], capture_output=True, text=True
         )
@@ -167,7 +177,7 @@ def finish_run(
         "cpu_seconds": round(cpu_seconds, 1),
         "versions": versions(),
         "commit": git_state(),
-        "command": " ".join(command[1:]),
+        "command": portable(command[1:], data_folder, work),
     }
     if not keep:
         for folder in ("save", "inference"):
