@@ -24,6 +24,7 @@ from speechbrain_ram.corpora.manifest import read_manifest
 from speechbrain_ram.dataset import original_speakers, speaker_datasets
 from speechbrain_ram.decision import Decision
 from speechbrain_ram.inference import encoder_section, export_inference
+from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group
@@ -164,6 +165,7 @@ def verify(brain, trials, hparams, output):
 if __name__ == "__main__":
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     leave_on_signals()
+    keep_freed_memory()
     sb.utils.distributed.ddp_init_group(run_opts)
     status = 0
     try:

@@ -38,6 +38,7 @@ from speechbrain_ram.corpora.manifest import (
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metadata import (
     FIRST_FOLDER,
     TrialSpeakers,
@@ -539,6 +540,7 @@ def check_names(parser, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         main()
     except (ValueError, ImportError, OSError) as error:

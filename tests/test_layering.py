@@ -14,7 +14,7 @@ FLOORS = [
     # Alone: formulas, formats, readers.
     "architecture audio calibration corpora.transcode "
     "diagnostics embedding_store enrolment "
-    "features fused_torch fused_triton losses metrics pooling schedules "
+    "features fused_torch fused_triton losses memory metrics pooling schedules "
     "score_norm similarity_map trials "
     "checkpoints joint_batches processes random_state stopping "
     "sync_batch_norm threads",
