@@ -2,14 +2,14 @@
 
     SPEECHOCEAN762=FOLDER python benchmarks/bench_extraction.py [--quick]
 
-All rows read the same files and run the same half-width ResNet34; the result
-of each is compared with that of the first row.
+All rows read the same files and run the same half-width ResNet34, each in a
+process of its own; the result of each is compared with that of the first row.
+The last row is what the exported encoder and the scripts do.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import statistics
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Table, alternate
+from harness import Apart, Table, alternate
 from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,9 +26,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechbrain_ram.audio import read_audio
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.folding import folded
+from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.resnet import ResNet34
 
 CHANNELS = (16, 32, 64, 128)
+
+LARGE = {"threads": 1, "max_frames_per_batch": 6000}
+CASES = {
+    "one by one": {"one_by_one": True},
+    "one by one, channels_last": {"one_by_one": True, "channels_last": True},
+    "extract": {},
+    "extract, one thread": {"threads": 1},
+    "extract, one thread, 6,000 frames a batch": LARGE,
+    "extract, folded": {"fold": True},
+    "extract, folded, one thread": {"fold": True, "threads": 1},
+    "extract, folded, memory kept": {"fold": True, "keep": True},
+}
 
 
 def main() -> None:
@@ -67,48 +80,23 @@ def main() -> None:
         ],
         args.output,
     )
-    torch.manual_seed(0)
-    network = settled(ResNet34(channels=CHANNELS))
-    last = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    batched = partial(
-        extract,
-        utterances=files,
-        root=root,
-        progress=False,
-        device=args.device,
-    )
-    results = {}
-
-    def keep(name, function):
-        def run():
-            results[name] = function()
-
-        return run
-
-    plain, last = Encoder(network, args.device), Encoder(last, args.device)
-    fast = Encoder(folded(network), args.device)
     cases = {
-        "one by one": lambda: one_by_one(plain, files, root),
-        "one by one, channels_last": lambda: one_by_one(last, files, root),
-        "extract": lambda: batched(plain).matrix,
-        "extract, one thread": lambda: batched(plain, threads=1).matrix,
-        "extract, one thread, 6,000 frames a batch": lambda: (
-            batched(plain, threads=1, max_frames_per_batch=6000).matrix
-        ),
-        "extract, folded": lambda: batched(fast).matrix,
+        name: Apart(Extraction, files, root, args.device, **options)
+        for name, options in CASES.items()
     }
-    cases = {name: keep(name, function) for name, function in cases.items()}
     seconds = alternate(
         cases, 2 if args.quick else args.rounds, device=args.device
     )
-    first = unit(results["one by one"])
-    operations = count_operations(network.to(args.device)) * sum(lengths)
+    results = {name: unit(case.ask("result")) for name, case in cases.items()}
+    operations = cases["one by one"].ask("operations") * sum(lengths)
+    for case in cases.values():
+        case.close()
     roof = matrix_product(args.device)
     base = statistics.median(seconds["one by one"])
     for name, values in seconds.items():
         table.note(name, [value / sum(lengths) for value in values])
         middle = statistics.median(values)
-        difference = np.abs(unit(results[name]) - first).max()
+        difference = np.abs(results[name] - results["one by one"]).max()
         table.add(
             name,
             f"{len(files) / middle:.1f}",
@@ -119,6 +107,61 @@ def main() -> None:
     table.write()
 
 
+class Extraction:
+    """One way of embedding all files, with the same network."""
+
+    def __init__(
+        self,
+        files,
+        root,
+        device,
+        one_by_one=False,
+        channels_last=False,
+        fold=False,
+        keep=False,
+        **options,
+    ):
+        if keep:
+            keep_freed_memory()
+        self.device = device
+        self.files, self.root = files, root
+        torch.manual_seed(0)
+        network = settled(ResNet34(channels=CHANNELS))
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        if fold:
+            network = folded(network)
+        self.network = network.to(device)
+        encode = Encoder(self.network, device)
+        if one_by_one:
+            self.run = partial(by_loop, encode, files, root)
+        else:
+            self.run = partial(
+                extract,
+                encode,
+                files,
+                root,
+                progress=False,
+                device=device,
+                **options,
+            )
+
+    def __call__(self) -> None:
+        """Embed everything."""
+        self.rows = self.run()
+
+    def result(self) -> np.ndarray:
+        """The embeddings, [files, E]."""
+        return getattr(self.rows, "matrix", self.rows)
+
+    def operations(self) -> float:
+        """Floating-point operations for a second of audio."""
+        feats = torch.zeros(1, 400, 80, device=self.device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.network(feats)
+        return counter.get_total_flops() / 4
+
+
 def settled(network: ResNet34) -> ResNet34:
     """Give the batch norms statistics, as training would."""
     network.train()
@@ -126,14 +169,6 @@ def settled(network: ResNet34) -> ResNet34:
         for _ in range(3):
             network(torch.randn(8, 200, 80))
     return network.eval()
-
-
-def count_operations(network) -> float:
-    """Floating-point operations for a second of audio."""
-    device = next(network.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 400, 80, device=device))
-    return counter.get_total_flops() / 4
 
 
 def matrix_product(device: str, size: int = 1536) -> float:
@@ -159,7 +194,7 @@ class Encoder:
 
 
 @torch.inference_mode()
-def one_by_one(encode, files, root) -> np.ndarray:
+def by_loop(encode, files, root) -> np.ndarray:
     """What a first script does."""
     rows = []
     for file in files:

@@ -10,12 +10,14 @@ wall, after a device synchronisation.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchaudio
@@ -72,10 +74,64 @@ def alternate(
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
+            if isinstance(run, Apart):
+                seconds[name].append(run())
+                continue
             start = clock(device, wall)
             run()
             seconds[name].append(clock(device, wall) - start)
     return seconds
+
+
+class Apart:
+    """A case in a process of its own, which a setting may concern as a whole.
+
+    Arguments
+    ---------
+    build : callable
+        Called in the new process with the rest of the arguments; what it
+        returns is the case, and has the attribute ``device``.
+    """
+
+    def __init__(self, build: Callable[..., Any], *args: Any, **kwargs: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, build, args, kwargs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # it is built
+
+    def ask(self, method: str) -> Any:
+        """What a method of the case returns."""
+        self._pipe.send(method)
+        return self._pipe.recv()
+
+    def __call__(self) -> float:
+        """Run the case once; returns the seconds that it measured."""
+        return self.ask("")
+
+    def close(self) -> None:
+        """End the process and free what it holds."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe, build, args, kwargs) -> None:
+    case = build(*args, **kwargs)
+    pipe.send(None)
+    while True:
+        try:
+            method = pipe.recv()
+        except EOFError:
+            return
+        if method:
+            pipe.send(getattr(case, method)())
+            continue
+        start = clock(case.device)
+        case()
+        pipe.send(clock(case.device) - start)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

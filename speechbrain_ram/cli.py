@@ -30,6 +30,7 @@ from speechbrain_ram.cli_common import (
     recordings_below,
     threshold_option,
 )
+from speechbrain_ram.memory import keep_freed_memory
 
 
 @click.group(
@@ -48,6 +49,7 @@ def main() -> None:
     any rate and length, and videos where PyAV is installed. Every command
     exits with 2 on an error.
     """
+    keep_freed_memory()
 
 
 @main.command()

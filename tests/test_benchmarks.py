@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: tables, and what counts as a change."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from compare import moved
-from harness import Table, alternate, summary
+from harness import Apart, Table, alternate, summary
 
 
 def test_table_is_written_with_quartiles(tmp_path):
@@ -63,3 +64,31 @@ def test_another_machine_moves_only_what_moved_more_than_it():
     assert rest == ["slower 1.50 x  ours: 0.5 s -> 1.5 s"]
     assert len(moved(before, {**now, "machine": "m"})) == 3
     assert moved(before, table("n", new=1.0)) == []
+
+
+class Case:
+    """Built in a process of its own."""
+
+    device = "cpu"
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self):
+        if self.name == "broken":
+            raise RuntimeError("broken")
+
+    def process(self):
+        return self.name, os.getpid()
+
+
+def test_a_case_in_a_process_of_its_own():
+    case = Apart(Case, "a")
+    name, pid = case.ask("process")
+    assert name == "a" and pid != os.getpid()
+    seconds = alternate({"a": case, "b": lambda: None}, 2)
+    assert len(seconds["a"]) == 2 and 0 <= min(seconds["a"]) < 1
+    case.close()
+    broken = Apart(Case, "broken")
+    with pytest.raises(EOFError):  # its traceback is on stderr
+        broken()
