@@ -10,6 +10,7 @@ import pytest
 import speechbrain as sb
 import yaml
 from conftest import REPOSITORY
+from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_ram.bootstrap import (
     bootstrap,
@@ -128,11 +129,43 @@ def test_the_grids_are_whole(name, most):
         ({"baseline": "SVM"}, "baseline is 'SVM'"),
         ({"search_seeds": [3]}, "must be among final_seeds"),
         ({"margin": 1}, r"unknown keys \['margin'\]"),
+        ({"systems": {"AM": {"margin": 1}}}, "'AM' has the keys .'margin'."),
     ],
 )
 def test_a_bad_grid_is_refused(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         plan.read_grid(write_grid(tmp_path, **changes))
+
+
+def test_beyond_shares_the_records():
+    one, other = (
+        plan.read_grid(STUDY / f) for f in ("cpu.yaml", "beyond.yaml")
+    )
+    assert one.fingerprint == other.fingerprint
+    for system, settings in one.systems.items():
+        assert other.systems.get(system, settings) == settings
+
+
+def test_what_a_system_overrides(tmp_path):
+    """The recipe takes it, as it takes a command line."""
+    grid = plan.read_grid(STUDY / "beyond.yaml")
+    built = {}
+    for system in grid.systems:
+        run = grid.run(system, grid.margins_of(system)[-1], 1)
+        folders = tmp_path, tmp_path / "trials.txt", tmp_path / "out"
+        command = study.command_of(grid, run, *folders)
+        hparams_file, _, overrides = sb.parse_arguments(command[2:])
+        with open(hparams_file, encoding="utf-8") as file:
+            built[system] = load_hyperpyyaml(file, overrides), run.margin
+    for system, (hparams, margin) in built.items():
+        assert hparams["compute_cost"].loss_fn.margin == margin
+        schedule = hparams["margin_schedule"]
+        assert ("rising" in system) == (schedule is not None)
+        assert schedule is None or schedule(4) == margin
+    kinds = [h["compute_cost"].loss_fn for h, _ in built.values()]
+    assert [k.n_classes for k in kinds if hasattr(k, "n_classes")] == [5994]
+    assert [k.sharpness for k in kinds if hasattr(k, "sharpness")] == [3]
+    assert [k.hardest for k in kinds if hasattr(k, "hardest")] == [3]
 
 
 # -- speakers and trials --------------------------------------------------

@@ -75,6 +75,7 @@ def command_of(
         "verify_every": 1_000_000,
         "verify_untrained": False,
         **grid.settings,
+        **grid.overrides_of(run.system),
     }
     command = [sys.executable, str(SCRIPT), str(grid.recipe)]
     for key, value in settings.items():
@@ -90,7 +91,12 @@ def launch(command: Sequence[str], log: Path, threads: int) -> float:
     RuntimeError
         It failed; the message ends with what it said last.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(path),  # study_variants
+    }
     with open(log, "ab") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env=environment

@@ -61,7 +61,7 @@ class Grid:
     threads: int
     scale: float
     margins: tuple[float, ...]
-    systems: dict[str, dict[str, str]]
+    systems: dict[str, dict[str, Any]]
     baseline: str
     search_seeds: tuple[int, ...]
     final_seeds: tuple[int, ...]
@@ -85,10 +85,14 @@ class Grid:
         return Run(system, settings["objective"], form, margin, seed)
 
     def margins_of(self, system: str) -> tuple[float, ...]:
-        """Margins to try: softmax has none."""
+        """Margins to try: softmax has none, a system may name its own."""
         if self.systems[system]["objective"] == "softmax":
             return (0.0,)
-        return self.margins
+        return tuple(self.systems[system].get("margins", self.margins))
+
+    def overrides_of(self, system: str) -> dict[str, Any]:
+        """Keys of the recipe that a system sets besides its objective."""
+        return self.systems[system].get("overrides", {})
 
     def hours(self, n_runs: int, seconds: float | None = None) -> float:
         """Hours for so many runs, of so many seconds each if known."""
@@ -107,8 +111,8 @@ def read_grid(path: str | os.PathLike) -> Grid:
     Raises
     ------
     ValueError
-        Unknown or missing keys, a baseline that is no system, or search seeds
-        that are not among the final ones.
+        Unknown or missing keys, in the grid or a system, a baseline that is
+        no system, or search seeds that are not among the final ones.
     """
     path = Path(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -122,6 +126,13 @@ def read_grid(path: str | os.PathLike) -> Grid:
         content[key] = tuple(content[key])
     content["recipe"] = (path.parent / content["recipe"]).resolve()
     grid = Grid(**content)
+    known = {"objective", "form", "margins", "overrides"}
+    for name, settings in grid.systems.items():
+        if not set(settings) <= known:
+            raise ValueError(
+                f"'{path}': system {name!r} has the keys {sorted(settings)}, "
+                f"allowed are {', '.join(sorted(known))}."
+            )
     if grid.baseline not in grid.systems:
         raise ValueError(
             f"'{path}': baseline is {grid.baseline!r}, allowed are "
