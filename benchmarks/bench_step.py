@@ -1,6 +1,7 @@
 """One training step against the same network through SpeechBrain's stock path.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_step.py [--quick] [--device cuda]
+    OMP_NUM_THREADS=2 python benchmarks/bench_step.py [--quick]
+    python benchmarks/bench_step.py --device cuda --sizes full:64 full:512
 
 The step is front-end, ResNet34, classifier of 5,994 speakers, loss, backward,
 Adam, on crops of 2 s. Stock: SpeechBrain's Fbank, default memory layout,
@@ -98,40 +99,38 @@ def main() -> None:
         args.output,
     )
     ceilings = {half: matrix_product(half, device) for half in (False, True)}
-    widths = ["half"] if args.quick else args.widths
-    for width in widths:
-        for batch in [16] if args.quick else args.batches:
-            built = {
-                name: Apart(Step, WIDTHS[width], batch, device, **options)
-                for name, options in steps.items()
-            }
-            rounds = 3 if args.quick else args.rounds
-            seconds = alternate(built, rounds, device=device)
-            stock = statistics.median(seconds["stock"])
-            operations = built["stock"].ask("operations")
-            for name, values in seconds.items():
-                table.note(f"{width} N={batch} {name}", values)
-                middle = statistics.median(values)
-                reached = operations / middle
-                table.add(
-                    width,
-                    batch,
-                    name,
-                    f"{batch / middle:.1f}",
-                    f"{stock / middle:.2f}",
-                    f"{reached / 1e9:,.0f}",
-                    f"{100 * reached / ceilings['bf16' in name]:.0f} %",
-                )
-            for name in () if args.quick else (list(steps)[0], list(steps)[-1]):
-                stages = built[name].ask("stages")
-                profile.add(
-                    width,
-                    batch,
-                    name,
-                    *(f"{1000 * stages[stage]:.1f}" for stage in Step.STAGES),
-                )
-            for case in built.values():
-                case.close()
+    for width, batch in [("half", 16)] if args.quick else args.sizes:
+        built = {
+            name: Apart(Step, WIDTHS[width], batch, device, **options)
+            for name, options in steps.items()
+        }
+        rounds = 3 if args.quick else args.rounds
+        seconds = alternate(built, rounds, device=device)
+        stock = statistics.median(seconds["stock"])
+        operations = built["stock"].ask("operations")
+        for name, values in seconds.items():
+            table.note(f"{width} N={batch} {name}", values)
+            middle = statistics.median(values)
+            reached = operations / middle
+            table.add(
+                width,
+                batch,
+                name,
+                f"{batch / middle:.1f}",
+                f"{stock / middle:.2f}",
+                f"{reached / 1e9:,.0f}",
+                f"{100 * reached / ceilings['bf16' in name]:.0f} %",
+            )
+        for name in () if args.quick else (list(steps)[0], list(steps)[-1]):
+            stages = built[name].ask("stages")
+            profile.add(
+                width,
+                batch,
+                name,
+                *(f"{1000 * stages[stage]:.1f}" for stage in Step.STAGES),
+            )
+        for case in built.values():
+            case.close()
     table.write()
     if not args.quick:
         profile.write()
@@ -241,6 +240,14 @@ def matrix_product(half: bool, device: str, size: int = 1536) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
+def size(text: str) -> tuple[str, int]:
+    """Width and batch of WIDTH:N."""
+    width, _, batch = text.partition(":")
+    if width not in WIDTHS or not batch.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected half:16")
+    return width, int(batch)
+
+
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -249,10 +256,12 @@ def parse_arguments():
     parser.add_argument("--output", help="folder of the tables")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[16, 64], metavar="N"
-    )
-    parser.add_argument(
-        "--widths", nargs="+", default=["half", "full"], choices=list(WIDTHS)
+        "--sizes",
+        nargs="+",
+        metavar="WIDTH:N",
+        type=size,
+        default=[(width, n) for width in ("half", "full") for n in (16, 64)],
+        help="half or full, and the batch; full:64 needs 20 GB on a CPU",
     )
     return parser.parse_args()
 
