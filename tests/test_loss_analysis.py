@@ -12,6 +12,8 @@ sys.path.insert(0, str(REPOSITORY / "recipes" / "analysis"))
 import loss_analysis
 import loss_numbers as numbers
 
+from speechbrain_ram.losses import FORMS, make_objective
+
 PAGE = (REPOSITORY / "docs" / "loss-analysis.md").read_text(encoding="utf-8")
 M, S = 0.35, 30.0
 
@@ -120,6 +122,22 @@ def test_nothing_is_easy_at_scale_1():
     best = numbers.sample(1.0, torch.full((9,), -1.0))
     x = float(numbers.excess(best, 0.0, 1.0).exp().sum())
     assert x == pytest.approx(9 * math.exp(-2)) and x > 1
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_at_one_angle_the_angular_margin_is_its_formula(form, margin):
+    """z = 2 s sin(m/2) sin(theta + m/2), in all classes."""
+    angles = torch.tensor([1e-3, 0.5, 1.0, 1.57, 2.0], dtype=torch.float64)
+    cosines = angles.cos()[:, None].expand(-1, 125)
+    one_hot = torch.zeros_like(cosines)
+    one_hot[:, 0] = 1
+    logits = make_objective("raam", margin, 30.0, form)(cosines, one_hot)
+    loss = -logits.log_softmax(dim=1)[:, 0]
+    z = 60 * math.sin(margin / 2) * torch.sin(angles + margin / 2)
+    ones = 0 if form != "hinge" else 1
+    expected = torch.log(1 + 124 * (z.exp() - ones))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("title", numbers.TABLES)

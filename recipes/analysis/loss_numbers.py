@@ -270,10 +270,37 @@ def conjecture() -> str:
     )
 
 
+def nobody_told_apart(n_classes: int = 125) -> str:
+    """Loss where the target and all other classes stand at one angle."""
+    angles = (120, 90, 60, 30, 0)
+    cosines = torch.tensor([math.cos(math.radians(a)) for a in angles])
+    cosines = cosines.unsqueeze(1).expand(-1, n_classes).contiguous()
+    one_hot = torch.zeros_like(cosines)
+    one_hot[:, 0] = 1
+    targets = torch.zeros(len(angles), dtype=torch.long)
+    rows = []
+    for name, objective, margin in (
+        ("AM", "am", 0.5),
+        ("AAM", "aam", 0.2),
+        ("AAM", "aam", 0.35),
+        ("AAM", "aam", 0.5),
+        ("AAM", "aam", 1.0),
+        ("Real-AAM", "raam", 0.5),
+    ):
+        loss_fn = make_objective(objective, margin, SCALE)
+        losses = F.cross_entropy(
+            loss_fn(cosines, one_hot), targets, reduction="none"
+        )
+        rows.append([f"{name}, m = {margin}"])
+        rows[-1] += [f"{loss:.1f}" for loss in losses.tolist()]
+    return markdown(["", *(f"{a}°" for a in angles)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "smallest example": smallest_example,
     "approximations": approximations,
     "easy share": easy_share,
     "growth": growth,
     "conjecture": conjecture,
+    "nobody told apart": nobody_told_apart,
 }
