@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Apart, Table, alternate
+from harness import Apart, Table, alternate, matrix_product
 from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
 from torch.utils.flop_counter import FlopCounterMode
@@ -124,7 +124,6 @@ class Extraction:
         if keep:
             keep_freed_memory()
         self.device = device
-        self.files, self.root = files, root
         torch.manual_seed(0)
         network = settled(ResNet34(channels=CHANNELS))
         if channels_last:
@@ -136,23 +135,16 @@ class Extraction:
         if one_by_one:
             self.run = partial(by_loop, encode, files, root)
         else:
-            self.run = partial(
-                extract,
-                encode,
-                files,
-                root,
-                progress=False,
-                device=device,
-                **options,
-            )
+            options |= {"progress": False, "device": device}
+            self.run = lambda: extract(encode, files, root, **options).matrix
 
     def __call__(self) -> None:
         """Embed everything."""
-        self.rows = self.run()
+        self.matrix = self.run()
 
     def result(self) -> np.ndarray:
         """The embeddings, [files, E]."""
-        return getattr(self.rows, "matrix", self.rows)
+        return self.matrix
 
     def operations(self) -> float:
         """Floating-point operations for a second of audio."""
@@ -169,13 +161,6 @@ def settled(network: ResNet34) -> ResNet34:
         for _ in range(3):
             network(torch.randn(8, 200, 80))
     return network.eval()
-
-
-def matrix_product(device: str, size: int = 1536) -> float:
-    """Operations a second of a large matrix product: the roof."""
-    matrix = torch.randn(size, size, device=device)
-    seconds = alternate({"": lambda: matrix @ matrix}, 7, 2, device)[""]
-    return 2 * size**3 / statistics.median(seconds)
 
 
 class Encoder:

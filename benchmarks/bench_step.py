@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from harness import Apart, Table, alternate, clock
+from harness import Apart, Table, alternate, clock, matrix_product
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
@@ -98,7 +98,7 @@ def main() -> None:
         ["ResNet34", "batch", "step", *Step.STAGES],
         args.output,
     )
-    ceilings = {half: matrix_product(half, device) for half in (False, True)}
+    ceilings = {half: matrix_product(device, half) for half in (False, True)}
     for width, batch in [("half", 16)] if args.quick else args.sizes:
         built = {
             name: Apart(Step, WIDTHS[width], batch, device, **options)
@@ -229,15 +229,6 @@ class Step:
             stage: statistics.median(values)
             for stage, values in seconds.items()
         }
-
-
-def matrix_product(half: bool, device: str, size: int = 1536) -> float:
-    """Operations a second of a large matrix product: the roof."""
-    size = size if device == "cpu" else 8 * size
-    matrix = torch.randn(size, size, device=device)
-    matrix = matrix.bfloat16() if half else matrix
-    seconds = alternate({"": lambda: matrix @ matrix}, 7, 2, device)[""]
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def size(text: str) -> tuple[str, int]:

@@ -74,13 +74,27 @@ def alternate(
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
-            if isinstance(run, Apart):
-                seconds[name].append(run())
-                continue
-            start = clock(device, wall)
-            run()
-            seconds[name].append(clock(device, wall) - start)
+            apart = isinstance(run, Apart)  # measures itself
+            seconds[name].append(run() if apart else timed(run, device, wall))
     return seconds
+
+
+def timed(
+    run: Callable[[], object], device: str = "cpu", wall: bool = False
+) -> float:
+    """Seconds of one call."""
+    start = clock(device, wall)
+    run()
+    return clock(device, wall) - start
+
+
+def matrix_product(device: str, half: bool = False) -> float:
+    """Operations a second of a large matrix product: the roof."""
+    size = 1536 if device == "cpu" else 8 * 1536
+    matrix = torch.randn(size, size, device=device)
+    matrix = matrix.bfloat16() if half else matrix
+    seconds = alternate({"": lambda: matrix @ matrix}, 7, 2, device)[""]
+    return 2 * size**3 / statistics.median(seconds)
 
 
 class Apart:
@@ -128,10 +142,8 @@ def _serve(pipe, build, args, kwargs) -> None:
             return
         if method:
             pipe.send(getattr(case, method)())
-            continue
-        start = clock(case.device)
-        case()
-        pipe.send(clock(case.device) - start)
+        else:
+            pipe.send(timed(case, case.device))
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
