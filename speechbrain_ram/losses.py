@@ -174,7 +174,13 @@ class RealAdditiveMargin(torch.nn.Module):
                 cosines = cosines.float()
             one_hot = one_hot.to(cosines.dtype)
             logits = self.margin_logits(cosines, one_hot)
-            return real_margin_logits(logits, one_hot, self.form)
+            return self.beyond_margin(logits, one_hot)
+
+    def beyond_margin(
+        self, logits: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """What `form` makes of logits with a trivial margin, all [N, C]."""
+        return real_margin_logits(logits, one_hot, self.form)
 
     def margin_logits(
         self, cosines: torch.Tensor, one_hot: torch.Tensor

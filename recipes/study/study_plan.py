@@ -116,6 +116,9 @@ def read_grid(path: str | os.PathLike) -> Grid:
     """
     path = Path(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "like" in content:  # a grid beside this one has the other keys
+        beside = path.with_name(content.pop("like"))
+        content = yaml.safe_load(beside.read_text(encoding="utf-8")) | content
     wanted, given = set(Grid.__dataclass_fields__), set(content)
     if wanted != given:
         raise ValueError(

@@ -25,9 +25,9 @@ class OfManyClasses(RealAdditiveMargin):
 
     Arguments
     ---------
-    margin, scale, form :
-        As for :class:`speechbrain_ram.losses.RealAdditiveMargin`; only
-        `paper` knows how many classes there are.
+    margin, scale :
+        As for :class:`speechbrain_ram.losses.RealAdditiveMargin`, form
+        `paper`: only that one knows how many classes there are.
     n_classes : int
         At least as many as there are.
 
@@ -43,11 +43,11 @@ class OfManyClasses(RealAdditiveMargin):
         super().__init__(margin, scale, "paper")
         self.n_classes = n_classes
 
-    def forward(self, cosines, one_hot):
+    def beyond_margin(self, logits, one_hot):
         """Logits [N, C] whose cross-entropy has the loss's gradient."""
-        logits = super().forward(cosines, one_hot)
-        lacking = self.n_classes - cosines.shape[1]
-        return logits - math.log1p(lacking) * (1 - one_hot.to(logits.dtype))
+        lacking = self.n_classes - logits.shape[1]
+        logits = super().beyond_margin(logits, one_hot)
+        return logits - math.log1p(lacking) * (1 - one_hot)
 
 
 class SoftEdgeMargin(RealAdditiveMargin):
@@ -75,21 +75,16 @@ class SoftEdgeMargin(RealAdditiveMargin):
         super().__init__(margin, scale, "hinge")
         self.sharpness = sharpness
 
-    def forward(self, cosines, one_hot):
+    def beyond_margin(self, logits, one_hot):
         """Logits [N, C] whose cross-entropy is the loss."""
-        with torch.autocast(cosines.device.type, enabled=False):
-            if cosines.dtype != torch.float64:
-                cosines = cosines.float()
-            one_hot = one_hot.to(cosines.dtype)
-            logits = self.margin_logits(cosines, one_hot)
-            target = (logits * one_hot).sum(dim=1, keepdim=True)
-            # Further inside, a class has no weight that float32 could hold.
-            z = (logits - target).clamp(min=-80 / self.sharpness)
-            edge = torch.nn.functional.softplus(
-                z, beta=self.sharpness, threshold=80
-            )
-            weight = edge + torch.log(-torch.expm1(-edge))  # log(e^edge - 1)
-            return torch.where(one_hot > 0, logits, target + weight)
+        target = (logits * one_hot).sum(dim=1, keepdim=True)
+        # Further inside, a class has no weight that float32 could hold.
+        z = (logits - target).clamp(min=-80 / self.sharpness)
+        edge = torch.nn.functional.softplus(
+            z, beta=self.sharpness, threshold=80
+        )
+        weight = edge + torch.log(-torch.expm1(-edge))  # log(e^edge - 1)
+        return torch.where(one_hot > 0, logits, target + weight)
 
 
 class HardestOnly(RealAdditiveMargin):
@@ -115,10 +110,10 @@ class HardestOnly(RealAdditiveMargin):
         super().__init__(margin, scale, "hinge")
         self.hardest = hardest
 
-    def forward(self, cosines, one_hot):
+    def beyond_margin(self, logits, one_hot):
         """Logits [N, C] whose cross-entropy is the loss."""
-        logits = super().forward(cosines, one_hot)
-        others = logits.detach() - 4 * _DROPPED * one_hot.to(logits.dtype)
+        logits = super().beyond_margin(logits, one_hot)
+        others = logits.detach() - 4 * _DROPPED * one_hot
         count = min(self.hardest, logits.shape[1] - 1)
         least = others.topk(count, dim=1).values[:, -1:]
         kept = (one_hot > 0) | (others >= least)
