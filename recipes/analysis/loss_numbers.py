@@ -273,8 +273,8 @@ def conjecture() -> str:
 def nobody_told_apart(n_classes: int = 125) -> str:
     """Loss where the target and all other classes stand at one angle."""
     angles = (120, 90, 60, 30, 0)
-    cosines = torch.tensor([math.cos(math.radians(a)) for a in angles])
-    cosines = cosines.unsqueeze(1).expand(-1, n_classes).contiguous()
+    angle = torch.tensor(angles, dtype=torch.float64).deg2rad()
+    cosines = angle.cos().unsqueeze(1).repeat(1, n_classes)
     one_hot = torch.zeros_like(cosines)
     one_hot[:, 0] = 1
     targets = torch.zeros(len(angles), dtype=torch.long)
