@@ -144,7 +144,7 @@ def train(hparams_file, run_opts, overrides):
 
 def verify(brain, trials, hparams, output):
     """Score the trials with the best checkpoint and say how it did."""
-    embeddings = brain.embed(trials.utterances, hparams["trials_root"])
+    embeddings = brain.embed_dev()
     if not if_main_process():
         return None
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)

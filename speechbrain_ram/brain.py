@@ -77,6 +77,8 @@ class SpeakerBrain(RobustBrain):
         self.dev_root = dev_root
         self.read_options = read_options or {}
         self.best_key = "error" if dev_trials is None else "EER"
+        self.dev_embeddings: EmbeddingSet | None = None
+        self.embedded_at: int | None = None  # epoch
         self.steps_per_epoch = None
         self.diagnostics = None
         loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
@@ -199,11 +201,12 @@ class SpeakerBrain(RobustBrain):
             last = epoch == self.hparams.epoch_counter.limit
             if last or epoch % self.hparams.verify_every == 0:
                 stats.update(self.verify())
+                self.embedded_at = epoch
             self._log(
                 {"epoch": epoch, "lr": self.rate}, self.train_stats, stats
             )
             self.checkpointer.save_and_keep_only(
-                meta=stats,
+                meta={"epoch": epoch, **stats},
                 min_keys=[self.best_key],
                 num_to_keep=max(self.n_averaged, 1),
             )
@@ -296,6 +299,7 @@ class SpeakerBrain(RobustBrain):
     def load_best(self) -> None:
         """Load the weights that training ends with: best, or averaged."""
         self.modules.eval()  # a run that had been finished trains nothing
+        embedded, self.dev_embeddings = self.dev_embeddings, None
         if self.n_averaged > 1:
             newest = self.checkpointer.find_checkpoints(
                 ckpt_predicate=lambda each: each.meta["end-of-epoch"],
@@ -307,6 +311,8 @@ class SpeakerBrain(RobustBrain):
             return
         best = self.checkpointer.find_checkpoint(min_key=self.best_key)
         self.checkpointer.load_modules(best)
+        if best.meta.get("epoch") == self.embedded_at:
+            self.dev_embeddings = embedded  # by these weights
 
     def embed(self, utterances: Sequence[str], root: str) -> EmbeddingSet:
         """Embed recordings, with all processes.
@@ -334,11 +340,20 @@ class SpeakerBrain(RobustBrain):
             **self.read_options,
         )
 
+    def embed_dev(self) -> EmbeddingSet:
+        """Embed the dev trials' recordings, but not twice by the best epoch."""
+        if self.dev_embeddings is None:
+            self.dev_embeddings = self.embed(
+                self.dev_trials.utterances, self.dev_root
+            )
+        return self.dev_embeddings
+
     def verify(self) -> dict[str, float]:
         """Error rates on the dev trials, {} where there are none."""
         if self.dev_trials is None:
             return {}
-        embeddings = self.embed(self.dev_trials.utterances, self.dev_root)
+        self.dev_embeddings = None  # those of an earlier epoch
+        embeddings = self.embed_dev()
         scores = score_trials(
             self.dev_trials, embeddings.ids, embeddings.matrix
         )

@@ -12,7 +12,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain_ram.audio import AudioError
 from speechbrain_ram.corpora.manifest import ManifestError
 from speechbrain_ram.scoring import read_scores
-from speechbrain_ram.trials import TrialError
+from speechbrain_ram.trials import TrialError, read_trials
 
 
 def weights(run):
@@ -110,6 +110,36 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.undo()
     run_recipe(tiny_corpus, tmp_path / "run")
     assert_same(weights(tiny_run), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("best, times", [(1, 4), (2, 3)])
+def test_trials_are_scored_by_the_best_epoch(
+    tiny_corpus, tmp_path, monkeypatch, best, times
+):
+    """Which embeds the recordings once more, unless they were embedded last."""
+    from speechbrain_ram import brain
+
+    recordings = len(read_trials(tiny_corpus.trials).utterances)
+    embedded, rates = [], []
+    embed = brain.SpeakerBrain.embed
+
+    def counted(self, utterances, root):
+        embedded.append(len(utterances))
+        return embed(self, utterances, root)
+
+    def rate(scores, labels):  # untrained, epoch 1, epoch 2
+        rates.append(len(rates))
+        return float(abs(rates[-1] - best))
+
+    monkeypatch.setattr(brain.SpeakerBrain, "embed", counted)
+    monkeypatch.setattr(brain, "eer", rate)
+    run = run_recipe(tiny_corpus, tmp_path / "run")
+    assert len(rates) == 3 and embedded.count(recordings) == times
+    scores = (run / "scores.txt").read_bytes()
+    (run / "scores.txt").unlink()
+    run_recipe(tiny_corpus, run)  # is done, loads the best and scores anew
+    assert (run / "scores.txt").read_bytes() == scores
+    assert embedded.count(recordings) == times + 1
 
 
 def test_folders_may_be_relative(tiny_corpus, tmp_path, monkeypatch):
