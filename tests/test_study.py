@@ -4,7 +4,6 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -333,37 +332,6 @@ def test_the_table_against_loops(grid):
     assert f"[{low:+.2f}, {high:+.2f}]" in row
 
 
-def test_equal_margins_against_loops(grid):
-    records = all_records(grid)
-    header, _, row = results.equal_margins_table(grid, records).split("\n")
-    assert header == "| EER minus, at m = | 0.1 | 0.3 | 0.6 | mean |"
-    gaps = [
-        np.mean(
-            [
-                records[grid.run("RAM paper", margin, 1)]["EER"][half]
-                - records[grid.run("AM", margin, 1)]["EER"][half]
-                for half in "AB"
-            ]
-        )
-        for margin in (0.1, 0.3, 0.6)
-    ]
-    cells = " | ".join(f"{gap:+.2f}" for gap in gaps)
-    assert f"| RAM paper minus AM | {cells} | {np.mean(gaps):+.2f} [" in row
-
-    # The same gap in every replicate at every margin: no doubt is left; a gap
-    # that only the speakers change: the interval is theirs.
-    for spread in (0, 1):
-        noise = np.linspace(-spread, spread, REPLICATES)
-        for run, record in records.items():
-            gap = 2.0 if run.system == "RAM paper" else 0.0
-            for half in "AB":
-                record["EER"][half] = 7.0 + gap
-                record["draws"]["EER"][half] = 7 + gap + gap * noise / 2
-        low, high = (2 - q for q in np.quantile(noise, (0.975, 0.025)))
-        row = results.equal_margins_table(grid, records).split("\n")[-1]
-        assert row.endswith(f"| +2.00 [{low:+.2f}, {high:+.2f}] |")
-
-
 def test_p_values_are_those_of_the_package():
     rng = np.random.default_rng(1)
     speakers = np.repeat(list("abcdef"), 4)
@@ -385,17 +353,6 @@ def test_an_unfinished_search_is_no_result(grid):
     del records[plan.search_runs(grid)[3]]
     with pytest.raises(ValueError, match="1 runs of the search are missing"):
         results.table(grid, records)
-
-
-def test_variants_are_no_rivals_at_equal_margins():
-    grid = plan.read_grid(STUDY / "beyond.yaml")
-    grid = replace(grid, replicates=REPLICATES)
-    records = all_records(grid)
-    lines = results.equal_margins_table(grid, records).split("\n")[2:]
-    assert [line.split("|")[1].strip() for line in lines] == [
-        "RAM paper minus AM",
-        "RAM hinge minus AM",
-    ]
 
 
 def test_fewer_seeds_are_counted(grid):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Tables and figures of a study, from its lines of JSON alone.
+"""Table and figures of a study, from its lines of JSON alone.
 
     python recipes/study/report.py recipes/study/records/cpu.jsonl \
         [--grid recipes/study/cpu.yaml] [--output docs]
 
-Prints the tables, and writes OUTPUT/figures/study-*.png. Figures need the
+Prints the table, and writes OUTPUT/figures/study-*.png. Figures need the
 extra ``report`` (matplotlib).
 """
 
@@ -17,13 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
-from study_results import (
-    difference,
-    equal_margins_table,
-    interval,
-    result,
-    table,
-)
+from study_results import difference, interval, result, table
 
 from speechbrain_ram.atomic import atomic_path
 
@@ -160,8 +154,7 @@ def main() -> None:
     grid = read_grid(args.grid or beside)
     records = read_records(args.records, grid)
     try:
-        print(table(grid, records), end="\n\n")
-        print(equal_margins_table(grid, records))
+        print(table(grid, records))
     except ValueError as error:
         raise SystemExit(str(error)) from error
     write_figures(grid, records, args.output / "figures")

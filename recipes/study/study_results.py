@@ -17,9 +17,6 @@ from study_plan import (
     search_runs,
 )
 
-#: Objective of a real margin -> of the additive one.
-RIVAL_OF = {"ram": "am", "raam": "aam"}
-
 
 @dataclass(frozen=True)
 class Result:
@@ -98,61 +95,6 @@ def difference(one: Result, other: Result) -> tuple[float, np.ndarray]:
     """EER of one minus the other's, and its draws."""
     value = one.value["EER"] - other.value["EER"]
     return value, one.draws["EER"] - other.draws["EER"]
-
-
-def searched(
-    grid: Grid, records: Mapping[Run, Mapping], system: str, margin: float
-) -> np.ndarray:
-    """EER and its draws, mean over halves and search seeds, shape [1 + B]."""
-    found = [records[grid.run(system, margin, s)] for s in grid.search_seeds]
-    return np.mean(
-        [
-            [record["EER"][half], *record["draws"]["EER"][half]]
-            for record in found
-            for half in HALVES
-        ],
-        axis=0,
-    )
-
-
-def equal_margins_table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
-    """Each real margin minus the additive one that it came from, by margin.
-
-    From the search; the interval of the mean draws speakers and margins.
-    """
-    plain = {  # neither margins of their own nor other overrides
-        name: settings["objective"]
-        for name, settings in grid.systems.items()
-        if not {"margins", "overrides"} & set(settings)
-    }
-    name_of = {objective: name for name, objective in plain.items()}
-    heads = ["EER minus, at m =", *(f"{m:g}" for m in grid.margins), "mean"]
-    lines = [heads, ["---", *(["---:"] * (len(heads) - 1))]]
-    picks = np.random.default_rng(0).integers(
-        len(grid.margins), size=(grid.replicates, len(grid.margins))
-    )
-    for system, objective in plain.items():
-        rival = name_of.get(RIVAL_OF.get(objective))
-        if rival is None:
-            continue
-        gaps = np.array(
-            [
-                searched(grid, records, system, margin)
-                - searched(grid, records, rival, margin)
-                for margin in grid.margins
-            ]
-        )  # [margins, 1 + B]
-        value, by_margin = gaps[:, 0], gaps[:, 1:].T
-        drawn = np.take_along_axis(by_margin, picks, axis=1).mean(axis=1)
-        low, high = interval(value.mean(), drawn)
-        lines.append(
-            [
-                f"{system} minus {rival}",
-                *(f"{each:+.2f}" for each in value),
-                f"{value.mean():+.2f} [{low:+.2f}, {high:+.2f}]",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def at_edge(grid: Grid, system: str, margin: float) -> bool:
