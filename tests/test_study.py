@@ -309,6 +309,9 @@ def test_the_table_against_loops(grid):
         ]
     )
     assert one.value["EER"] == pytest.approx(expected)
+    assert one.by_seed.mean() == pytest.approx(expected)
+    second = [records[grid.run("AM", m, 2)]["EER"] for m in (0.1, 0.3)]
+    assert one.by_seed[1] == (second[0]["A"] + second[1]["B"]) / 2
     # every replicate is a mean of one seed pair, on both halves
     for b in range(REPLICATES):
         by_seed = [
@@ -330,6 +333,8 @@ def test_the_table_against_loops(grid):
     draws = sorted(paper.draws["EER"] - one.draws["EER"])
     low, high = (2 * value - np.quantile(draws, q) for q in (0.975, 0.025))
     assert f"[{low:+.2f}, {high:+.2f}]" in row
+    low, high = sorted(paper.by_seed)
+    assert f"| {low:.1f} to {high:.1f} |" in row
 
 
 def test_p_values_are_those_of_the_package():

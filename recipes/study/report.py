@@ -27,53 +27,73 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def curve(grid: Grid, records: Mapping[Run, Mapping], system: str):
-    """Margins, and EER over both halves by search seed, [seeds, margins]."""
+    """Margins, and for each the EERs of its seeds, means of both halves."""
     margins = grid.margins_of(system)
     values = [
-        [
-            np.mean(list(records[grid.run(system, m, seed)]["EER"].values()))
-            for m in margins
-        ]
-        for seed in grid.search_seeds
+        np.array(
+            [
+                np.mean(list(records[run]["EER"].values()))
+                for seed in grid.final_seeds
+                if (run := grid.run(system, margin, seed)) in records
+            ]
+        )
+        for margin in margins
     ]
-    return np.array(margins), np.array(values)
+    return np.array(margins), values
 
 
 def draw_curve(axes, x, values, number: int, label: str) -> None:
     """Mean over seeds, with a bar from the lowest to the highest."""
-    mean = values.mean(axis=0)
+    mean = np.array([v.mean() for v in values])
+    low = mean - [v.min() for v in values]
+    high = [v.max() for v in values] - mean
     axes.errorbar(
         x,
         mean,
-        [mean - values.min(axis=0), values.max(axis=0) - mean],
+        [low, high],
         label=label,
         color=str(0.15 * (number % 4)),
         ls=DASHES[number % 4],
         marker=MARKERS[number % 8],
-        capsize=2,
+        ms=5,
+        capsize=3,
         lw=1.2,
     )
 
 
 def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
-    """EER against the margin, one line a system."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    """EER against the margin, one line a system, angles on the right."""
+    figure, panels = plt.subplots(
+        1, 2, figsize=(8.5, 4.2), sharey=True, layout="constrained"
+    )
     for number, system in enumerate(grid.systems):
+        objective = grid.systems[system]["objective"]
         x, values = curve(grid, records, system)
-        if len(x) == 1:
-            axes.axhline(values.mean(), color="0.5", ls=":", label=system)
+        if objective == "softmax":
+            for axes in panels:
+                axes.axhline(
+                    values[0].mean(), color="0.5", ls=":", label=system
+                )
         else:
-            draw_curve(axes, x, values, number, system)
-    axes.set_xlabel("margin m (cosine; radians for AAM)")
-    axes.set_ylabel("EER (%), mean of both halves")
-    axes.set_title(f"search, {len(grid.search_seeds)} seeds: mean and range")
-    axes.legend(fontsize=7, ncols=2)
+            # Bars at the same margin stand side by side.
+            beside = x + 0.008 * (number % 4 - 1.5)
+            axes = panels[int("aam" in objective)]
+            draw_curve(axes, beside, values, number, system)
+    for axes, unit in zip(panels, ("cosine", "radians"), strict=True):
+        axes.set_yscale("log")
+        axes.set_xlabel(f"margin m ({unit})")
+        axes.legend(fontsize=8)
+    ticks = [5, 6, 7, 8, 10, 15, 20, 30, 40]
+    panels[0].set_yticks(ticks, ticks)
+    panels[0].minorticks_off()
+    panels[1].minorticks_off()
+    panels[0].set_ylabel("EER (%), mean of both halves")
     return figure
 
 
 def difference_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     """Differences from the baseline with their intervals."""
-    figure, axes = plt.subplots(figsize=(6, 3.2))
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     base = result(grid, records, grid.baseline)
     others = [s for s in grid.systems if s != grid.baseline]
     for row, system in enumerate(others):
@@ -92,7 +112,7 @@ def difference_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
 
 def shift_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     """Does equation 12 act like AM at m - ln(C)/s?"""
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     number = 0
     for system, settings in grid.systems.items():
         kind = settings["objective"], settings.get("form", "paper")
@@ -134,7 +154,6 @@ def write_figures(
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         figure = draw(plt, grid, records)
-        figure.tight_layout()
         with atomic_path(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110)
         plt.close(figure)

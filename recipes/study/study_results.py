@@ -30,6 +30,8 @@ class Result:
         Seeds that are there for both margins.
     value : dict
         Metric -> mean over halves and seeds.
+    by_seed : np.ndarray
+        EER of each seed, mean over halves, shape [seeds].
     draws : dict
         Metric -> replicates, shape [B].
     """
@@ -37,6 +39,7 @@ class Result:
     chosen: dict[str, float]
     n_seeds: int
     value: dict[str, float]
+    by_seed: np.ndarray
     draws: dict[str, np.ndarray]
 
 
@@ -75,7 +78,11 @@ def result(grid: Grid, records: Mapping[Run, Mapping], system: str) -> Result:
             columns = np.arange(grid.replicates)[:, None]
             by_half.append(table[picks, columns].mean(axis=1))
         draws[metric] = np.mean(by_half, axis=0)
-    return Result(chosen, n_seeds, value, draws)
+    by_seed = np.mean(
+        [[records[r]["EER"][half] for r in runs[half]] for half in HALVES],
+        axis=0,
+    )
+    return Result(chosen, n_seeds, value, by_seed, draws)
 
 
 def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
@@ -120,9 +127,9 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
     results = {s: result(grid, records, s) for s in grid.systems}
     base = results[grid.baseline]
     lines = [
-        "| system | margin on A, B | seeds | EER % | minDCF(0.01) | EER minus "
-        f"{grid.baseline}'s | p |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| system | margin on A, B | seeds | EER % | of single seeds | "
+        f"minDCF(0.01) | EER minus {grid.baseline}'s | p |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     edge = False
     for system, one in results.items():
@@ -144,6 +151,8 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
                 f"{one.value[metric]:.{digits}f} "
                 f"[{low:.{digits}f}, {high:.{digits}f}]"
             )
+        low, high = one.by_seed.min(), one.by_seed.max()
+        cells.insert(-1, f"{low:.1f} to {high:.1f}")
         if system == grid.baseline:
             cells += ["", ""]
         else:
