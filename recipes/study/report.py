@@ -66,27 +66,27 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     figure, panels = plt.subplots(
         1, 2, figsize=(8.5, 4.2), sharey=True, layout="constrained"
     )
-    for number, system in enumerate(grid.systems):
-        objective = grid.systems[system]["objective"]
+    n_drawn = [0, 0]
+    for system, settings in grid.systems.items():
         x, values = curve(grid, records, system)
-        if objective == "softmax":
+        if settings["objective"] == "softmax":
+            level = values[0].mean()
             for axes in panels:
-                axes.axhline(
-                    values[0].mean(), color="0.5", ls=":", label=system
-                )
-        else:
-            # Bars at the same margin stand side by side.
-            beside = x + 0.008 * (number % 4 - 1.5)
-            axes = panels[int("aam" in objective)]
-            draw_curve(axes, beside, values, number, system)
+                axes.axhline(level, color="0.5", ls=":", label=system)
+            continue
+        side = int("aam" in settings["objective"])
+        number, n_drawn[side] = n_drawn[side], n_drawn[side] + 1
+        # Bars at the same margin stand side by side.
+        beside = x + 0.008 * (number - 1.5)
+        draw_curve(panels[side], beside, values, number, system)
     for axes, unit in zip(panels, ("cosine", "radians"), strict=True):
         axes.set_yscale("log")
         axes.set_xlabel(f"margin m ({unit})")
         axes.legend(fontsize=8)
     ticks = [5, 6, 7, 8, 10, 15, 20, 30, 40]
     panels[0].set_yticks(ticks, ticks)
-    panels[0].minorticks_off()
-    panels[1].minorticks_off()
+    for axes in panels:
+        axes.minorticks_off()
     panels[0].set_ylabel("EER (%), mean of both halves")
     return figure
 
