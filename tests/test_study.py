@@ -99,6 +99,7 @@ def made_up(grid, run, seed=0):
             for metric in plan.METRICS
         },
         "classes": 125,
+        "training": {"train loss": rng.normal()},
         "cpu_seconds": 3600,
     }
 
@@ -335,6 +336,19 @@ def test_the_table_against_loops(grid):
     assert f"[{low:+.2f}, {high:+.2f}]" in row
     low, high = sorted(paper.by_seed)
     assert f"| {low:.1f} to {high:.1f} |" in row
+
+
+def test_luck_is_what_seeds_alone_change(grid):
+    """EER is the loss times 2 within a margin; margins differ by far more."""
+    records = all_records(grid)
+    for run, record in records.items():
+        loss = record["training"]["train loss"]
+        record["EER"] = dict.fromkeys(plan.HALVES, 2 * loss + 100 * run.margin)
+    correlation, n_runs = results.luck(grid, records)
+    several = [r for r in records if r.seed == 2]
+    assert correlation == pytest.approx(1) and n_runs == 2 * len(several) > 2
+    only_first = {r: records[r] for r in records if r.seed == 1}
+    assert results.luck(grid, only_first)[1] == 0
 
 
 def test_p_values_are_those_of_the_package():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,6 +105,27 @@ def difference(one: Result, other: Result) -> tuple[float, np.ndarray]:
     return value, one.draws["EER"] - other.draws["EER"]
 
 
+def luck(grid: Grid, records: Mapping[Run, Mapping]) -> tuple[float, int]:
+    """Correlation of EER with the last training loss, among like runs.
+
+    Both as deviations from the mean over the seeds of a system and margin.
+    Also returns the number of runs: 0 where each stands alone.
+    """
+    like: dict[tuple, list] = {}
+    for run, record in records.items():
+        if run.system in grid.systems:
+            eer = np.mean(list(record["EER"].values()))
+            pair = eer, record["training"]["train loss"]
+            like.setdefault((run.system, run.margin), []).append(pair)
+    apart = [
+        np.array(v) - np.mean(v, axis=0) for v in like.values() if len(v) > 1
+    ]
+    if not apart:
+        return math.nan, 0
+    first, second = np.concatenate(apart).T
+    return float(np.corrcoef(first, second)[0, 1]), len(first)
+
+
 def at_edge(grid: Grid, system: str, margin: float) -> bool:
     """Whether a better margin may lie outside of the grid."""
     margins = grid.margins_of(system)
@@ -166,5 +188,13 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
         text += (
             "\n\n\\* at the edge of the grid: a better margin may lie beyond."
         )
-    hours = sum(r["cpu_seconds"] for r in records.values()) / 3600
-    return text + f"\n\n{len(records)} runs, {hours:.1f} CPU hours."
+    mine = [r for run, r in records.items() if run.system in grid.systems]
+    hours = sum(r["cpu_seconds"] for r in mine) / 3600
+    text += f"\n\n{len(mine)} runs, {hours:.1f} CPU hours."
+    correlation, n_runs = luck(grid, records)
+    if n_runs:
+        text += (
+            " Among runs that differ in the seed alone, EER and the last "
+            f"training loss correlate by {correlation:.2f} ({n_runs} runs)."
+        )
+    return text
