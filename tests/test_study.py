@@ -378,6 +378,13 @@ def test_fewer_seeds_are_counted(grid):
     records = all_records(grid)
     del records[grid.run("AM", 0.3, 2)]
     assert results.result(grid, records, "AM").n_seeds == 1
+    # a difference is of the seeds that both have
+    first = results.result(grid, records, "RAM paper", 1)
+    shift, draws = results.difference(grid, records, "RAM paper")
+    base = results.result(grid, records, "AM")
+    assert first.n_seeds == 1 and len(draws) == REPLICATES
+    assert shift == first.value["EER"] - base.value["EER"]
+    np.testing.assert_array_equal(draws, first.draws["EER"] - base.draws["EER"])
 
 
 def test_figures(grid, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
-from study_results import difference, interval, result, table
+from study_results import difference, interval, table
 
 from speechbrain_ram.atomic import atomic_path
 
@@ -94,10 +94,9 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
 def difference_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     """Differences from the baseline with their intervals."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    base = result(grid, records, grid.baseline)
     others = [s for s in grid.systems if s != grid.baseline]
     for row, system in enumerate(others):
-        shift, draws = difference(result(grid, records, system), base)
+        shift, draws = difference(grid, records, system)
         low, high = interval(shift, draws)
         axes.plot([low, high], [row, row], "k-", lw=1.2)
         axes.plot(shift, row, "ko")

@@ -44,15 +44,21 @@ class Result:
     draws: dict[str, np.ndarray]
 
 
-def result(grid: Grid, records: Mapping[Run, Mapping], system: str) -> Result:
-    """Cross-over result of a system; see README.md.
+def result(
+    grid: Grid,
+    records: Mapping[Run, Mapping],
+    system: str,
+    most_seeds: int | None = None,
+) -> Result:
+    """Cross-over result of a system, of its first seeds; see README.md.
 
     A replicate takes speakers and seeds by chance, both with replacement, and
     the same for all systems.
     """
     chosen = chosen_margins(grid, records, system)
+    seeds = grid.final_seeds[:most_seeds]
     runs = {
-        half: [grid.run(system, m, seed) for seed in grid.final_seeds]
+        half: [grid.run(system, m, seed) for seed in seeds]
         for half, m in chosen.items()
     }
     n_seeds = next(
@@ -61,7 +67,7 @@ def result(grid: Grid, records: Mapping[Run, Mapping], system: str) -> Result:
             for i, pair in enumerate(zip(*runs.values(), strict=True))
             if missing(pair, records)
         ),
-        len(grid.final_seeds),
+        len(seeds),
     )
     runs = {half: each[:n_seeds] for half, each in runs.items()}
     picks = np.random.default_rng(0).random((grid.replicates, n_seeds))
@@ -99,8 +105,16 @@ def p_value(value: float, draws: np.ndarray) -> float:
     return float(min(1, 2 * min(below, above)))
 
 
-def difference(one: Result, other: Result) -> tuple[float, np.ndarray]:
-    """EER of one minus the other's, and its draws."""
+def difference(
+    grid: Grid, records: Mapping[Run, Mapping], system: str
+) -> tuple[float, np.ndarray]:
+    """EER minus the baseline's, of the seeds that both have, and its draws."""
+    n_seeds = min(
+        result(grid, records, name).n_seeds for name in (system, grid.baseline)
+    )
+    one, other = (
+        result(grid, records, name, n_seeds) for name in (system, grid.baseline)
+    )
     value = one.value["EER"] - other.value["EER"]
     return value, one.draws["EER"] - other.draws["EER"]
 
@@ -147,7 +161,6 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
             f"{left[0].name}. Is run.py still at work, or was the grid changed?"
         )
     results = {s: result(grid, records, s) for s in grid.systems}
-    base = results[grid.baseline]
     lines = [
         "| system | margin on A, B | seeds | EER % | of single seeds | "
         f"minDCF(0.01) | EER minus {grid.baseline}'s | p |",
@@ -178,7 +191,7 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
         if system == grid.baseline:
             cells += ["", ""]
         else:
-            shift, draws = difference(one, base)
+            shift, draws = difference(grid, records, system)
             low, high = interval(shift, draws)
             cells.append(f"{shift:+.2f} [{low:+.2f}, {high:+.2f}]")
             cells.append(f"{p_value(shift, draws):.3f}")
