@@ -387,6 +387,19 @@ def test_fewer_seeds_are_counted(grid):
     np.testing.assert_array_equal(draws, first.draws["EER"] - base.draws["EER"])
 
 
+@pytest.mark.parametrize("name", ["cpu.yaml"])
+def test_the_page_shows_what_the_records_say(name):
+    grid = plan.read_grid(STUDY / name)
+    records = plan.read_records(STUDY / "records" / "cpu.jsonl", grid)
+    table = results.table(grid, records)
+    assert table in (REPOSITORY / "docs" / "study.md").read_text()
+    if name == "cpu.yaml":
+        readme = (REPOSITORY / "README.md").read_text()
+        for row in table.split("\n"):
+            if row.startswith("| RAM"):
+                assert row.split(" | ")[6] in " ".join(readme.split())
+
+
 def test_figures(grid, tmp_path):
     report.write_figures(grid, all_records(grid), tmp_path / "figures")
     files = sorted(f.name for f in (tmp_path / "figures").iterdir())
