@@ -7,6 +7,7 @@ import torch
 from conftest import REPOSITORY
 from speechbrain.nnet.losses import AngularMargin, LogSoftmaxWrapper
 
+from speechbrain_ram.diagnostics import MarginDiagnostics, satisfied_below
 from speechbrain_ram.losses import RealAdditiveMargin
 
 sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))
@@ -103,3 +104,23 @@ def test_extremes_are_finite(loss_fn):
     cosines = torch.tensor([[1.0, -1, -1], [-1, 1, 1]], requires_grad=True)
     loss, gradient = loss_and_gradient(loss_fn, cosines, torch.tensor([0, 0]))
     assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        OfManyClasses(MARGIN, SCALE, 5994),
+        SoftEdgeMargin(MARGIN, SCALE, 3),
+        HardestOnly(MARGIN, SCALE, 3),
+    ],
+)
+def test_training_can_watch_them(loss_fn, batch):
+    """Which asks for the target's logit alone, without other classes."""
+    cosines, targets = batch
+    cosines = cosines.detach().float()
+    own = cosines[range(N), targets]
+    below = satisfied_below(loss_fn, cosines, targets)
+    torch.testing.assert_close(below, own - MARGIN)
+    watch = MarginDiagnostics(loss_fn)
+    watch.add(cosines, targets)
+    assert len(watch.samples) == 1

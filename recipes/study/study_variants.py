@@ -114,7 +114,8 @@ class HardestOnly(RealAdditiveMargin):
         """Logits [N, C] whose cross-entropy is the loss."""
         logits = super().beyond_margin(logits, one_hot)
         others = logits.detach() - 4 * _DROPPED * one_hot
-        count = min(self.hardest, logits.shape[1] - 1)
+        # The target comes last: with fewer others, all are kept.
+        count = min(self.hardest, logits.shape[1])
         least = others.topk(count, dim=1).values[:, -1:]
         kept = (one_hot > 0) | (others >= least)
         target = (logits * one_hot).sum(dim=1, keepdim=True)
