@@ -387,7 +387,7 @@ def test_fewer_seeds_are_counted(grid):
     np.testing.assert_array_equal(draws, first.draws["EER"] - base.draws["EER"])
 
 
-@pytest.mark.parametrize("name", ["cpu.yaml"])
+@pytest.mark.parametrize("name", ["cpu.yaml", "beyond.yaml"])
 def test_the_page_shows_what_the_records_say(name):
     grid = plan.read_grid(STUDY / name)
     records = plan.read_records(STUDY / "records" / "cpu.jsonl", grid)
