@@ -66,7 +66,6 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     figure, panels = plt.subplots(
         1, 2, figsize=(8.5, 4.2), sharey=True, layout="constrained"
     )
-    n_drawn = [0, 0]
     for system, settings in grid.systems.items():
         x, values = curve(grid, records, system)
         if settings["objective"] == "softmax":
@@ -74,11 +73,11 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
             for axes in panels:
                 axes.axhline(level, color="0.5", ls=":", label=system)
             continue
-        side = int("aam" in settings["objective"])
-        number, n_drawn[side] = n_drawn[side], n_drawn[side] + 1
+        axes = panels[int("aam" in settings["objective"])]
+        number = len(axes.containers)  # drawn before
         # Bars at the same margin stand side by side.
         beside = x + 0.008 * (number - 1.5)
-        draw_curve(panels[side], beside, values, number, system)
+        draw_curve(axes, beside, values, number, system)
     for axes, unit in zip(panels, ("cosine", "radians"), strict=True):
         axes.set_yscale("log")
         axes.set_xlabel(f"margin m ({unit})")

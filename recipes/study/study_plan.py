@@ -160,7 +160,7 @@ def run_of(record: Mapping[str, Any]) -> Run:
 def read_records(
     path: str | os.PathLike, grid: Grid
 ) -> dict[Run, dict[str, Any]]:
-    """Read the finished runs of this grid.
+    """Read the finished runs of this grid's systems.
 
     A last line without an end is what a power cut leaves: it is passed over.
 
@@ -183,7 +183,8 @@ def read_records(
                 f"'{path}', line {number} is not a record: {line[:80]!r}. Was "
                 "the file edited?"
             ) from error
-        if record["grid"] == grid.fingerprint:
+        ours = record["grid"] == grid.fingerprint
+        if ours and run.system in grid.systems:
             records[run] = record
     return records
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,33 +43,39 @@ class Result:
     draws: dict[str, np.ndarray]
 
 
+def finished_seeds(
+    grid: Grid, records: Mapping[Run, Mapping], system: str
+) -> tuple[int, ...]:
+    """The first final seeds, as far as all chosen margins are there."""
+    margins = set(chosen_margins(grid, records, system).values())
+    seeds: tuple[int, ...] = ()
+    for seed in grid.final_seeds:
+        if missing([grid.run(system, m, seed) for m in margins], records):
+            break
+        seeds += (seed,)
+    return seeds
+
+
 def result(
     grid: Grid,
     records: Mapping[Run, Mapping],
     system: str,
-    most_seeds: int | None = None,
+    seeds: Sequence[int] | None = None,
     draw_seeds: bool = True,
 ) -> Result:
-    """Cross-over result of a system, of its first seeds; see README.md.
+    """Cross-over result of a system with these or all seeds; see README.md.
 
     A replicate takes speakers by chance, and seeds too unless told otherwise,
     both with replacement, and the same for all systems.
     """
     chosen = chosen_margins(grid, records, system)
-    seeds = grid.final_seeds[:most_seeds]
+    if seeds is None:
+        seeds = finished_seeds(grid, records, system)
+    n_seeds = len(seeds)
     runs = {
         half: [grid.run(system, m, seed) for seed in seeds]
         for half, m in chosen.items()
     }
-    n_seeds = next(
-        (
-            i
-            for i, pair in enumerate(zip(*runs.values(), strict=True))
-            if missing(pair, records)
-        ),
-        len(seeds),
-    )
-    runs = {half: each[:n_seeds] for half, each in runs.items()}
     picks = np.random.default_rng(0).random((grid.replicates, n_seeds))
     picks = (picks * n_seeds).astype(int)  # [B, seeds]
     if not draw_seeds:
@@ -108,18 +113,16 @@ def difference(
     draw_seeds: bool = True,
 ) -> tuple[float, np.ndarray]:
     """EER minus the baseline's, of the seeds that both have, and its draws."""
-    n_seeds = min(
-        result(grid, records, name).n_seeds for name in (system, grid.baseline)
-    )
+    names = system, grid.baseline
+    seeds = min((finished_seeds(grid, records, n) for n in names), key=len)
     one, other = (
-        result(grid, records, name, n_seeds, draw_seeds)
-        for name in (system, grid.baseline)
+        result(grid, records, name, seeds, draw_seeds) for name in names
     )
     value = one.value["EER"] - other.value["EER"]
     return value, one.draws["EER"] - other.draws["EER"]
 
 
-def luck(grid: Grid, records: Mapping[Run, Mapping]) -> tuple[float, int]:
+def luck(records: Mapping[Run, Mapping]) -> tuple[float, int]:
     """Correlation of EER with the last training loss, among like runs.
 
     Both as deviations from the mean over the seeds of a system and margin.
@@ -127,15 +130,14 @@ def luck(grid: Grid, records: Mapping[Run, Mapping]) -> tuple[float, int]:
     """
     like: dict[tuple, list] = {}
     for run, record in records.items():
-        if run.system in grid.systems:
-            eer = np.mean(list(record["EER"].values()))
-            pair = eer, record["training"]["train loss"]
-            like.setdefault((run.system, run.margin), []).append(pair)
+        eer = np.mean(list(record["EER"].values()))
+        pair = eer, record["training"]["train loss"]
+        like.setdefault((run.system, run.margin), []).append(pair)
     apart = [
         np.array(v) - np.mean(v, axis=0) for v in like.values() if len(v) > 1
     ]
     if not apart:
-        return math.nan, 0
+        return np.nan, 0
     first, second = np.concatenate(apart).T
     return float(np.corrcoef(first, second)[0, 1]), len(first)
 
@@ -194,18 +196,17 @@ def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
             for draw_seeds in (True, False):
                 shift, draws = difference(grid, records, system, draw_seeds)
                 low, high = interval(shift, draws)
-                text = f"[{low:+.2f}, {high:+.2f}]"
-                cells.append(f"{shift:+.2f} {text}" if draw_seeds else text)
+                span = f"[{low:+.2f}, {high:+.2f}]"
+                cells.append(f"{shift:+.2f} {span}" if draw_seeds else span)
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines)
     if edge:
         text += (
             "\n\n\\* at the edge of the grid: a better margin may lie beyond."
         )
-    mine = [r for run, r in records.items() if run.system in grid.systems]
-    hours = sum(r["cpu_seconds"] for r in mine) / 3600
-    text += f"\n\n{len(mine)} runs, {hours:.1f} CPU hours."
-    correlation, n_runs = luck(grid, records)
+    hours = sum(r["cpu_seconds"] for r in records.values()) / 3600
+    text += f"\n\n{len(records)} runs, {hours:.1f} CPU hours."
+    correlation, n_runs = luck(records)
     if n_runs:
         text += (
             " Among runs that differ in the seed alone, EER and the last "
