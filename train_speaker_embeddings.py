@@ -12,6 +12,7 @@ signal or --max_hours, with a checkpoint written (docs/robust-training.md).
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import speechbrain as sb
@@ -21,13 +22,18 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
-from speechbrain_ram.dataset import original_speakers, speaker_datasets
+from speechbrain_ram.dataset import (
+    original_speakers,
+    speaker_datasets,
+    speaker_labels,
+)
 from speechbrain_ram.decision import Decision
+from speechbrain_ram.encoder_folder import read_folder
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
-from speechbrain_ram.processes import leave_group
+from speechbrain_ram.processes import leave_group, n_processes
 from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
 from speechbrain_ram.stopping import (
@@ -35,28 +41,39 @@ from speechbrain_ram.stopping import (
     StopRequest,
     leave_on_signals,
 )
+from speechbrain_ram.training.run import (
+    begin_run,
+    check_files_of,
+    check_settings_of,
+    data_files,
+    learned_settings,
+    output_folder_of,
+    prepare_data,
+    read_run,
+    sole_owner,
+)
 from speechbrain_ram.trials import check_utterances, read_trials
 
 
 def train(hparams_file, run_opts, overrides):
     """Everything from the YAML to OUTPUT/inference."""
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+    alone = nullcontext()
+    if if_main_process():  # loading the YAML makes folders already
+        alone = sole_owner(output_folder_of(hparams_file, overrides))
+    with alone:
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        _train(hparams_file, hparams, run_opts, overrides)
+
+
+def _train(hparams_file, hparams, run_opts, overrides):
     stop = StopRequest(hparams["max_hours"])  # its clock starts here
     output = Path(hparams["output_folder"])
-    sb.create_experiment_directory(
-        experiment_directory=output,
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
+    run, (train_csv, valid_csv) = ddp_broadcast(
+        find_run(hparams_file, hparams, run_opts, overrides)
+        if if_main_process()
+        else None
     )
-
-    # Data: manifests, then datasets of crops; the labels count the speakers.
-    manifests = None
-    if if_main_process():
-        if hparams.get("make_corpus"):
-            hparams["make_corpus"]()
-        manifests = hparams["prepare"]()
-    train_csv, valid_csv = ddp_broadcast(manifests)
     reading = {
         "sample_rate": hparams["encoder"]["sample_rate"],
         "resample": hparams["resample"],
@@ -70,6 +87,7 @@ def train(hparams_file, run_opts, overrides):
         valid_csv,
         hparams["data_root"],
         crop_seconds=hparams["crop_seconds"],
+        label_encoder=run.label_encoder(),
         seed=hparams["seed"],
         speeds=hparams["speeds"],
         augment=augment,
@@ -84,7 +102,9 @@ def train(hparams_file, run_opts, overrides):
     # Modules: one row of the classifier for each speaker.
     classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
     hparams["checkpointer"].add_recoverable("classifier", classifier)
-    if hparams.get("pretrained"):
+    hparams["checkpointer"].add_recoverable("run", run)
+    learned = hparams["checkpointer"].find_checkpoint() is not None
+    if hparams.get("pretrained") and not learned:
         start_from(
             hparams["pretrained"],
             encoder_section(output / "hyperparams.yaml"),
@@ -126,9 +146,6 @@ def train(hparams_file, run_opts, overrides):
     if if_main_process():
         names, rows = original_speakers(label_encoder, hparams["speeds"])
         classifier.weight = torch.nn.Parameter(classifier.weight[rows])
-        objective = "{objective}, margin {margin}, scale {scale}"
-        if hparams["objective"] in ("ram", "raam"):
-            objective += ", form {form}"
         export_inference(
             output / "inference",
             encoder_section(output / "hyperparams.yaml"),
@@ -137,9 +154,51 @@ def train(hparams_file, run_opts, overrides):
             names,
             torch.from_numpy(embeddings.matrix).mean(dim=0),
             decision,
-            {"objective": objective.format(**hparams), **hparams["facts"]},
+            run.facts,
         )
         print(f"Inference folder: {output / 'inference'}")
+
+
+def find_run(hparams_file, hparams, run_opts, overrides):
+    """The run that this command begins or continues, and its manifests."""
+    output = Path(hparams["output_folder"])
+    epochs = hparams["number_of_epochs"]
+    settings = learned_settings(hparams_file, overrides)
+    settings["batch_size of all processes"] = (
+        hparams["batch_size"]
+        * n_processes()
+        * (run_opts.get("grad_accumulation_factor") or 1)
+    )
+    run = read_run(output, hparams["save_folder"])
+    start = hparams.get("pretrained")
+    if start and run and not Path(start).exists():
+        settings["pretrained"] = run.settings.get("pretrained")
+    elif start:
+        settings["pretrained"] = read_folder(start).fingerprint
+    if run is not None:
+        check_settings_of(run, settings, epochs, output)
+    if hparams.get("make_corpus"):
+        hparams["make_corpus"]()
+    manifests = prepare_data(hparams["prepare"], run, output)
+    files = data_files(*manifests, hparams.get("trials"))
+    objective = "{objective}, margin {margin}, scale {scale}"
+    if hparams["objective"] in ("ram", "raam"):
+        objective += ", form {form}"
+    facts = {"objective": objective.format(**hparams), **hparams["facts"]}
+    if run is None:
+        labels = speaker_labels(manifests[0], hparams["speeds"])
+        run = begin_run(output, settings, epochs, labels, files, facts)
+    else:
+        check_files_of(run, files, output)
+        run = run.corrected(facts)
+        run.write(output)
+    # Not before: it writes the YAML of this command.
+    sb.create_experiment_directory(
+        experiment_directory=output,
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+    return run, manifests
 
 
 def verify(brain, trials, hparams, output):

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -107,10 +108,12 @@ class SafeCheckpointer(Checkpointer):
             final = None if part is None else self._publish(part)
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError without an errno.
-            if not _is_of_the_disk(error):
+            if not _is_of_writing(error):
                 raise
+            full = is_full_disk(error) or self._has_no_room()
             self._sweep()
-            raise CheckpointError(self._why_not_written(error)) from error
+            why = self._why_not_written(error, full)
+            raise CheckpointError(why) from error
         ddp_barrier()
         if final is not None:
             logger.log(verbosity, "Saved checkpoint %s", final.path)
@@ -297,7 +300,7 @@ class SafeCheckpointer(Checkpointer):
         for file in part.path.iterdir():
             _sync(file)
         _sync(part.path)
-        final = part.path.with_name(part.path.name[1 : -len(".part")])
+        final = part.path.with_name(part.path.name[1:].rsplit("@", 2)[0])
         if final.exists():  # a name that the caller chose
             self._remove(final)
         part.path.rename(final)
@@ -315,7 +318,7 @@ class SafeCheckpointer(Checkpointer):
 
     def _remove(self, path: Path, verbosity=logging.INFO) -> None:
         """Out of sight first: removing many files can be cut short, too."""
-        hidden = path.with_name(f".{path.name}.old.part")
+        hidden = _part(path.with_name(f"{path.name}.old"))
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         self._sound.pop(path, None)
@@ -323,13 +326,23 @@ class SafeCheckpointer(Checkpointer):
         logger.log(verbosity, "Deleted checkpoint %s", path)
 
     def _sweep(self, except_for: Path | None = None) -> None:
-        """Clear what a killed run left of a checkpoint."""
+        """Clear what a process that is gone left of a checkpoint."""
         if if_main_process():
             for part in self.checkpoints_dir.glob(".*.part"):
-                if part != except_for:
+                if part != except_for and not _is_others(part):
                     shutil.rmtree(part, ignore_errors=True)
 
-    def _why_not_written(self, error: Exception) -> str:
+    def _has_no_room(self) -> bool:
+        """Before a sweep; a full disk has room for a small file, perhaps."""
+        folder = self.checkpoints_dir
+        return folder.is_dir() and shutil.disk_usage(folder).free < 1e5
+
+    def _why_not_written(self, error: Exception, full: bool) -> str:
+        if not self.checkpoints_dir.is_dir():
+            return (
+                f"the folder of checkpoints, '{self.checkpoints_dir}', is "
+                f"gone: {error}. Was it deleted or moved while training ran?"
+            )
         free = shutil.disk_usage(self.checkpoints_dir).free
         last = self.find_checkpoint()
         kept = (
@@ -337,10 +350,11 @@ class SafeCheckpointer(Checkpointer):
             if last is None
             else f"The last checkpoint, '{last.path}', is intact."
         )
+        why = "the disk is full: " if full else ""
         return (
-            f"a checkpoint in '{self.checkpoints_dir}' could not be written "
-            f"({free / 1e6:.1f} MB free): {error}. {kept} Is the disk full? "
-            "Make room, then run the same command to continue."
+            f"{why}a checkpoint in '{self.checkpoints_dir}' could not be "
+            f"written ({free / 1e6:.1f} MB free): {error}. {kept} Mend that, "
+            "then run the same command to continue."
         )
 
 
@@ -406,7 +420,25 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+    """The hidden name to write under, with the process that writes."""
+    host = socket.gethostname()
+    return path.with_name(f".{path.name}@{host}@{os.getpid()}.part")
+
+
+def _is_others(part: Path) -> bool:
+    """Whether a process that may be alive is still writing."""
+    _, host, process = ["", "", *part.stem.rsplit("@", 2)][-3:]
+    if not process.isdigit() or int(process) == os.getpid():
+        return False
+    if host != socket.gethostname():
+        return True  # cannot be asked
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _checksum(file: Path) -> str:
@@ -432,7 +464,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _is_of_the_disk(error: Exception) -> bool:
+def _is_of_writing(error: Exception) -> bool:
     if isinstance(error, CheckpointError):
         return False
     if isinstance(error, OSError):

@@ -271,6 +271,31 @@ def original_speakers(
     return original, torch.tensor([known[name] for name in names])
 
 
+def speaker_labels(
+    train_csv: str | os.PathLike, speeds: Sequence[float] = (1.0,)
+) -> CategoricalEncoder:
+    """Number the training speakers in sorted order, once for each speed.
+
+    Raises
+    ------
+    ManifestError
+        A bad manifest, or one speaker only.
+    """
+    _check_speeds(speeds)
+    speakers = sorted({row.spk_id for row in read_manifest(train_csv)})
+    if len(speakers) < 2:
+        raise ManifestError(
+            f"'{train_csv}' holds one speaker only, '{speakers[0]}'; training "
+            "needs two or more."
+        )
+    labels = CategoricalEncoder()
+    labels.update_from_iterable(
+        at_speed(speaker, speed) for speed in speeds for speaker in speakers
+    )
+    labels.expect_len(len(labels))
+    return labels
+
+
 def speaker_datasets(
     train_csv: str | os.PathLike,
     valid_csv: str | os.PathLike,
@@ -327,18 +352,7 @@ def speaker_datasets(
     _check_speeds(speeds)
     train_rows, valid_rows = read_manifest(train_csv), read_manifest(valid_csv)
     if label_encoder is None:
-        label_encoder = CategoricalEncoder()
-        label_encoder.update_from_iterable(
-            at_speed(speaker, speed)
-            for speed in speeds
-            for speaker in sorted({row.spk_id for row in train_rows})
-        )
-        label_encoder.expect_len(len(label_encoder))
-        if len(label_encoder) < 2 * len(speeds):
-            raise ManifestError(
-                f"'{train_csv}' holds one speaker only, "
-                f"'{train_rows[0].spk_id}'; training needs two or more."
-            )
+        label_encoder = speaker_labels(train_csv, speeds)
     for path, rows in ((train_csv, train_rows), (valid_csv, valid_rows)):
         unknown = {row.spk_id for row in rows} - set(label_encoder.lab2ind)
         if unknown:

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import json
 import multiprocessing
 import os
 import re
@@ -236,7 +237,10 @@ def fingerprint(run):
     best = checkpoints.find_checkpoint(min_key="EER")
     parts = {}
     for file in newest.paramfiles.values():
-        if "dataloader" not in file.name and "counter" not in file.name:
+        if file.stem == "run":  # of which no two have one name
+            parts["run"] = json.loads(file.read_text())
+            del parts["run"]["id"]
+        elif "dataloader" not in file.name and "counter" not in file.name:
             parts[file.stem] = torch.load(file, weights_only=True)
         else:
             parts[file.stem] = file.read_text()

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and damage is named."""
 
+import errno
 import os
 import random
 import shutil
@@ -260,6 +261,31 @@ def test_defaults_do_not_grow(checkpointer):
     assert len(metas(checkpointer, "x")) == 2
     checkpointer.save_and_keep_only(keep_recent=False)
     assert len(metas(checkpointer, "x")) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT])
+def test_only_a_full_disk_is_called_full(checkpointer, monkeypatch, number):
+    checkpointer.save_checkpoint()
+
+    def fails(*_):
+        raise OSError(number, "something else")
+
+    monkeypatch.setattr("speechbrain_ram.checkpoints._sync", fails)
+    with pytest.raises(CheckpointError, match="could not be written") as caught:
+        checkpointer.save_checkpoint()
+    assert "is full" not in str(caught.value)
+
+
+def test_a_folder_that_is_deleted_meanwhile(checkpointer, monkeypatch):
+    folder = checkpointer.checkpoints_dir
+
+    def deleted(*_):
+        shutil.rmtree(folder)
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(folder))
+
+    monkeypatch.setattr("speechbrain_ram.checkpoints._sync", deleted)
+    with pytest.raises(CheckpointError, match="Was it deleted or moved"):
+        checkpointer.save_checkpoint()
 
 
 # -- a full disk -----------------------------------------------------------

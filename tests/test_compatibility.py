@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from speechbrain.utils.checkpoints import Checkpointer
 from write_release import release_run, waveform
 
 from speechbrain_ram.checkpoints import SafeCheckpointer
 from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.training.run import RunError
 
 RELEASES = sorted((Path(__file__).parent / "data").glob("release_*"))
 
@@ -39,18 +39,11 @@ def test_exported_folder_gives_the_same_embedding(release):
     np.testing.assert_allclose(embedding, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("within_epoch", [True, False])
-def test_training_goes_on(release, tiny_corpus, tmp_path, within_epoch):
-    """From the checkpoint before the last validation, and after it."""
+def test_a_run_of_unknown_identity_is_not_continued(
+    release, tiny_corpus, tmp_path
+):
+    """The first release did not write down what a run is."""
     run = tmp_path / "run"
     shutil.copytree(release / "save", run / "save")
-    for each in Checkpointer(run / "save").find_checkpoints():
-        if each.meta["end-of-epoch"] == within_epoch:
-            shutil.rmtree(each.path)
-    release_run(tiny_corpus, run, number_of_epochs=3)
-    epochs = [
-        line.split(",")[0]
-        for line in (run / "train_log.txt").read_text().splitlines()
-        if "train loss" in line
-    ]
-    assert epochs == ["epoch: 1", "epoch: 2", "epoch: 3"]
+    with pytest.raises(RunError, match="nobody knows which data"):
+        release_run(tiny_corpus, run, number_of_epochs=3)

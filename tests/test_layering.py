@@ -28,7 +28,7 @@ FLOORS = [
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "encoder_folder robust_brain",
     "augmentation corpora.convert corpora.folder corpora.shards corpora.sitw "
-    "dataset loading pretrained",
+    "dataset loading pretrained training.run",
     # The SpeechBrain runtime, and the corpora of the paper.
     "brain corpora.cnceleb corpora.own corpora.voxceleb inference onnx_export",
     # What people type.

@@ -308,7 +308,8 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
         status, _ = train_in_process(tiny_corpus, tmp_path / "run")
         assert status == 1
         said = output_of(tmp_path / "run")
-        assert "MB free" in said and "run the same command" in said
+        assert "the disk is full" in said and "MB free" in said
+        assert "run the same command" in said
         more = ["mount", "-o", "remount,size=200m", str(disk)]
         subprocess.run(more, check=True)
         status, _ = train_in_process(tiny_corpus, tmp_path / "run")

@@ -116,6 +116,17 @@ def prepare_own(
     return train_csv, valid_csv
 
 
+def corpus_name(corpus: str | os.PathLike) -> str:
+    """What a corpus is called where its path would say too much.
+
+    Example
+    -------
+    >>> corpus_name("/data/voices/"), corpus_name("tables/radio.csv")
+    ('voices', 'radio')
+    """
+    return Path(corpus).resolve().stem
+
+
 def make_trials(
     rows: Sequence[Utterance], max_trials: int, generator: np.random.Generator
 ) -> TrialList:

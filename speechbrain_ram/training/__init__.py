@@ -1,0 +1,1 @@
+"""Training: the Brain, and what a run is."""

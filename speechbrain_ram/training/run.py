@@ -1,0 +1,624 @@
+"""What a run is: its data, its labels and the settings that it learns from.
+
+An output folder belongs to one run. ``run.json``, written before anything is
+trained and kept in every checkpoint, says which. From the first checkpoint on,
+the same command continues the run, and a command that would learn something
+else is refused. The split and the labels are read back, never drawn again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+from filelock import FileLock, Timeout
+from hyperpyyaml import resolve_references
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.corpora.manifest import read_manifest
+
+logger = get_logger(__name__)
+logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt
+
+#: Of run.json; a reader refuses the numbers it does not know.
+FORMAT = 1
+
+RUN_FILE = "run.json"
+
+#: Where things lie: their content is compared, not their place.
+_PLACES = """
+output_folder save_folder manifests data_root data_folder corpus corpus_folder
+voxceleb1 voxceleb2 sitw sitw_overlap cnceleb cnceleb1 cnceleb2 lists
+lists_folder trials trials_root pretrained batch_size
+"""  # the last as that of all processes together
+
+#: How a run is run, and what it tells.
+_WAYS = """
+number_of_epochs num_workers precision channels_last tensorboard max_hours
+ckpt_interval_minutes max_fault_share max_bad_steps skip_bad verify_untrained
+margin_diagnostics license
+"""
+
+#: Options that may change from one command to the next.
+FREE = frozenset((_PLACES + _WAYS).split())
+
+#: Folders of noise: with or without matters, their place does not.
+_ADDED = frozenset(["musan", "rirs"])
+
+#: Objects that teach nothing, or that other parts of the identity describe.
+_NOT_LEARNED = frozenset(
+    [
+        *("prepare", "make_corpus", "modules", "epoch_counter", "facts"),
+        *("train_logger", "checkpointer", "corpus_name"),
+    ]
+)
+
+#: What the model card says of itself; it may be corrected later.
+_CORRECTABLE = ("name", "language", "license")
+
+
+class RunError(ValueError):
+    """A command does not fit the run in its output folder."""
+
+
+# -- the settings ---------------------------------------------------------
+
+
+def learned_settings(
+    hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything in a recipe that changes what is learned, as plain data.
+
+    Nothing is built or executed. What may change freely (:data:`FREE`) is
+    left out wherever the recipe refers to it.
+
+    Arguments
+    ---------
+    hparams_file : path
+        A recipe in HyperPyYAML.
+    overrides : str or mapping
+        Of the command line.
+
+    Returns
+    -------
+    dict
+        From dotted names, such as ``opt_class.momentum``, to numbers, texts
+        and lists of them.
+    """
+    yaml = ruamel.yaml.YAML()
+    text = Path(hparams_file).read_text(encoding="utf-8")
+    if isinstance(overrides, str):
+        overrides = yaml.load(overrides) or {}
+    recipe = {**yaml.load(text), **overrides}
+    neutral = {
+        key: _neutral(value) for key, value in recipe.items() if key in FREE
+    }
+    for key in _ADDED & set(recipe):
+        if recipe[key] is not None:
+            neutral[key] = "given"
+    with open(hparams_file, encoding="utf-8") as file:
+        resolved = resolve_references(file, {**overrides, **neutral})
+    settings: dict[str, Any] = {}
+    for key, node in yaml.load(resolved).items():
+        if not (key in FREE or key in _NOT_LEARNED or key.startswith("__")):
+            _flatten(node, str(key), settings)
+    return settings
+
+
+def output_folder_of(
+    hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
+) -> Path:
+    """Where a recipe would write; loading it makes folders there already."""
+    with open(hparams_file, encoding="utf-8") as file:
+        resolved = resolve_references(file, overrides)
+    return Path(ruamel.yaml.YAML().load(resolved)["output_folder"])
+
+
+def _neutral(value: Any) -> Any:
+    """Something of the same kind that is the same in every command."""
+    if isinstance(value, bool):
+        return False
+    return 1 if isinstance(value, (int, float)) else "any"
+
+
+def _flatten(node: Any, name: str, settings: dict[str, Any]) -> None:
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag:
+        settings[name] = str(tag)
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            _flatten(value, f"{name}.{key}", settings)
+    elif isinstance(node, list):
+        plain = [_plain(each) for each in node]
+        settings[name] = [str(tag), *plain] if tag else plain
+    elif not tag:
+        settings[name] = _plain(node)
+    elif getattr(node, "value", None):
+        settings[name] = f"{tag} {node.value}"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    parts: dict[str, Any] = {}
+    _flatten(value, "", parts)
+    return parts
+
+
+# -- the run --------------------------------------------------------------
+
+
+@register_checkpoint_hooks
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The identity of a run.
+
+    Arguments
+    ---------
+    id : str
+        Random, so that no two runs have the same.
+    settings : dict
+        From :func:`learned_settings`.
+    epochs : int
+        That the first command asked for; more may be asked for later.
+    speakers : list of str
+        In the order of the classifier's rows.
+    files : dict of str to dict
+        For ``train``, ``valid`` and, where there are some, ``trials``: the
+        number of lines and a checksum.
+    facts : dict
+        What the model card states.
+    """
+
+    id: str
+    settings: dict[str, Any]
+    epochs: int
+    speakers: list[str]
+    files: dict[str, dict]
+    facts: dict[str, Any]
+
+    def label_encoder(self) -> CategoricalEncoder:
+        """The labels of the run's classifier."""
+        encoder = CategoricalEncoder()
+        encoder.update_from_iterable(self.speakers)
+        encoder.expect_len(len(self.speakers))
+        return encoder
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write ``run.json``."""
+        with atomic_writer(Path(folder) / RUN_FILE) as file:
+            file.write(self._text())
+
+    def _text(self) -> str:
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    def corrected(self, facts: Mapping[str, Any]) -> Run:
+        """The run with another name, language or licence in its card."""
+        known = {key: facts[key] for key in _CORRECTABLE if key in facts}
+        return dataclasses.replace(self, facts={**self.facts, **known})
+
+    @mark_as_saver
+    def _save(self, path):
+        if if_main_process():
+            Path(path).write_text(self._text(), encoding="utf-8")
+
+    @mark_as_loader
+    def _check(self, path, end_of_epoch):
+        other = _parse(Path(path))
+        if other.id != self.id:
+            raise RunError(
+                f"'{path}' is a checkpoint of another run ({other.id} instead "
+                f"of {self.id}). Was it copied here? Move it out of the folder."
+            )
+
+
+def read_run(
+    folder: str | os.PathLike, save_folder: str | os.PathLike
+) -> Run | None:
+    """Read what run an output folder belongs to.
+
+    Arguments
+    ---------
+    folder : path
+        The output folder.
+    save_folder : path
+        Its checkpoints, which keep the same: the newest is asked where
+        ``run.json`` is lost.
+
+    Returns
+    -------
+    Run or None
+        None where nothing has been learned yet: a first command that failed
+        may be corrected.
+
+    Raises
+    ------
+    RunError
+        ``run.json`` cannot be read, or checkpoints are of an unknown run.
+    """
+    folder = Path(folder)
+    checkpoints = sorted(Path(save_folder).glob("CKPT*"))
+    if not checkpoints and not (folder / "inference").exists():
+        return None
+    kept = [each / "run.ckpt" for each in reversed(checkpoints)]
+    for file in (folder / RUN_FILE, *kept):
+        if file.exists():
+            return _parse(file)
+    raise RunError(
+        f"'{folder}' holds a trained encoder but no {RUN_FILE}, so that "
+        "nobody knows which data and settings it comes from. "
+        + _ways_out(folder)
+    )
+
+
+def _parse(file: Path) -> Run:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        number = data.pop("format")
+        if number == FORMAT:
+            run = Run(**data)
+            kinds = (str, dict, int, list, dict, dict)
+            values = dataclasses.astuple(run)
+            if not all(map(isinstance, values, kinds)):
+                raise TypeError("a value is of another type")
+            return run
+    except (
+        *(OSError, ValueError, KeyError, TypeError),
+        *(AttributeError, RecursionError),
+    ) as error:
+        raise RunError(
+            f"'{file}' cannot be read ({error}). Was it edited, or cut off?"
+        ) from error
+    raise RunError(
+        f"'{file}' has format {number}, this version of speechbrain-ram reads "
+        f"format {FORMAT}. Was it written by a newer one?"
+    )
+
+
+def check_settings_of(
+    run: Run,
+    settings: Mapping[str, Any],
+    epochs: int,
+    folder: str | os.PathLike,
+) -> None:
+    """Refuse a command whose settings are not those of the run.
+
+    Arguments
+    ---------
+    run : Run
+        The run in the folder.
+    settings : mapping
+        From :func:`learned_settings`, of the command.
+    epochs : int
+        ``number_of_epochs`` of the command.
+    folder : path
+        The output folder, for the message.
+
+    Raises
+    ------
+    RunError
+        Names every setting that differs, with both values.
+    """
+    names = [*run.settings, *(n for n in settings if n not in run.settings)]
+    missing = object()
+    differ = {
+        name: (run.settings.get(name, missing), settings.get(name, missing))
+        for name in names
+        if run.settings.get(name, missing) != settings.get(name, missing)
+    }
+    # An option differs wherever the YAML refers to it: name it once.
+    options = {name: pair for name, pair in differ.items() if "." not in name}
+    pairs = list(options.values())
+    differ = {
+        name: pair
+        for name, pair in differ.items()
+        if name in options or pair not in pairs
+    }
+    lines = [
+        f"  {name}: "
+        + " -> ".join("none" if v is missing else str(v) for v in pair)
+        for name, pair in differ.items()
+    ]
+    if epochs < run.epochs:
+        lines.append(
+            f"  number_of_epochs: {run.epochs} -> {epochs} (more are allowed)"
+        )
+    _refuse(lines, folder)
+
+
+def _refuse(lines: list[str], folder: str | os.PathLike) -> None:
+    if lines:
+        raise RunError(
+            f"'{folder}' belongs to another run than this command describes "
+            "(there -> here):\n" + "\n".join(lines) + "\n" + _ways_out(folder)
+        )
+
+
+def _ways_out(folder: str | os.PathLike) -> str:
+    trained = Path(folder) / "inference"
+    start = (
+        f", with --pretrained {trained} to start from its encoder"
+        if trained.is_dir()
+        else ""
+    )
+    return f"Give another --output_folder{start}, or delete this one."
+
+
+# -- the data -------------------------------------------------------------
+
+
+def prepare_data(
+    prepare: Callable, run: Run | None, folder: str | os.PathLike
+) -> tuple[Path, Path]:
+    """Call a recipe's `prepare`; a run that goes on keeps its manifests.
+
+    The corpus is looked at again in either case. A run that goes on has it
+    compared with its own manifests, which are then read back.
+
+    Arguments
+    ---------
+    prepare : functools.partial
+        Of the YAML; its argument `output_dir` is where manifests go.
+    run : Run, optional
+        The run that goes on.
+    folder : path
+        The output folder, for messages.
+
+    Returns
+    -------
+    train_csv, valid_csv : pathlib.Path
+
+    Raises
+    ------
+    RunError
+        The corpus has other utterances or speakers than the run's.
+    """
+    if run is None:
+        return prepare()
+    kept = Path(prepare.keywords["output_dir"])
+    fresh = Path(folder) / ".prepared"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        cache = kept / "headers.cache"
+        if cache.exists():
+            shutil.copy2(cache, fresh)
+        with _quiet():  # what it draws is not what the run has
+            manifests = prepare(output_dir=fresh)
+        for manifest in fresh.iterdir():
+            if not (kept / manifest.name).exists():  # was deleted
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(manifest, kept)
+        train_csv, valid_csv = (kept / each.name for each in manifests)
+        _refuse(_other_utterances(kept, fresh), folder)
+        if (fresh / cache.name).exists():
+            os.replace(fresh / cache.name, cache)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return train_csv, valid_csv
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    corpora = logging.getLogger("speechbrain_ram.corpora")
+    level = corpora.level
+    corpora.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        corpora.setLevel(level)
+
+
+def _other_utterances(kept: Path, fresh: Path) -> list[str]:
+    """How two folders of manifests differ, whatever their split is."""
+    names = sorted(each.name for each in fresh.glob("*.csv"))
+    if all(_same_bytes(kept / name, fresh / name) for name in names):
+        return []
+    there, here = (
+        {
+            row.id: (row.spk_id, row.start, row.stop)
+            for file in folder.glob("*.csv")
+            for row in read_manifest(file)
+        }
+        for folder in (kept, fresh)
+    )
+    lines = []
+    speakers = [{row[0] for row in rows.values()} for rows in (there, here)]
+    for what, old, new in (
+        ("speakers", *speakers),
+        ("utterances", set(there), set(here)),
+    ):
+        if old != new:
+            lines.append(
+                f"  {what}: {len(old):,} -> {len(new):,}"
+                + _some("only there", old - new)
+                + _some("only here", new - old)
+            )
+    changed = {i for i in set(there) & set(here) if there[i] != here[i]}
+    if changed:
+        first = min(changed)
+        lines.append(
+            f"  {len(changed):,} utterances have another speaker, begin or "
+            f"end: '{first}', {there[first]} -> {here[first]}"
+        )
+    return lines
+
+
+def _same_bytes(first: Path, second: Path) -> bool:
+    return first.exists() and first.read_bytes() == second.read_bytes()
+
+
+def _some(what: str, names: set[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 5 else ""
+    return f"; {len(names):,} {what}: {', '.join(sorted(names)[:5])}{more}"
+
+
+def data_files(
+    train_csv: Path, valid_csv: Path, trials: str | os.PathLike | None
+) -> dict[str, dict]:
+    """Number of lines and checksum of what a run learns from."""
+    files = {"train": train_csv, "valid": valid_csv, "trials": trials}
+    return {
+        name: _described(Path(file))
+        for name, file in files.items()
+        if file is not None
+    }
+
+
+def _described(file: Path) -> dict:
+    content = file.read_bytes()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return {"lines": content.count(b"\n"), "checksum": digest}
+
+
+def check_files_of(
+    run: Run, files: Mapping[str, dict], folder: str | os.PathLike
+) -> None:
+    """Refuse manifests or trials that are not those the run began with.
+
+    Raises
+    ------
+    RunError
+        Names the file, with its number of lines before and now.
+    """
+    what = {
+        "train": "the training manifest",
+        "valid": "the validation manifest",
+        "trials": "the development trials",
+    }
+    lines = []
+    for name, title in what.items():
+        old, new = run.files.get(name), files.get(name)
+        if old != new:
+            sizes = " -> ".join(
+                f"{each['lines']:,} lines" if each else "none"
+                for each in (old, new)
+            )
+            lines.append(f"  {title}: {sizes}, of other content")
+    _refuse(lines, folder)
+
+
+def begin_run(
+    folder: str | os.PathLike,
+    settings: Mapping[str, Any],
+    epochs: int,
+    label_encoder: CategoricalEncoder,
+    files: Mapping[str, dict],
+    facts: Mapping[str, Any],
+) -> Run:
+    """Give a run its identity and write it into its folder.
+
+    Arguments
+    ---------
+    folder : path
+        The output folder.
+    settings : mapping
+        From :func:`learned_settings`.
+    epochs : int
+        ``number_of_epochs``.
+    label_encoder : CategoricalEncoder
+        Of the training speakers.
+    files : mapping
+        From :func:`data_files`.
+    facts : mapping
+        For the model card. Of an absolute path the name is kept alone.
+
+    Returns
+    -------
+    Run
+    """
+    ind2lab = label_encoder.ind2lab
+    run = Run(
+        id=secrets.token_hex(8),
+        settings=dict(settings),
+        epochs=epochs,
+        speakers=[ind2lab[i] for i in range(len(ind2lab))],
+        files=dict(files),
+        facts={key: _without_path(value) for key, value in facts.items()},
+    )
+    run.write(folder)
+    return run
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value.rstrip("/"))
+    return value
+
+
+# -- the lock -------------------------------------------------------------
+
+
+@contextmanager
+def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of an output folder.
+
+    The system lets go of the lock when its owner ends, however it ends.
+
+    Arguments
+    ---------
+    folder : path
+        Made where it is missing.
+
+    Raises
+    ------
+    RunError
+        Another process trains there, or the path is not a folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(
+            f"--output_folder is '{folder}', which is, or lies in, a file. "
+            "Give the name of a folder."
+        ) from None
+    lock = FileLock(folder / ".lock", timeout=0)
+    owner = folder / ".owner"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
+        raise RunError(
+            f"'{folder}' is in use by another process: {who.strip()}. Wait "
+            "for it, stop it, or give another --output_folder."
+        ) from None
+    try:
+        with atomic_writer(owner) as file:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since "
+                f"{since}\n"
+            )
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
