@@ -367,7 +367,7 @@ def _ways_out(folder: str | os.PathLike) -> str:
         if trained.is_dir()
         else ""
     )
-    return f"Give another --output_folder{start}, or delete this one."
+    return f"Give another --output_folder{start}."
 
 
 # -- the data -------------------------------------------------------------
