@@ -71,6 +71,7 @@ from speechbrain_ram.trials import (
     read_models,
     read_trials,
 )
+from speechbrain_ram.user_errors import one_line_errors
 
 QUALITIES = ("duration", "magnitude", "cohort_mean")
 
@@ -184,7 +185,7 @@ def list_names(paths: list[str]) -> list[str]:
     ]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise SystemExit(f"two trial lists would both be called '{twice[0]}'")
+        raise ValueError(f"two trial lists would both be called '{twice[0]}'")
     return names
 
 
@@ -194,7 +195,7 @@ def read_systems(arguments: list[str]) -> tuple[TrialList, dict[str, System]]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals:
-            raise SystemExit(f"--scores needs NAME=FILE, got '{argument}'")
+            raise ValueError(f"--scores needs NAME=FILE, got '{argument}'")
         trials, scores = read_scores(path)
         if first is None:
             first = trials
@@ -214,7 +215,7 @@ def check_same(one: TrialList, other: TrialList, path: str) -> None:
         table = np.array([rows.get(name, -1) for name in names])
         same = (table[getattr(other, side)] == getattr(one, side)).all()
     if not same:
-        raise SystemExit(
+        raise ValueError(
             f"'{path}' holds other trials, or in another order, than the list "
             "that it is compared on"
         )
@@ -230,7 +231,7 @@ def own_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise SystemExit(f"--device '{device}' cannot be used: {why}") from None
+        raise ValueError(f"--device '{device}' cannot be used: {why}") from None
     return device
 
 
@@ -263,21 +264,21 @@ def read_cohort(options) -> list[Utterance]:
     uses = Counter(row.wav for row in rows)
     part = next((r for r in rows if r.start > 0 or uses[r.wav] > 1), None)
     if part:
-        raise SystemExit(
+        raise ValueError(
             f"'{options.cohort}': '{part.id}' is a part of a recording, a "
             "cohort is made of whole ones"
         )
     adaptive = (options.normalise or "").startswith("as-norm")
     chosen = adaptive or "cohort_mean" in options.qualities
     if chosen and options.top_n > len(seen):
-        raise SystemExit(
+        raise ValueError(
             f"--top_n {options.top_n} is more than the {len(seen)} speakers "
             f"of the cohort '{options.cohort}'"
         )
     root = options.cohort_root or options.data_root
     missing = [r.path(root) for r in rows if not os.path.isfile(r.path(root))]
     if missing:
-        raise SystemExit(
+        raise ValueError(
             f"{len(missing)} of {len(rows)} recordings of the cohort are "
             f"missing: {', '.join(missing[:10])}. Is --cohort_root right?"
         )
@@ -541,7 +542,5 @@ def check_names(parser, names: list[str]) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
+    with one_line_errors(Path(__file__).name):
         main()
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")

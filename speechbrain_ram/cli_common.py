@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from speechbrain_ram.user_errors import is_user_error, one_line
+
 # PyTorch is imported where it is needed: --help must not wait for it.
 
 ERROR = 2
@@ -34,18 +36,18 @@ def command(function: Callable) -> Callable:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 facts, text, *code = function(**options)
-        except (ValueError, OSError, ImportError) as error:
-            if as_json:
-                _print_json({"error": str(error)})
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(ERROR)
         except click.ClickException:
             raise
         except Exception as error:
-            # Python would exit with 1, which says "another speaker".
+            mendable = is_user_error(error)
+            message = one_line(error) if mendable else repr(error)
             if as_json:
-                _print_json({"error": repr(error)})
-            traceback.print_exc()
+                _print_json({"error": message})
+            if mendable:
+                click.echo(f"Error: {message}", err=True)
+            else:
+                traceback.print_exc()
+            # Python would exit with 1, which says "another speaker".
             sys.exit(ERROR)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)

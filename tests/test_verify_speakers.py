@@ -300,7 +300,7 @@ def test_what_cannot_work_is_said_before_the_work(
         "TARGETS": tmp_path / "targets.txt",
     }
     options = {name: files.get(value, value) for name, value in options.items()}
-    with pytest.raises((ValueError, SystemExit), match=message):
+    with pytest.raises(ValueError, match=message):
         verify.main(arguments(world, tmp_path / "out", **options))
 
 
@@ -334,7 +334,7 @@ def test_score_files_are_compared(verify, world, tmp_path, capsys):
     data = json.loads((tmp_path / "one" / "results.json").read_text())
     assert list(data["systems"]) == ["run", "noisy"]
     # other trials
-    with pytest.raises(SystemExit, match="holds other trials"):
+    with pytest.raises(ValueError, match="holds other trials"):
         verify.main(
             arguments(
                 world, tmp_path, "two", scores=[f"noisy={tmp_path}/noisy.txt"]
@@ -399,7 +399,7 @@ def test_options_that_do_not_go_together(verify, options, message, capsys):
 def test_lists_of_one_name_are_told_apart(verify):
     assert verify.list_names(["a/x.txt", "b/y.lst"]) == ["x", "y"]
     assert verify.list_names(["/a/x.txt", "/b/x.txt"]) == ["a_x", "b_x"]
-    with pytest.raises(SystemExit, match="both be called 'a_x'"):
+    with pytest.raises(ValueError, match="both be called 'a_x'"):
         verify.list_names(["/a/x.txt", "/a/x.lst"])
 
 
@@ -410,9 +410,9 @@ def test_as_a_command_its_errors_are_one_line(world, tmp_path):
         command, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "verify_speakers.py: " in done.stderr
-    assert "nowhere" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("verify_speakers.py: ")
+    assert "nowhere" in line
 
 
 @pytest.mark.slow

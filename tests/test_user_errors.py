@@ -1,0 +1,56 @@
+"""Which errors end in one line, and what it says."""
+
+import errno
+import logging
+
+import pytest
+import torch
+
+from speechbrain_ram.audio import AudioError
+from speechbrain_ram.checkpoints import CheckpointError
+from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.stopping import Interrupted
+from speechbrain_ram.user_errors import one_line_errors
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("lr is 0.\n  Is it\n meant?"), "lr is 0. Is it meant?"),
+        (AudioError("'a.wav' is empty."), "'a.wav' is empty."),
+        (CheckpointError("none"), "none"),
+        (NonFiniteError("10 steps"), "10 steps"),
+        (WorkerError("gone"), "gone"),
+        (ImportError("needs: pip install x"), "needs: pip install x"),
+        (OSError(errno.ENOSPC, "No space"), "[Errno 28] No space"),
+        (PermissionError(13, "Permission denied", "/a"), "'/a': Permission"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, line, caplog):
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(SystemExit) as left, one_line_errors("train.py"):
+        raise error
+    assert left.value.code.startswith(f"train.py: {line}")
+    assert "\n" not in left.value.code
+    assert caplog.records[0].exc_info[1] is error  # for OUTPUT/log.txt
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a size is wrong"),
+        TypeError("no"),
+        KeyError("a"),
+        SystemExit(3),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    with pytest.raises(type(error)), one_line_errors("train.py"):
+        raise error
+
+
+def test_leaving_when_asked_is_no_error():
+    with pytest.raises(Interrupted), one_line_errors("train.py"):
+        raise Interrupted("SIGTERM")
