@@ -7,6 +7,8 @@ import torch
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
+from speechbrain_ram.settings import NEEDED
+
 FILES = sorted(
     [
         *REPOSITORY.glob("hparams/*.yaml"),
@@ -54,28 +56,7 @@ def test_loads_and_has_what_the_script_reads(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing may be written elsewhere
     with open(file, encoding="utf-8") as stream:
         hparams = load_hyperpyyaml(stream, overrides)
-    for key in (
-        "prepare",
-        "data_root",
-        "trials",
-        "trials_root",
-        "objective",
-        "margin",
-        "scale",
-        "form",
-        "encoder",
-        "make_classifier",
-        "modules",
-        "compute_cost",
-        "opt_class",
-        "learning_rate",
-        "epoch_counter",
-        "train_logger",
-        "checkpointer",
-        "resample",
-        "mixdown",
-        "verify_every",
-    ):
+    for key in (*NEEDED, "trials"):
         assert key in hparams, key
     feats = torch.zeros(2, 40, hparams["encoder"]["n_mels"])
     embedding = hparams["modules"]["embedding_model"].eval()(feats)

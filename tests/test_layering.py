@@ -17,7 +17,7 @@ FLOORS = [
     "features fused_torch fused_triton losses memory metrics pooling schedules "
     "score_norm similarity_map trials "
     "checkpoints joint_batches processes random_state stopping "
-    "sync_batch_norm threads user_errors",
+    "settings sync_batch_norm threads user_errors",
     # On one of those each.
     "bootstrap corpora.headers decision decoded_cache embeddings faults fused "
     "metadata packed plots resnet "
