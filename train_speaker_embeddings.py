@@ -36,6 +36,7 @@ from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group, n_processes
 from speechbrain_ram.report import System, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
+from speechbrain_ram.settings import check_device, check_settings
 from speechbrain_ram.stopping import (
     Interrupted,
     StopRequest,
@@ -53,6 +54,7 @@ from speechbrain_ram.training.run import (
     sole_owner,
 )
 from speechbrain_ram.trials import check_utterances, read_trials
+from speechbrain_ram.user_errors import one_line_errors
 
 
 def train(hparams_file, run_opts, overrides):
@@ -170,6 +172,8 @@ def find_run(hparams_file, hparams, run_opts, overrides):
         * (run_opts.get("grad_accumulation_factor") or 1)
     )
     run = read_run(output, hparams["save_folder"])
+    if "max_grad_norm" in run_opts.overridden_args:  # SpeechBrain's own
+        settings["max_grad_norm"] = run_opts["max_grad_norm"]
     start = hparams.get("pretrained")
     if start and run and not Path(start).exists():
         settings["pretrained"] = run.settings.get("pretrained")
@@ -221,15 +225,23 @@ def verify(brain, trials, hparams, output):
     return Decision.fit(scores, trials.labels, name)
 
 
-if __name__ == "__main__":
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+def main(argv):
+    """Train; the exit status."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    check_settings(hparams_file, overrides, run_opts)
     leave_on_signals()
     keep_freed_memory()
     sb.utils.distributed.ddp_init_group(run_opts)
-    status = 0
+    check_device(run_opts["device"])
     try:
         train(hparams_file, run_opts, overrides)
     except Interrupted as asked:
-        status = asked.code
-    leave_group()
-    sys.exit(status)
+        return asked.code
+    finally:
+        leave_group()
+    return 0
+
+
+if __name__ == "__main__":
+    with one_line_errors(Path(__file__).name):
+        sys.exit(main(sys.argv[1:]))

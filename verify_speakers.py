@@ -63,6 +63,7 @@ from speechbrain_ram.scoring import (
     trial_vectors,
     write_scores,
 )
+from speechbrain_ram.settings import check_device
 from speechbrain_ram.trials import (
     FORMS,
     TrialError,
@@ -227,11 +228,7 @@ def own_device(device: str) -> str:
         torch.distributed.init_process_group("gloo")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--device '{device}' cannot be used: {why}") from None
+    check_device(device)
     return device
 
 

@@ -16,8 +16,11 @@ from difflib import get_close_matches
 from typing import Any
 
 import ruamel.yaml
+import torch
 from hyperpyyaml import resolve_references
 from speechbrain.core import RunOptions
+
+_OPTIONS = "The options"  # what an error calls them
 
 
 class _Tagged(str):
@@ -183,7 +186,7 @@ def check_settings(
         The recipe cannot be read.
     """
     where = f"'{os.fspath(hparams_file)}'"
-    given = _read(overrides, "The options") if overrides else {}
+    given = _read(overrides, _OPTIONS) if overrides else {}
     with open(hparams_file, encoding="utf-8") as file:
         recipe = _read(file.read(), where)
         _check_names(recipe, given, where)
@@ -200,6 +203,15 @@ def check_settings(
             _check_value(f"'encoder: {name}'", inner[name], rule, False)
 
 
+def check_device(device: str) -> None:
+    """Raise a ValueError unless tensors can be made there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device '{device}' cannot be used: {why}") from None
+
+
 def _read(yaml: str | Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Keys and values of a YAML's text."""
     if isinstance(yaml, Mapping):
@@ -210,6 +222,9 @@ def _read(yaml: str | Mapping[str, Any], where: str) -> Mapping[str, Any]:
         values = reader.load(yaml)
     except ruamel.yaml.YAMLError as error:
         why = getattr(error, "problem", None) or str(error)
+        twice = re.match('found duplicate key "(.*?)"', why)
+        if twice and where == _OPTIONS:
+            raise ValueError(f"--{twice[1]} is given twice.") from None
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"{where} cannot be read: {why}{line}.") from None

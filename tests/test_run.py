@@ -66,7 +66,7 @@ def refused(tiny_corpus, run, match, **overrides):
         ({"seed": 7}, "seed: 1986 -> 7"),
         (
             {"objective": "am", "margin": 0.2},
-            "objective: ram -> am\n  margin: 0.3 -> 0.2",
+            "objective: ram -> am;\n  margin: 0.3 -> 0.2",
         ),
         ({"form": "hinge"}, "form: paper -> hinge"),
         ({"scale": 20.0}, "scale: 30.0 -> 20.0"),
@@ -134,7 +134,7 @@ def test_an_object_of_the_yaml_is_compared(tmp_path, tiny_corpus, run):
         refused(
             tiny_corpus,
             run,
-            r"opt_class.weight_decay: none -> 0.1\n",
+            r"opt_class.weight_decay: none -> 0.1\.",
             recipe=recipe,
         )
     finally:
@@ -444,6 +444,14 @@ def test_a_file_as_output_folder(tmp_path, tiny_corpus):
         with pytest.raises(RunError, match="is, or lies in, a file"):
             run_recipe(tiny_corpus, tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written():
+    with (
+        pytest.raises(RunError, match="--output_folder '/proc/a' cannot be"),
+        sole_owner("/proc/a"),
+    ):
+        pass
 
 
 def test_a_sweep_leaves_what_others_are_writing(holder, tmp_path):

@@ -49,7 +49,7 @@ def check(command_line, file=SYNTHETIC):
         ("--marign 0.2", "no option --marign in '{}'. Is --margin meant?"),
         ("--devcie cpu", "no option --devcie in '{}'. Is --device meant?"),
         ("--xyzzyq 1", "no option --xyzzyq in '{}'. The file has them."),
-        ("--lr 1 --lr 2", 'cannot be read: found duplicate key "lr"'),
+        ("--lr 1 --lr 2", "--lr is given twice."),
         ("stray", "The options cannot be read: 'stray' is not"),
     ],
 )

@@ -2,9 +2,12 @@
 
 import errno
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import RECIPE, REPOSITORY
 
 from speechbrain_ram.audio import AudioError
 from speechbrain_ram.checkpoints import CheckpointError
@@ -54,3 +57,24 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
 def test_leaving_when_asked_is_no_error():
     with pytest.raises(Interrupted), one_line_errors("train.py"):
         raise Interrupted("SIGTERM")
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--device tpu9", "--device 'tpu9' cannot be used"),
+        ("--marign 0.2", "Is --margin meant?"),
+        ("--output_folder /proc/run", "--output_folder '/proc/run' cannot"),
+    ],
+)
+def test_training_says_its_errors_in_one_line(options, says):
+    script = REPOSITORY / "train_speaker_embeddings.py"
+    done = subprocess.run(
+        [sys.executable, script, RECIPE, *options.split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    *before, line = done.stderr.splitlines()
+    assert line.startswith("train_speaker_embeddings.py: ") and says in line
+    assert "Traceback" not in done.stderr

@@ -356,7 +356,7 @@ def _refuse(lines: list[str], folder: str | os.PathLike) -> None:
     if lines:
         raise RunError(
             f"'{folder}' belongs to another run than this command describes "
-            "(there -> here):\n" + "\n".join(lines) + "\n" + _ways_out(folder)
+            "(there -> here):\n" + ";\n".join(lines) + ".\n" + _ways_out(folder)
         )
 
 
@@ -594,23 +594,26 @@ def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
         Another process trains there, or the path is not a folder.
     """
     folder = Path(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
+    owner = folder / ".owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except (FileExistsError, NotADirectoryError):
         raise RunError(
             f"--output_folder is '{folder}', which is, or lies in, a file. "
             "Give the name of a folder."
         ) from None
-    lock = FileLock(folder / ".lock", timeout=0)
-    owner = folder / ".owner"
-    try:
-        lock.acquire()
     except Timeout:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
         raise RunError(
             f"'{folder}' is in use by another process: {who.strip()}. Wait "
             "for it, stop it, or give another --output_folder."
         ) from None
+    except OSError as error:
+        raise RunError(
+            f"--output_folder '{folder}' cannot be written: {error.strerror}."
+        ) from error
     try:
         with atomic_writer(owner) as file:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
