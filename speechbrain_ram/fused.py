@@ -29,7 +29,6 @@ forward pass marks the others, the backward pass visits only those.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from speechbrain.nnet.losses import AngularMargin
 from torch.autograd.function import once_differentiable
@@ -67,15 +66,13 @@ class FusedMarginClassifier(torch.nn.Module):
         ``RealAdditiveMargin``, ``RealAdditiveAngularMargin``.
     chunk_size : int
         Classes at a time; by default, as many as make 8 MB of cosines.
-    impl : str
-        'torch', or 'triton' on CUDA (see ``fused_triton.py``).
 
     Raises
     ------
     TypeError
         A loss_fn that is none of these.
     ValueError
-        An impossible size or impl; in ``forward``, wrong shapes or labels.
+        An impossible size; in ``forward``, wrong shapes or labels.
 
     Example
     -------
@@ -94,7 +91,6 @@ class FusedMarginClassifier(torch.nn.Module):
         out_neurons: int,
         loss_fn: torch.nn.Module,
         chunk_size: int | None = None,
-        impl: str = "torch",
     ):
         super().__init__()
         _check_loss_fn(loss_fn)
@@ -106,7 +102,6 @@ class FusedMarginClassifier(torch.nn.Module):
             )
         self.loss_fn = loss_fn
         self.chunk_size = chunk_size
-        self.impl = impl
         self.weight = torch.nn.Parameter(torch.empty(out_neurons, input_size))
         torch.nn.init.xavier_uniform_(self.weight)
 
@@ -139,7 +134,6 @@ class FusedMarginClassifier(torch.nn.Module):
             targets.reshape(-1),
             self.loss_fn,
             self.chunk_size,
-            self.impl,
         )
 
 
@@ -149,7 +143,6 @@ def fused_margin_loss(
     labels: torch.Tensor,
     loss_fn: torch.nn.Module,
     chunk_size: int | None = None,
-    impl: str = "torch",
 ) -> torch.Tensor:
     """Mean margin loss of embeddings against class weights.
 
@@ -172,8 +165,6 @@ def fused_margin_loss(
         See :class:`FusedMarginClassifier`.
     chunk_size : int
         Classes at a time; by default, as many as make 8 MB of cosines.
-    impl : str
-        'torch' or 'triton'.
 
     Returns
     -------
@@ -187,43 +178,10 @@ def fused_margin_loss(
     >>> fused_margin_loss(weight, weight, torch.arange(3), loss_fn)
     tensor(0.)
     """
-    return margin_losses(
-        embeddings, weight, labels, loss_fn, chunk_size, impl
-    ).mean()
-
-
-def margin_losses(
-    embeddings: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    loss_fn: torch.nn.Module,
-    chunk_size: int | None = None,
-    impl: str = "torch",
-    first_class: int = 0,
-    group: dist.ProcessGroup | None = None,
-) -> torch.Tensor:
-    """The loss of each sample; `weight` may be one rank's slice of classes.
-
-    Arguments
-    ---------
-    embeddings, weight, labels, loss_fn, chunk_size, impl
-        As :func:`fused_margin_loss`.
-    first_class : int
-        The label of the slice's first row.
-    group : torch.distributed.ProcessGroup
-        The ranks that hold the slices; all must pass the same embeddings and
-        labels. The embeddings' gradient is this slice's part of it. None:
-        `weight` holds all classes.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [N], float32 or wider.
-    """
     _check_loss_fn(loss_fn)
     _check_shapes(embeddings, weight, labels)
-    if group is None and labels.device.type == "cpu":
-        check_labels(labels, len(weight))
+    if labels.device.type == "cpu":
+        _check_labels(labels, len(weight))
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_ELEMENTS // max(embeddings.shape))
     elif chunk_size < 1:
@@ -231,28 +189,24 @@ def margin_losses(
     with torch.autocast(embeddings.device.type, enabled=False):
         if embeddings.dtype != torch.float64:
             embeddings = embeddings.float()
-        return _MarginLosses.apply(
+        losses = _MarginLosses.apply(
             F.normalize(embeddings),
             weight,
-            labels.long() - first_class,
+            labels.long(),
             loss_fn,
             min(chunk_size, len(weight)),
-            _pieces(impl),
-            group,
         )
+        return losses.mean()
 
 
 class _MarginLosses(torch.autograd.Function):
-    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N].
-
-    Labels outside [0, C) belong to another rank's slice.
-    """
+    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N]."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, loss_fn, chunk, pieces, group):
+    def forward(ctx, x, weight, labels, loss_fn, chunk):
         form, scale = _form(loss_fn), float(loss_fn.scale)
-        mine, unit, _ = _targets(weight, labels, x.dtype)
-        cosine = _total((x * unit).sum(dim=1) * mine, group)
+        unit, _ = _targets(weight, labels, x.dtype)
+        cosine = (x * unit).sum(dim=1)
         logit, slope = _target_logit(loss_fn, cosine)
 
         norm = x.new_empty(len(weight))
@@ -264,17 +218,17 @@ class _MarginLosses(torch.autograd.Function):
                 min=_NORM_FLOOR
             )
             own = _own_column(_class_ids(rows, labels), labels)
-            log_sum, violated[rows] = pieces.log_sum_exp(
+            log_sum, violated[rows] = fused_torch.log_sum_exp(
                 x, w, norm[rows], own, logit, scale, form
             )
             log_sums.append(log_sum)
-        log_sum = _log_total(torch.stack(log_sums).logsumexp(dim=0), group)
+        log_sum = torch.stack(log_sums).logsumexp(dim=0)
         loss = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
 
         ctx.save_for_backward(
             x, weight, labels, norm, violated, cosine, logit, slope, loss
         )
-        ctx.settings = form, scale, chunk, pieces, group
+        ctx.settings = form, scale, chunk
         return loss
 
     @staticmethod
@@ -282,11 +236,11 @@ class _MarginLosses(torch.autograd.Function):
     def backward(ctx, grad_loss):
         with torch.autocast(grad_loss.device.type, enabled=False):
             grads = _MarginLosses._gradients(ctx, grad_loss)
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None)
 
     @staticmethod
     def _gradients(ctx, grad_loss):
-        form, scale, chunk, pieces, group = ctx.settings
+        form, scale, chunk = ctx.settings
         x, weight, labels, norm, violated, cosine, logit, slope, loss = (
             ctx.saved_tensors
         )
@@ -303,7 +257,7 @@ class _MarginLosses(torch.autograd.Function):
         for rows in blocks:
             w = weight[rows].to(x.dtype)
             own = _own_column(_class_ids(rows, labels), labels)
-            grad_dot, pull_here, radial = pieces.gradient(
+            grad_dot, pull_here, radial = fused_torch.gradient(
                 x, w, norm[rows], own, logit, loss, grad_loss, scale, form
             )
             pull += pull_here
@@ -319,17 +273,12 @@ class _MarginLosses(torch.autograd.Function):
 
         if form in ("trivial", "released"):  # every other class pulls
             pull = -torch.expm1(-loss) * grad_loss
-        else:
-            pull = _total(pull, group)
-        mine, unit, target_norm = _targets(weight, labels, x.dtype)
-        grad_cosine = (-pull * slope * mine).unsqueeze(1)
+        unit, target_norm = _targets(weight, labels, x.dtype)
+        grad_cosine = (-pull * slope).unsqueeze(1)
         grad_x.addcmul_(grad_cosine, unit)
         grad_target = grad_cosine * (x - cosine.unsqueeze(1) * unit)
-        grad_weight.index_add_(
-            0,
-            labels.clamp(0, len(weight) - 1),
-            (grad_target / target_norm).to(weight.dtype),
-        )
+        grad_target = (grad_target / target_norm).to(weight.dtype)
+        grad_weight.index_add_(0, labels, grad_target)
         return grad_x, grad_weight
 
 
@@ -354,12 +303,11 @@ def _slices(length, chunk):
 
 
 def _targets(weight, labels, dtype):
-    """Which labels have their row here, [N]; those rows' directions, norms."""
-    mine = (labels >= 0) & (labels < len(weight))
-    rows = weight[labels.clamp(0, len(weight) - 1)].to(dtype)
+    """Directions of the labels' rows, [N, E], and their lengths, [N, 1]."""
+    rows = weight[labels].to(dtype)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     norm = norm.clamp(min=_NORM_FLOOR)
-    return mine, rows / norm, norm
+    return rows / norm, norm
 
 
 def _target_logit(loss_fn, cosine):
@@ -369,23 +317,6 @@ def _target_logit(loss_fn, cosine):
         logit = loss_fn(cosine, torch.ones_like(cosine))
         (slope,) = torch.autograd.grad(logit.sum(), cosine)
     return logit.detach().squeeze(1), slope.squeeze(1)
-
-
-def _total(tensor, group):
-    """Sum over the ranks; without a group, the tensor itself."""
-    if group is not None:
-        dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-def _log_total(tensor, group):
-    """Log-sum-exp over the ranks: the maximum, then the sum."""
-    if group is None:
-        return tensor
-    largest = tensor.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    largest = largest.clamp(min=torch.finfo(tensor.dtype).min)  # -inf - -inf
-    return _total((tensor - largest).exp(), group).log() + largest
 
 
 def _form(loss_fn):
@@ -415,7 +346,7 @@ def _check_shapes(embeddings, weight, labels):
         )
 
 
-def check_labels(labels, n_classes):
+def _check_labels(labels, n_classes):
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
         raise ValueError(
@@ -423,13 +354,3 @@ def check_labels(labels, n_classes):
             f"{n_classes - 1}. Was the label encoder filled from another "
             "manifest than the classifier's size?"
         )
-
-
-def _pieces(impl):
-    if impl == "torch":
-        return fused_torch
-    if impl == "triton":
-        from speechbrain_ram import fused_triton
-
-        return fused_triton
-    raise ValueError(f"impl is {impl!r}, allowed are torch, triton.")

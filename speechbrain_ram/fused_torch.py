@@ -1,8 +1,7 @@
 """One chunk of classes of the fused loss, in plain PyTorch.
 
 :mod:`speechbrain_ram.fused` walks over the classes and keeps the sums; what
-happens inside a chunk is in these two functions, here for any device and in
-:mod:`speechbrain_ram.fused_triton` for CUDA. Both take
+happens inside a chunk is in these two functions. Both take
 
 x : [N, E]
     length-normalised embeddings

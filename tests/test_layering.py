@@ -14,7 +14,7 @@ FLOORS = [
     # Alone: formulas, formats, readers.
     "architecture audio calibration corpora.transcode "
     "diagnostics embedding_store enrolment "
-    "features fused_torch fused_triton losses memory metrics pooling schedules "
+    "features fused_torch losses memory metrics pooling schedules "
     "score_norm similarity_map trials "
     "checkpoints joint_batches processes random_state stopping "
     "settings sync_batch_norm threads user_errors",
@@ -22,8 +22,7 @@ FLOORS = [
     "bootstrap corpora.headers decision decoded_cache embeddings faults fused "
     "metadata packed plots resnet "
     "scoring video",
-    "class_parallel corpora.manifest fast_audio folding model_card recordings "
-    "report",
+    "corpora.manifest fast_audio folding model_card recordings report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "encoder_folder robust_brain",
