@@ -423,13 +423,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     help = "frames in a batch (default: extract's)"
     add("--max_frames", type=count, help=help)
-    add("--resample", action="store_true", help="allow other sample rates")
-    add("--mixdown", action="store_true", help="allow several channels")
+    switch = {
+        "nargs": "?",
+        "type": truth,
+        "const": True,
+        "default": False,
+        "metavar": "True",
+    }
+    add("--resample", **switch, help="allow other sample rates")
+    add("--mixdown", **switch, help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")
     add("--cohort", help="manifest of training speakers")
     add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
     add("--cohort_per_speaker", type=count, help="recordings (default: all)")
-    add("--center", action="store_true", help="subtract the cohort's mean")
+    add("--center", **switch, help="subtract the cohort's mean")
     add("--normalise", choices=METHODS, help="score normalisation")
     add("--top_n", type=count, default=300, help="of adaptive normalisation")
     add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
@@ -471,6 +478,13 @@ def in_yaml(parser, path: str) -> list[str]:
         elif value is not None and value is not False:
             arguments.append(f"--{name}={value}")
     return arguments
+
+
+def truth(text: str) -> bool:
+    """True or False, typed as for the training."""
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"True or False is needed, got {text}")
+    return text == "True"
 
 
 def count(text: str) -> int:

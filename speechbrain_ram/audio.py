@@ -208,14 +208,14 @@ def check_format(
     """
     if channels > 1 and not mixdown:
         raise AudioError(
-            f"'{path}' has {channels} channels, mono is needed. Allow "
-            "mixdown=True to average them, or convert the file."
+            f"'{path}' has {channels} channels, mono is needed. "
+            "`--mixdown True` averages them, or convert the file."
         )
     if rate != sample_rate and not resample:
         raise AudioError(
             f"'{path}' has a sample rate of {rate} Hz, {sample_rate} Hz is "
-            "needed. Allow resample=True to convert it while reading, or "
-            "convert the file."
+            "needed. `--resample True` converts it while reading, or convert "
+            "the file."
         )
     if rate != sample_rate:
         common = math.gcd(rate, sample_rate)

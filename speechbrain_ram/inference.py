@@ -317,6 +317,7 @@ class SpeakerEncoder:
         if self.decision is None:
             raise ValueError(
                 "No threshold was saved with this encoder, because no "
-                "development list was scored. Give one, such as threshold=0.5."
+                "development list was scored. Give one, in "
+                "Python threshold=0.5, on the command line --threshold 0.5."
             )
         return self.decision.threshold("EER" if value is None else value)

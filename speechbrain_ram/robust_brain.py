@@ -325,8 +325,8 @@ class RobustBrain(sb.Brain):
         logger.warning("%s; it is skipped: %s", what, ", ".join(batch.id))
         if self.bad_in_a_row >= limit:
             raise NonFiniteError(
-                f"{limit} steps in a row (max_bad_steps) were skipped; {what}."
-                " Is the learning rate too high, or are recordings broken? "
+                f"{limit} steps in a row (--max_bad_steps) were skipped; "
+                f"{what}. Is --lr too high, or are recordings broken? "
                 f"The last good checkpoint is {self._last_checkpoint()}. The "
                 f"last batch: {', '.join(batch.id)}"
             )
@@ -455,7 +455,7 @@ class RobustBrain(sb.Brain):
             raise CheckpointError(
                 f"'{path}' was written within an epoch of joint batches of "
                 f"{state['joint_batch']} utterances, now they have {joint}. "
-                "Keep (number of processes) x batch_size, or delete "
+                "Keep (number of processes) x --batch_size, or delete "
                 f"'{os.path.dirname(path)}' to go on from the end of the "
                 "epoch before."
             )

@@ -87,7 +87,8 @@ _POSITIVE = _between(0, math.inf, or_equal=False)
 _NOT_NEGATIVE = _between(0, math.inf)
 
 _PATHS = (
-    "corpus corpus_folder data_folder data_root lists_folder manifests "
+    "cnceleb1 cnceleb2 corpus corpus_folder data_folder data_root "
+    "lists_folder manifests "
     "musan output_folder pretrained rirs save_folder sitw sitw_overlap "
     "trials trials_root voxceleb1 voxceleb2"
 )

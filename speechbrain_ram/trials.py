@@ -335,8 +335,9 @@ def check_utterances(
         raise TrialError(
             f"{len(missing)} of {len(names)} recordings are missing under "
             f"'{root}': {_first_ten(missing)}. Is this the folder that the "
-            "names in the list start from? strip_prefix and suffix adapt "
-            "names from another machine or in another audio format."
+            "names in the list start from? verify_speakers.py adapts names "
+            "from another machine with --strip_prefix, of another audio "
+            "format with --suffix."
         )
 
 

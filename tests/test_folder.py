@@ -142,11 +142,18 @@ def test_other_rates_and_channels_only_when_asked(
     tmp_path, settings, option, message
 ):
     root = make_corpus(tmp_path / "corpus", {"a": 3, "b": 3}, **settings)
+    message += f".*--{option} True"  # as a user types it
     with pytest.raises(ManifestError, match=message):
         prepare_folder(root, tmp_path / "out")
     paths = prepare_folder(root, tmp_path / "out", **{option: True})
     rows = [row for path in paths for row in read_manifest(path)]
     assert {row.duration for row in rows} == {0.2}
+
+
+def test_a_rate_that_cannot_be_converted_is_found_before_training(tmp_path):
+    root = make_corpus(tmp_path / "corpus", {"a": 3, "b": 3}, rate=44_101)
+    with pytest.raises(ManifestError, match="44101 Hz, which cannot be conv"):
+        prepare_folder(root, tmp_path / "out", resample=True)
 
 
 def test_a_failed_preparation_keeps_the_manifests_of_before(tmp_path):

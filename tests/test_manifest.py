@@ -193,6 +193,7 @@ def test_unusable_files_are_named_or_listed(tmp_path, caplog):
     assert f"'{slow}' has a sample rate of 8000 Hz, 16000 Hz" in message
     assert f"'{stereo}' has 2 channels" in message
     assert f"'{empty}' is an empty file" in message
+    assert message.endswith("`--skip_bad True` leaves them out.")
 
     listed = tmp_path / "out" / "skipped.txt"
     rows = build_manifest(

@@ -226,7 +226,7 @@ def test_a_yaml_gives_options_and_the_command_line_wins(
         ("qualities: [loudness]", "--qualities: invalid choice: 'loudness'"),
         ("bootstrap: many", "--bootstrap: invalid count value: 'many'"),
         ("top_n: 0", "1 or more is needed, got 0"),
-        ("center: maybe", "--center: ignored explicit argument 'maybe'"),
+        ("center: maybe", "--center: True or False is needed, got maybe"),
         ("hparams: other.yaml", "unknown keys: ['hparams']"),
         ("- 1\n- 2", "'{path}' cannot be read: "),
         ("", "'{path}' cannot be read: "),
@@ -258,7 +258,7 @@ def test_a_yaml_and_a_command_line_say_the_same(verify, tmp_path):
     command = (
         "--encoder e --trials one.txt --data_root d --output o --strip_prefix="
         "-x/ --p_targets 0.05 --bootstrap 100 --center --cohort c.csv "
-        "--calibrate_on dev.txt --qualities duration"
+        "--calibrate_on dev.txt --qualities duration --mixdown False"
     )
     typed = vars(verify.parse(command.split()))
     assert given == typed

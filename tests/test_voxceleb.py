@@ -196,7 +196,7 @@ def test_voxceleb1_in_training_refuses_e_and_h(tmp_path, vox1):
     both = miniature.voxceleb1(
         tmp_path / "both", VOICES[:2], VOICES[2:4], ("wav", "wav")
     )
-    with pytest.raises(ManifestError, match="drop_test_speakers=True"):
+    with pytest.raises(ManifestError, match="--drop_test_speakers True"):
         prepare_voxceleb(both, both, tmp_path / "o", lists=["O"])
     paths = prepare_voxceleb(
         both, both, tmp_path / "o", lists=["O"], drop_test_speakers=True
@@ -210,7 +210,7 @@ def test_sitw_and_its_overlap_with_voxceleb1(tmp_path, vox1, vox2):
     prepare_voxceleb(vox2, vox1, out, sitw_root=sitw)
     assert len(read_trials(out / "sitw-eval.txt")) == 2 * 6
     train = vox1 / "dev" / "wav"
-    with pytest.raises(ManifestError, match="60 of whom are also in SITW"):
+    with pytest.raises(ManifestError, match="also in SITW .*--sitw_overlap"):
         prepare_voxceleb(train, vox1, out, lists=["O"], sitw_root=sitw)
     overlap = tmp_path / "voxceleb1_sitw_overlap.txt"
     settings = {"lists": ["O"], "sitw_root": sitw, "sitw_overlap": overlap}

@@ -164,7 +164,7 @@ def _corpus_folder(data_root: Path, name: str, output_dir: Path) -> Path:
     if not (folder / "data").is_dir():
         raise ManifestError(
             f"'{folder}/data' does not exist. Unpack the corpus into "
-            f"'{data_root}', or say where it is (cnceleb1, cnceleb2)."
+            f"'{data_root}', or say where it is (--cnceleb1, --cnceleb2)."
         )
     check_outside(output_dir, folder)
     return folder

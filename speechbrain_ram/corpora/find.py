@@ -42,7 +42,7 @@ def find_recordings(
     if not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise ManifestError(
-            f"The corpus folder '{root}' {state}. Is data_root spelled right, "
+            f"The corpus folder '{root}' {state}. Is it spelled right, "
             "and is the disk mounted?"
         )
     endings = tuple(extensions)

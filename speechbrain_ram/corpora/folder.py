@@ -103,7 +103,8 @@ def prepare_folder(
         if not slash:
             raise ManifestError(
                 f"'{data_root / name}' lies in no speaker's folder. Expected "
-                "ROOT/SPEAKER/.../UTTERANCE; is data_root one level too deep?"
+                "ROOT/SPEAKER/.../UTTERANCE; is the folder given one level too "
+                "deep?"
             )
         recordings.append((name, speaker))
 

@@ -22,9 +22,8 @@ from typing import NamedTuple
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.audio import AudioError, check_format
 from speechbrain_ram.corpora.headers import (
-    Header,
     many_objects,
     read_headers,
 )
@@ -163,18 +162,17 @@ def build_manifest(
 
 def _rows(root, recordings, headers, min_duration, wanted):
     """Rows, and what is wrong with the files that become none."""
-    sample_rate, resample, mixdown = wanted
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
         if isinstance(header, AudioError):
             skipped.append(str(header))
             continue
-        if (header.channels > 1 and not mixdown) or (
-            header.sample_rate != sample_rate and not resample
-        ):
-            skipped.append(
-                _unsuitable(root / name, header, sample_rate, mixdown)
+        try:
+            check_format(
+                root / name, header.channels, header.sample_rate, *wanted
             )
+        except AudioError as error:
+            skipped.append(str(error))
             continue
         duration = header.frames / header.sample_rate
         if duration < min_duration:
@@ -185,22 +183,6 @@ def _rows(root, recordings, headers, min_duration, wanted):
     return rows, skipped, short
 
 
-def _unsuitable(
-    path: Path, header: Header, sample_rate: int, mixdown: bool
-) -> str:
-    """Say why a sound file cannot be used as it is."""
-    if header.channels > 1 and not mixdown:
-        return (
-            f"'{path}' has {header.channels} channels, mono is needed. Allow "
-            "mixdown=True to average them, or convert the file."
-        )
-    return (
-        f"'{path}' has a sample rate of {header.sample_rate} Hz, "
-        f"{sample_rate} Hz is needed. Allow resample=True to convert it "
-        "while reading, or convert the file."
-    )
-
-
 def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
     """Raise for unusable recordings, or list them where that was asked."""
     if skipped and skipped_list is None:
@@ -208,8 +190,7 @@ def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
         more = f"\n  ... and {len(skipped) - 10} more" * (len(skipped) > 10)
         raise ManifestError(
             f"{len(skipped)} of {total} recordings cannot be used:\n  {shown}"
-            f"{more}\nRepair or remove them, or ask for them to be left out "
-            "(skip_bad=True)."
+            f"{more}\nRepair or remove them; `--skip_bad True` leaves them out."
         )
     if short:
         logger.warning(

@@ -245,6 +245,6 @@ def _choose_speakers(
             f"Of {len(by_speaker)} speakers, {len(usable)} have two utterances "
             f"or more (in paths without spaces) and {count} are to be held out "
             "for trials, leaving two or more to train on. Are there more "
-            "speakers, or is a smaller dev_share meant?"
+            "speakers, or is a smaller --dev_share meant?"
         )
     return set(generator.permutation(usable)[:count].tolist())

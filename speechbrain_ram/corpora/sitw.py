@@ -77,7 +77,7 @@ def _read_part(root: Path, part: str, suffix: str | None) -> TrialList:
     if not folder.is_dir():
         raise ManifestError(
             f"'{folder}' does not exist; SITW has the folders dev and eval. "
-            "Is sitw_root the folder above them?"
+            "Is --sitw the folder above them?"
         )
     models = read_models(folder / "lists" / "enroll-core.lst")
     several = [name for name, files in models.items() if len(files) != 1]

@@ -53,14 +53,14 @@ def split_by_utterance(
     if len(by_speaker) < 2:
         raise ManifestError(
             f"There is one speaker only, '{next(iter(by_speaker), None)}'; "
-            "telling speakers apart needs two or more. Is data_root the "
-            "folder that holds the speakers' folders?"
+            "telling speakers apart needs two or more. Is the "
+            "corpus folder the one that holds the speakers' folders?"
         )
     single = [s for s, members in by_speaker.items() if len(members) == 1]
     if len(single) == len(by_speaker):
         raise ManifestError(
             "No speaker has two utterances, so that none can be held out for "
-            "validation. Is data_root one level too high or too deep?"
+            "validation. Is the corpus folder one level too high or deep?"
         )
     if single:
         logger.warning(

@@ -144,7 +144,7 @@ def prepare_voxceleb(
             f"VoxCeleb1-{name}",
             "VoxCeleb1-E and -H test all of VoxCeleb1: train on VoxCeleb2 "
             "for them. For list O leave its 40 speakers out "
-            "(drop_test_speakers=True).",
+            "(`--drop_test_speakers True`).",
         )
     if sitw_root is not None:
         folders = _list_folders(test_root, lists_folder)
@@ -245,7 +245,7 @@ def _training_recordings(root: Path) -> list[tuple[str, str]]:
         if stems.setdefault(key, name) != name:
             raise ManifestError(
                 f"'{root}' holds the same utterance twice: '{stems[key]}' "
-                f"and '{name}'. Point train_root at one of the two folders."
+                f"and '{name}'. Point --voxceleb2 at one of the two folders."
             )
     return recordings
 
@@ -271,8 +271,8 @@ def _without_sitw(recordings, sitw_overlap, folders) -> list[tuple[str, str]]:
     if sitw_overlap is None:
         raise ManifestError(
             "Training has VoxCeleb1 speakers, 60 of whom are also in SITW "
-            "under other names. Give sitw_overlap, the list "
-            "voxceleb1_sitw_overlap.txt of OpenSLR 49, or leave SITW out."
+            "under other names. Give `--sitw_overlap FILE`, the list "
+            "voxceleb1_sitw_overlap.txt of OpenSLR 49, or leave --sitw out."
         )
     both = _speaker_ids(Path(sitw_overlap), folders)
     kept = [r for r in recordings if r[1] not in both]
@@ -336,7 +336,7 @@ def _locate(trials: TrialList, root: Path, path: Path) -> TrialList:
     """Turn a list's names into paths below `root`, and check them."""
     if not root.is_dir():
         raise ManifestError(
-            f"The VoxCeleb1 folder '{root}' does not exist. Is test_root "
+            f"The VoxCeleb1 folder '{root}' does not exist. Is --voxceleb1 "
             "spelled right?"
         )
     folder_of: dict[str, str] = {}
