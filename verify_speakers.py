@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
+from speechbrain_ram.bootstrap import Interval
 from speechbrain_ram.calibration import fit_calibration, pair_quality
 from speechbrain_ram.corpora.manifest import (
     ROOT_PREFIX,
@@ -43,6 +43,7 @@ from speechbrain_ram.metadata import (
     FIRST_FOLDER,
     TrialSpeakers,
     check_speakers,
+    known_speakers,
     read_speaker_table,
     trial_groups,
     trial_speakers,
@@ -52,7 +53,8 @@ from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
     file_name,
-    metrics_table,
+    results_table,
+    with_intervals,
     write_report,
 )
 from speechbrain_ram.score_norm import METHODS, cohort_statistics, normalise
@@ -74,6 +76,7 @@ from speechbrain_ram.trials import (
 )
 from speechbrain_ram.user_errors import one_line_errors
 
+REPLICATES = 1000  # of the bootstrap
 QUALITIES = ("duration", "magnitude", "cohort_mean")
 
 
@@ -85,8 +88,8 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         trials, systems = read_systems(options.scores)
         known = about(options, trials)
         result = report(options, output, "Scores", trials, systems, *known)
-        print(metrics_table(result))
-        return result
+        print(results_table(*result))
+        return result[0]
 
     # Everything that can be wrong with the input is found before the work.
     output.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         )
         calibration.save(output / "calibration.json")
 
-    results = {}
+    results, intervals = {}, {}
     for name, trials in lists.items():
         stages, qualities = score(options, trials, embeddings, mean, cohort)
         final = stages[-1]
@@ -147,9 +150,12 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
         folder.mkdir(exist_ok=True)
         write_scores(trials, final, folder / "scores.txt")
         systems |= others
-        metrics = report(options, folder, name, trials, systems, *known[name])
+        metrics, spread = report(
+            options, folder, name, trials, systems, *known[name]
+        )
         results[name] = metrics[options.name]
-    table = metrics_table(results)
+        intervals[name] = spread[options.name]
+    table = results_table(results, intervals)
     (output / "results.md").write_text(f"# {options.name}\n\n{table}")
     print(table)
     return results
@@ -349,18 +355,18 @@ def measures(
 def about(
     options, trials: TrialList
 ) -> tuple[TrialSpeakers | None, dict[str, np.ndarray]]:
-    """Who speaks in a list, and its groups, where that is asked for."""
-    if not (options.bootstrap or options.speakers):
-        return None, {}
-    speakers = trial_speakers(trials, options.speaker_pattern)
-    if options.bootstrap:
+    """Who speaks in a list, as far as it is known, and its groups."""
+    speakers = None
+    if options.bootstrap is None:
+        speakers = known_speakers(trials, options.speaker_pattern)
+    elif options.bootstrap:
+        speakers = trial_speakers(trials, options.speaker_pattern)
         check_speakers(trials, speakers)
     if not options.speakers:
         return speakers, {}
     table = read_speaker_table(options.speakers)
-    return speakers, trial_groups(
-        trials.labels, speakers, table, options.group_by
-    )
+    who = speakers or trial_speakers(trials, options.speaker_pattern)
+    return speakers, trial_groups(trials.labels, who, table, options.group_by)
 
 
 def report(
@@ -371,37 +377,21 @@ def report(
     systems: dict[str, System],
     speakers: TrialSpeakers | None,
     groups: dict[str, np.ndarray],
-) -> dict[str, Metrics]:
-    """Intervals where they are asked for, then the folder."""
-    if options.bootstrap:
-        systems = with_intervals(options, trials, systems, speakers)
-    return write_report(
+) -> tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]:
+    """Intervals where the speakers are known, then the folder."""
+    if speakers:
+        systems = with_intervals(
+            systems,
+            trials,
+            speakers,
+            options.p_targets,
+            REPLICATES if options.bootstrap is None else options.bootstrap,
+            options.seed,
+        )
+    metrics = write_report(
         folder, title, trials, systems, groups, options.p_targets
     )
-
-
-def with_intervals(options, trials, systems, speakers) -> dict[str, System]:
-    """Bootstrap every system, and its difference to the first."""
-    who = (trials.labels, speakers.enrol, speakers.test)
-    settings = {
-        "p_targets": options.p_targets,
-        "replicates": options.bootstrap,
-        "seed": options.seed,
-        "progress": True,
-    }
-    reference = next(iter(systems.values())).scores
-    done = {}
-    for i, (name, system) in enumerate(systems.items()):
-        differences = {}
-        if i > 0:
-            differences = paired_bootstrap(
-                system.scores, reference, *who, **settings
-            )
-        intervals = bootstrap(system.scores, *who, **settings)
-        done[name] = replace(
-            system, intervals=intervals, differences=differences
-        )
-    return done
+    return metrics, {name: each.intervals for name, each in systems.items()}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -409,6 +399,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
     add("--encoder", help="exported folder, run, or checkpoint")
@@ -443,7 +434,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--qualities", nargs="*", default=[], choices=QUALITIES)
     add("--calibration_prior", type=prior, default=0.01)
     add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
-    add("--bootstrap", type=count, default=0, metavar="N", help="replicates")
+    help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
+    add("--bootstrap", type=count_or_none, metavar="N", help=help)
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--speaker_pattern", default=FIRST_FOLDER, help="regular expression")
     add("--speakers", help="table of speakers, by which trials are grouped")
@@ -487,17 +479,26 @@ def truth(text: str) -> bool:
     return text == "True"
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"1 or more is needed, got {text}")
-    return number
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"{least} or more is needed, got {text}"
+        )
+    return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """0 or more."""
+    return count(text, 0)
 
 
 def prior(text: str) -> float:
     """A probability between 0 and 1."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(
             f"a prior lies strictly between 0 and 1, got {text}"

@@ -8,6 +8,7 @@ then splits a list into groups of trials.
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 
 from speechbrain_ram.trials import TrialError, TrialList, UniqueNames
+
+logger = logging.getLogger(__name__)
 
 #: The first folder: "id10270" of "id10270/x6uYqmx31kE/00001.wav".
 FIRST_FOLDER = r"^([^/]+)/"
@@ -95,6 +98,30 @@ def trial_speakers(
     names, codes = column.finish()
     of_enrol, of_test = np.split(codes, [len(trials.enrol_ids)])
     return TrialSpeakers(names, of_enrol[trials.enrol], of_test[trials.test])
+
+
+def known_speakers(
+    trials: TrialList, pattern: str = FIRST_FOLDER
+) -> TrialSpeakers | None:
+    """As :func:`trial_speakers`, or None where names do not show speakers.
+
+    They do not where a name does not match, or where a speaker found in this
+    way contradicts a label. A warning says why.
+
+    Example
+    -------
+    >>> trials = TrialList(("a/1.wav",), ("a/2.wav", "b/1.wav"), [0, 0],
+    ...                    [0, 1], [1, 0])
+    >>> known_speakers(trials).names
+    ('a', 'b')
+    """
+    try:
+        speakers = trial_speakers(trials, pattern)
+        check_speakers(trials, speakers)
+    except TrialError as error:
+        logger.warning("Without intervals over speakers: %s", error)
+        return None
+    return speakers
 
 
 def check_speakers(trials: TrialList, speakers: TrialSpeakers) -> None:

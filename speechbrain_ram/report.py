@@ -10,13 +10,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.bootstrap import Difference, Interval
+from speechbrain_ram.bootstrap import (
+    Difference,
+    Interval,
+    bootstrap,
+    paired_bootstrap,
+)
+from speechbrain_ram.metadata import TrialSpeakers
 from speechbrain_ram.metrics import P_TARGETS, Metrics, evaluate
 from speechbrain_ram.plots import det_plot, histogram
 from speechbrain_ram.trials import TrialList
@@ -45,6 +51,55 @@ class System:
     scale: str = "Score"
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
+
+
+def with_intervals(
+    systems: Mapping[str, System],
+    trials: TrialList,
+    speakers: TrialSpeakers,
+    p_targets: Sequence[float] = P_TARGETS,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> dict[str, System]:
+    """Add 95 % intervals, and the differences to the first system.
+
+    Arguments
+    ---------
+    systems : Mapping
+        Name -> :class:`System`.
+    trials : TrialList
+        N trials.
+    speakers : TrialSpeakers
+        Of the same trials; they are what is drawn.
+    p_targets, replicates, seed
+        As for :func:`speechbrain_ram.bootstrap.bootstrap`: 1000 replicates
+        take half a second for 40,000 trials, 6 seconds for 600,000.
+
+    Returns
+    -------
+    dict
+        Name -> System.
+    """
+    who = (trials.labels, speakers.enrol, speakers.test)
+    settings = {
+        "p_targets": p_targets,
+        "replicates": replicates,
+        "seed": seed,
+        "progress": len(trials) > 1_000_000,
+    }
+    reference = next(iter(systems.values())).scores
+    done: dict[str, System] = {}
+    for name, system in systems.items():
+        differences = {}
+        if done:
+            differences = paired_bootstrap(
+                system.scores, reference, *who, **settings
+            )
+        intervals = bootstrap(system.scores, *who, **settings)
+        done[name] = replace(
+            system, intervals=intervals, differences=differences
+        )
+    return done
 
 
 def write_report(
@@ -202,6 +257,15 @@ def metrics_table(
     return _markdown(["", *columns], lines)
 
 
+def results_table(
+    metrics: Mapping[str, Metrics],
+    intervals: Mapping[str, Mapping[str, Interval]],
+) -> str:
+    """:func:`metrics_table`, and what its brackets are where it has some."""
+    table = metrics_table(metrics, intervals)
+    return table + f"\n{_INTERVALS}\n" * any(intervals.values())
+
+
 def group_metrics(
     scores: np.ndarray,
     labels: np.ndarray,
@@ -322,6 +386,7 @@ _DET_LEGEND = (
     "Circles are EERs, the other marks where minDCF is reached (left out "
     "beyond the axes). Pale parts rest on fewer than 30 errors of a kind."
 )
+_INTERVALS = "In brackets: 95 % intervals, by bootstrap over speakers."
 _GROUP_LEGEND = "FNR and FPR at the one threshold of the whole list's EER."
 
 
@@ -332,7 +397,7 @@ def _legend(intervals: Mapping, differences: Mapping) -> str:
         "distinct scores; costs normalised, at distinct-score thresholds."
     )
     if any(intervals.values()) or differences:
-        text += " In brackets: 95 % intervals, by bootstrap over speakers."
+        text += f" {_INTERVALS}"
     return text
 
 

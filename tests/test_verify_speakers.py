@@ -114,7 +114,7 @@ def test_lists_are_scored_by_one_embedding_a_file(
         listed = read_trials(world / f"{name}.txt")
         assert trials.labels.tolist() == listed.labels.tolist()
         assert evaluate(np.float32(scores), trials.labels).eer == metrics.eer
-        assert f"| {name} | {metrics.eer:.2f} |" in printed
+        assert f"| {name} | {metrics.eer:.2f} [" in printed
         assert (tmp_path / name / "det.png").is_file()
         # one trial by hand
         import torch
@@ -133,13 +133,36 @@ def test_lists_are_scored_by_one_embedding_a_file(
         assert scores[5] == pytest.approx(float(cosine), abs=1e-4)
     summary = (tmp_path / "results.md").read_text()
     assert summary.startswith("# run\n")  # not "inference"
-    assert f"| two | {results['two'].eer:.2f} |" in summary
+    assert printed.strip() in summary
+    for name in results:  # with the intervals of the list's own report
+        data = json.loads((tmp_path / name / "results.json").read_text())
+        ends = data["intervals"]["run"]["EER"]
+        interval = f"[{ends['low']:.2f}, {ends['high']:.2f}]"
+        assert f"| {name} | {ends['value']:.2f} {interval} |" in summary
+    assert "95 % intervals, by bootstrap over speakers" in summary
 
     # nothing is embedded again; what was changed by hand is not trusted
     counted.clear()
     again = verify.main(arguments(world, tmp_path, "one", "two"))
     assert counted == []
     assert again == results
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"bootstrap": 0}, ""), ({"speaker_pattern": "x"}, "does not match 'x'")],
+)
+def test_without_intervals(
+    verify, world, tmp_path, capsys, caplog, options, said
+):
+    """Not wanted, or not possible; that is said and is no error."""
+    results = verify.main(arguments(world, tmp_path, "one", **options))
+    printed = capsys.readouterr().out
+    assert f"| one | {results['one'].eer:.2f} |" in printed
+    assert "intervals" not in printed
+    data = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert data["intervals"] == {"run": {}}
+    assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 def test_everything_at_once(verify, world, tmp_path):
@@ -224,7 +247,7 @@ def test_a_yaml_gives_options_and_the_command_line_wins(
     [
         ("normalise: asnorm", "--normalise: invalid choice: 'asnorm'"),
         ("qualities: [loudness]", "--qualities: invalid choice: 'loudness'"),
-        ("bootstrap: many", "--bootstrap: invalid count value: 'many'"),
+        ("bootstrap: many", "--bootstrap: 0 or more is needed, got many"),
         ("top_n: 0", "1 or more is needed, got 0"),
         ("center: maybe", "--center: True or False is needed, got maybe"),
         ("hparams: other.yaml", "unknown keys: ['hparams']"),
@@ -373,7 +396,8 @@ def test_missing_recordings_stop_it_before_any_work(
         (["N", "--form", "vox"], "invalid choice"),
         (["N", "--p_targets", "0.01", "5"], "strictly between 0 and 1, got 5"),
         (["N", "--calibration_prior", "0"], "strictly between 0 and 1, got 0"),
-        (["N", "--bootstrap", "-3"], "1 or more is needed, got -3"),
+        (["N", "--bootstrap", "-3"], "0 or more is needed, got -3"),
+        (["N", "--calibration_prior", "0,01"], "0 and 1, got 0,01"),
         (["N", "--scores", "a=x", "a=y"], "two names, got 'a' and 'a'"),
         (["N", "--scores", "e=x"], "two names, got 'e' and 'e'"),
         (
@@ -393,7 +417,8 @@ def test_options_that_do_not_go_together(verify, options, message, capsys):
         options = normal + options[1:]
     with pytest.raises(SystemExit):
         verify.parse(options)
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_lists_of_one_name_are_told_apart(verify):
