@@ -31,10 +31,11 @@ from speechbrain_ram.decision import Decision
 from speechbrain_ram.encoder_folder import read_folder
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.memory import keep_freed_memory
+from speechbrain_ram.metadata import known_speakers
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group, n_processes
-from speechbrain_ram.report import System, write_report
+from speechbrain_ram.report import System, with_intervals, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
 from speechbrain_ram.settings import check_device, check_settings
 from speechbrain_ram.stopping import (
@@ -213,15 +214,23 @@ def verify(brain, trials, hparams, output):
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)
     name = Path(hparams["trials"]).name
     write_scores(trials, scores, output / "scores.txt")
+    after = eer(scores, trials.labels)
+    systems = {hparams["objective"]: System(scores)}
+    speakers = known_speakers(trials)
+    if speakers:
+        systems = with_intervals(systems, trials, speakers)
+        after = systems[hparams["objective"]].intervals["EER"]
     try:
-        systems = {hparams["objective"]: System(scores)}
         write_report(output / "report", name, trials, systems)
         print(f"Report: {output / 'report' / 'results.md'}")
     except ImportError as error:  # everything but the pictures goes on
         print(f"No report: {error}")
     if hasattr(brain, "untrained"):
         print(f"EER before training: {brain.untrained['EER']:.2f} %")
-    print(f"EER after training: {eer(scores, trials.labels):.2f} %")
+    print(f"EER after training: {after:.2f} %")
+    if speakers:
+        count = len(speakers.names)
+        print(f"In brackets: the 95 % interval over {count} speakers.")
     return Decision.fit(scores, trials.labels, name)
 
 

@@ -1,5 +1,6 @@
 """The main job from end to end, in miniature, and what stops it early."""
 
+import re
 import shutil
 
 import numpy as np
@@ -73,6 +74,13 @@ def test_scores_are_written_for_every_trial(tiny_run, tiny_corpus):
     label, enrol, test = lines[0].split()
     first = (tiny_run / "scores.txt").read_text().split("\n")[0].split()
     assert first[:2] == [enrol, test] and first[3] == label
+
+
+def test_results_say_how_sure_they_are(tiny_run):
+    text = (tiny_run / "report" / "results.md").read_text()
+    interval = r"\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]"
+    assert re.search(rf"^\| ram \| {interval} \|", text, re.M)
+    assert "95 % intervals, by bootstrap over speakers" in text
 
 
 def test_number_of_speakers_comes_from_the_labels(tiny_run):
