@@ -94,7 +94,6 @@ def _train(hparams_file, hparams, run_opts, overrides):
         seed=hparams["seed"],
         speeds=hparams["speeds"],
         augment=augment,
-        cache=hparams.get("decoded_cache"),
         **reading,
     )
     trials = None

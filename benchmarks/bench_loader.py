@@ -5,7 +5,7 @@
 Theirs is SpeechBrain's VoxCeleb recipe: ``DynamicItemDataset``, a pipeline
 with ``random.randint`` and ``audio_io.load``. Both go through SpeechBrain's
 ``make_dataloader`` in batches of 32, on the same files, in the page cache; ours
-as ``RobustBrain`` wraps it. ``decoded``: with a ``DecodedCache`` that is full.
+as ``RobustBrain`` wraps it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from speechbrain_ram import dataset
 from speechbrain_ram.audio import read_audio
 from speechbrain_ram.corpora.manifest import Utterance, write_manifest
 from speechbrain_ram.corpora.shards import pack_shards
-from speechbrain_ram.decoded_cache import DecodedCache
 from speechbrain_ram.faults import Batch, SkipUnreadable
 
 BATCH, CROP, RATE = 32, 32_000, 16_000
@@ -62,12 +61,8 @@ def main() -> None:
         workers = [0] if args.quick else [0, os.cpu_count()]
         for kind, (manifest, root, rows) in roots.items():
             for n in workers:
-                source, _, decoded = kind.partition(", ")
-                cache = None
-                if decoded:
-                    cache = DecodedCache(Path(folder) / "decoded", 1)
-                data = {"ours": ours(manifest, root, cache)}
-                if source != "shards":
+                data = {"ours": ours(manifest, root)}
+                if kind != "shards":
                     data["theirs"] = theirs(rows)
                 cases = {
                     name: partial(consume, one, n) for name, one in data.items()
@@ -132,18 +127,14 @@ def corpora(folder: Path, size: int):
     packed = pack_shards(
         folder / "wav.csv", folder / "wav", folder / "shards", progress=False
     )
-    for kind in ("ogg", "flac"):
-        result[f"{kind}, decoded"] = result[kind]
     # Last: in the order of measuring, after wav.
     result["shards"] = packed, folder / "wav", result["wav"][2]
     return result
 
 
-def ours(manifest, root, cache):
+def ours(manifest, root):
     """This package's dataset, as training uses it."""
-    crops, _, _ = dataset.speaker_datasets(
-        manifest, manifest, root, cache=cache
-    )
+    crops, _, _ = dataset.speaker_datasets(manifest, manifest, root)
     return SkipUnreadable(crops)
 
 

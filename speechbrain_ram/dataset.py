@@ -20,13 +20,11 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_ram.audio import audio_info
-from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.decoded_cache import DecodedCache
 from speechbrain_ram.fast_audio import read_samples
 from speechbrain_ram.packed import is_packed
 
@@ -71,8 +69,6 @@ class CropDataset(DynamicItemDataset):
         a crop, such as
         :class:`speechbrain_ram.augmentation.RandomAugmentation`. Random crops
         only.
-    cache : DecodedCache, optional
-        Keeps what was decoded; crops are the same without it.
 
     Example
     -------
@@ -100,7 +96,6 @@ class CropDataset(DynamicItemDataset):
         mixdown: bool = False,
         speeds: Sequence[float] = (1.0,),
         augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
-        cache: DecodedCache | None = None,
     ):
         _check_speeds(speeds)
         if not crop_seconds * sample_rate >= 1:
@@ -115,13 +110,7 @@ class CropDataset(DynamicItemDataset):
         self.resample = resample
         self.mixdown = mixdown
         self.augment = augment if random_crops else None
-        self.cache = cache
         paths = [row.path(data_root) for row in rows]
-        kept = [False] * len(rows)
-        if cache is not None:
-            check_outside(cache.folder, data_root)
-            places = ((row.start, row.stop) for row in rows)
-            kept = cache.plan(list(zip(paths, places, strict=True)))
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         items = {
             at_speed(row.id, speed): {
@@ -129,11 +118,10 @@ class CropDataset(DynamicItemDataset):
                 "start": row.start,
                 "stop": row.stop,
                 "speed": speed,
-                "kept": keep,
                 "spk_id": at_speed(row.spk_id, speed),
             }
             for speed in speeds
-            for row, path, keep in zip(rows, paths, kept, strict=True)
+            for row, path in zip(rows, paths, strict=True)
         }
         labels = {
             speaker: label_encoder.encode_label_torch(speaker).reshape(1)
@@ -142,7 +130,7 @@ class CropDataset(DynamicItemDataset):
         super().__init__(items)
         self.add_dynamic_item(
             self._read_crop,
-            ["id", "path", "start", "stop", "speed", "kept"],
+            ["id", "path", "start", "stop", "speed"],
             "sig",
         )
         self.add_dynamic_item(labels.__getitem__, "spk_id", "spk_id_encoded")
@@ -170,10 +158,9 @@ class CropDataset(DynamicItemDataset):
         start: int,
         stop: int,
         speed: float,
-        kept: bool,
     ) -> torch.Tensor:
         """Read one crop, [crop_samples]."""
-        within, rate = (start, stop), self.sample_rate
+        rate = self.sample_rate
         if self.resample and not is_packed(path):
             rate = audio_info(path).sample_rate
         wanted = math.ceil(self.crop_samples * speed * rate / self.sample_rate)
@@ -189,8 +176,6 @@ class CropDataset(DynamicItemDataset):
             self.sample_rate,
             self.resample,
             self.mixdown,
-            self.cache if kept and rate == self.sample_rate else None,
-            within,
         )
         if speed != 1:
             waveform = torchaudio.functional.resample(
@@ -308,7 +293,6 @@ def speaker_datasets(
     mixdown: bool = False,
     speeds: Sequence[float] = (1.0,),
     augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
-    cache: DecodedCache | None = None,
 ) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
     """Make the training and validation datasets and the speaker labels.
 
@@ -336,8 +320,6 @@ def speaker_datasets(
         there are. :func:`original_speakers` drops them again.
     augment : callable, optional
         Of the training crops, see :class:`CropDataset`.
-    cache : DecodedCache, optional
-        Of the training recordings.
 
     Returns
     -------
@@ -375,7 +357,6 @@ def speaker_datasets(
             mixdown=mixdown,
             speeds=speeds if random_crops else (1.0,),
             augment=augment,
-            cache=cache if random_crops else None,
         )
         for rows, random_crops in ((train_rows, True), (valid_rows, False))
     )

@@ -2,9 +2,8 @@
 
 libsndfile takes 0.2 ms for a crop of 2 s from a WAV file, most of it to turn
 integers into floats one by one; reading the bytes and converting them at once
-takes 0.03 ms. :func:`read_samples` does that for plain WAV files, for packed
-shards and for what a :class:`~speechbrain_ram.decoded_cache.DecodedCache`
-holds, and leaves everything else, errors included, to
+takes 0.03 ms. :func:`read_samples` does that for plain WAV files and for packed
+shards, and leaves everything else, errors included, to
 :func:`speechbrain_ram.audio.read_audio`. The samples are the same to the last
 bit.
 """
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 from speechbrain_ram.audio import from_16_bit, read_audio
-from speechbrain_ram.decoded_cache import DecodedCache
 from speechbrain_ram.packed import is_packed, read_packed
 
 _HEAD = 4096  # bytes; samples that begin later are left to libsndfile
@@ -31,8 +29,6 @@ def read_samples(
     sample_rate: int = 16000,
     resample: bool = False,
     mixdown: bool = False,
-    cache: DecodedCache | None = None,
-    within: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Read a piece of a recording; ``read_audio`` with shorter ways.
 
@@ -41,10 +37,6 @@ def read_samples(
     path, start, stop, sample_rate, resample, mixdown
         As for :func:`speechbrain_ram.audio.read_audio`; `path` may also name
         a packed recording.
-    cache : DecodedCache, optional
-        Holds the utterance, decoded.
-    within : tuple of int, optional
-        Start and stop of the utterance in the recording, for the cache.
 
     Returns
     -------
@@ -70,8 +62,6 @@ def read_samples(
     found = None
     if path.lower().endswith(".wav"):
         found = _read_plain_wav(path, start, stop, sample_rate)
-    elif cache is not None:
-        found = cache.read(path, within, start, stop, sample_rate, mixdown)
     if found is not None:
         return found
     return read_audio(path, start, stop, sample_rate, resample, mixdown)
