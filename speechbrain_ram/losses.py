@@ -105,7 +105,8 @@ class RealAdditiveMargin(torch.nn.Module):
     ---------
     margin : float
         m, the least lead of the target in cosine, in [0, 2]. The paper's
-        best: 0.30 for VoxCeleb (5,994 classes), 0.20 for CN-Celeb (2,800).
+        best: 0.30 for VoxCeleb (5,994 classes), 0.20 for CN-Celeb (2,800),
+        which fit 'released'; 'paper' needs more: :func:`paper_margin_for`.
     scale : float
         s, which turns cosines into logits; above 0. The paper's: 30.
     form : str
@@ -132,6 +133,11 @@ class RealAdditiveMargin(torch.nn.Module):
     """
 
     _largest_margin = 2.0  # cosines lie in [-1, 1]
+
+    @property
+    def largest_lead(self) -> float:
+        """The greatest lead in cosine, c_y - a / s, that the margin asks."""
+        return self.margin
 
     def __init__(self, margin: float, scale: float, form: str = "paper"):
         super().__init__()
@@ -222,6 +228,11 @@ class RealAdditiveAngularMargin(RealAdditiveMargin):
 
     _largest_margin = math.pi / 2
 
+    @property
+    def largest_lead(self) -> float:
+        """2 sin(m / 2), near a right angle: cos(theta) - cos(theta + m)."""
+        return 2 * math.sin(self.margin / 2)
+
     def margin_logits(
         self, cosines: torch.Tensor, one_hot: torch.Tensor
     ) -> torch.Tensor:
@@ -287,6 +298,67 @@ def make_objective(
     raise ValueError(
         f"objective is {objective!r}, allowed are {', '.join(OBJECTIVES)}."
     )
+
+
+def equivalent_am_margin(margin: float, scale: float, n_classes: int) -> float:
+    """What a margin of form ``paper`` is worth to AM-Softmax: m - ln(C) / s.
+
+    With V the classes that violate the margin, equation 12 is
+    ln(C - |V| + sum_V e^{z_j}) = ln(C - |V|) + ln(1 + sum_V e^{z_j'}), where
+    z_j' is z_j at the margin m - ln(C - |V|) / s. So its gradient is that of
+    AM-Softmax there, without the satisfied classes. Two steps more are an
+    approximation: C for C - |V|, and the satisfied classes put back. It holds
+    while a small part of the classes violates; when training begins nearly
+    all do, and the margin is still m. ``docs/loss-analysis.md`` has the
+    bounds and the numbers.
+
+    Arguments
+    ---------
+    margin : float
+        m of :class:`RealAdditiveMargin`, in cosine.
+    scale : float
+        s.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    float
+        A margin for AM-Softmax; below 0 it is less than no margin.
+
+    Example
+    -------
+    >>> round(equivalent_am_margin(0.3, scale=30, n_classes=5994), 2)
+    0.01
+    """
+    return margin - math.log(n_classes) / scale
+
+
+def paper_margin_for(am_margin: float, scale: float, n_classes: int) -> float:
+    """The margin of form ``paper`` that acts like AM-Softmax's: m + ln(C) / s.
+
+    The inverse of :func:`equivalent_am_margin`, and as approximate.
+
+    Arguments
+    ---------
+    am_margin : float
+        m of AM-Softmax, in cosine.
+    scale : float
+        s.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    float
+        m for :class:`RealAdditiveMargin`.
+
+    Example
+    -------
+    >>> round(paper_margin_for(0.2, scale=30, n_classes=5994), 2)
+    0.49
+    """
+    return am_margin + math.log(n_classes) / scale
 
 
 def check_form(form: str) -> None:

@@ -15,7 +15,9 @@ from speechbrain_ram.losses import (
     FORMS,
     RealAdditiveAngularMargin,
     RealAdditiveMargin,
+    equivalent_am_margin,
     make_objective,
+    paper_margin_for,
 )
 
 CLASSES = {"additive": RealAdditiveMargin, "angular": RealAdditiveAngularMargin}
@@ -288,3 +290,34 @@ def test_make_objective_builds_the_hosts_baselines():
         make_objective("arcface")
     with pytest.raises(ValueError, match="form is 'Paper', allowed"):
         make_objective("am", form="Paper")
+
+
+@pytest.mark.parametrize("n_classes", [2, 24, 5994, 7205])
+def test_equivalent_margins_are_each_others_inverse(n_classes):
+    worth = equivalent_am_margin(0.3, 30, n_classes)
+    assert worth == pytest.approx(0.3 - math.log(n_classes) / 30)
+    assert paper_margin_for(worth, 30, n_classes) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("n_classes", [125, 7205])
+@pytest.mark.parametrize("margin", [0.1, 0.2, 0.3])
+def test_the_equivalent_margin_pulls_alike(margin, n_classes):
+    """Naive float64: pull on the target of AM at m, equation 12 shifted."""
+    generator = torch.Generator().manual_seed(3)
+    others = torch.randn(64, n_classes - 1, generator=generator).double() / 10
+    c_y = 0.4 + margin / 2
+    shifted = paper_margin_for(margin, 30, n_classes)
+    am = (30 * (others - c_y + margin)).exp()
+    paper = (30 * (others - c_y + shifted)).clamp(min=0).exp()
+    violates = paper > 1
+    am_pull = (am.sum(1) / (1 + am.sum(1))).mean()
+    paper_pull = ((paper * violates).sum(1) / (1 + paper.sum(1))).mean()
+    assert float(paper_pull) == pytest.approx(float(am_pull), abs=0.06)
+    # ... and is what the package computes.
+    cosines = torch.cat([torch.full((64, 1), c_y).double(), others], 1)
+    cosines.requires_grad_()
+    loss_fn = RealAdditiveMargin(shifted, 30)
+    wrapped(loss_fn, cosines, torch.zeros(64).long()).backward()
+    assert -float(cosines.grad[:, 0].sum()) / 30 == pytest.approx(
+        float(paper_pull), abs=1e-6
+    )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_recipe
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.nnet.losses import AdditiveAngularMargin
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
@@ -109,18 +110,29 @@ def test_commands(line, home, tiny_corpus, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_one_line_change():
+def test_the_change_pulls_like_what_it_replaces():
+    """As in SpeechBrain's recipes: 7,205 classes, scale 30."""
     (diff,) = blocks("diff")
     lines = diff.splitlines()
     before, after = (
         "\n".join(line[1:] for line in lines if line[0] in (" ", sign))
         for sign in "-+"
     )
-    cosines = torch.tensor([[[0.9, 0.1, -0.2]]])
-    targets = torch.tensor([[0]])
-    losses = [
-        load_hyperpyyaml(text)["compute_cost"](cosines, targets)
-        for text in (before, after)
-    ]
-    assert losses[0] < 1e-3  # AAM-Softmax is content
-    assert float(losses[1]) == pytest.approx(1.0986, abs=1e-3)  # log 3
+    costs = [load_hyperpyyaml(text)["compute_cost"] for text in (before, after)]
+    assert type(costs[0].loss_fn) is AdditiveAngularMargin
+    assert (costs[0].loss_fn.margin, costs[0].loss_fn.scale) == (0.2, 30)
+    others = 0.1 * torch.randn(64, 7205, dtype=torch.float64)
+    for target in (0.3, 0.4, 0.5, 0.6, 0.7):
+        old, new = (pull(each, others, target) for each in costs)
+        assert abs(new - old) < 0.1, (target, old, new)
+    assert pull(costs[0], others, 0.6) > 0.6  # there is something to replace
+
+
+def pull(cost, others, target):
+    """Derivative of the loss by the target's cosine, in units of the scale."""
+    cosines = others.clone()
+    cosines[:, 0] = target
+    cosines.requires_grad_()
+    loss = cost(cosines[:, None], torch.zeros(len(cosines), 1).long())
+    (gradient,) = torch.autograd.grad(loss, cosines)
+    return -float(gradient[:, 0].sum()) / cost.loss_fn.scale

@@ -223,6 +223,44 @@ def growth() -> str:
     return markdown(head, rows)
 
 
+def pulls(n_classes: int = 7205) -> str:
+    """What an objective pulls with, in place of SpeechBrain's AAM."""
+    rows = []
+    for name, objective, form, margin in (
+        ("AAM, m = 0.2", "aam", "paper", 0.2),
+        ("AM, m = 0.2", "am", "paper", 0.2),
+        ("Real-AAM `paper`, m = 0.2", "raam", "paper", 0.2),
+        ("Real-AAM `released`, m = 0.2", "raam", "released", 0.2),
+        ("Real-AAM `hinge`, m = 0.2", "raam", "hinge", 0.2),
+        ("Real-AAM `paper`, m = 0.5", "raam", "paper", 0.5),
+        ("RAM `paper`, m = 0.2", "ram", "paper", 0.2),
+        ("RAM `released`, m = 0.2", "ram", "released", 0.2),
+        ("RAM `hinge`, m = 0.2", "ram", "hinge", 0.2),
+        ("RAM `paper`, m = 0.48", "ram", "paper", 0.48),
+        ("RAM `paper`, m = 0.5", "ram", "paper", 0.5),
+    ):
+        loss_fn = make_objective(objective, margin, SCALE, form)
+        row = [name]
+        for target in (0.4, 0.5, 0.6, 0.7):
+            cosines = batch(n_classes, 0.0)
+            cosines[:, 0] = target
+            row.append(f"{abs(mean_pull(loss_fn, cosines)):.4f}")
+        rows.append(row)
+    head = ["", *(f"c_y = {target}" for target in (0.4, 0.5, 0.6, 0.7))]
+    return markdown(head, rows)
+
+
+def mean_pull(loss_fn: torch.nn.Module, cosines: torch.Tensor) -> float:
+    """Derivative of the mean loss by c_y, the target's first, over -s."""
+    one_hot = torch.zeros_like(cosines)
+    one_hot[:, 0] = 1
+    cosines = cosines.detach().requires_grad_()
+    targets = torch.zeros(len(cosines), dtype=torch.long)
+    loss = F.cross_entropy(loss_fn(cosines, one_hot), targets)
+    (gradient,) = torch.autograd.grad(loss, cosines)
+    return -float(gradient[:, 0].sum()) / loss_fn.scale
+
+
 def _tiny(value: float) -> str:
     """Rounding errors differ from machine to machine."""
     return "< 1e-10" if value < 1e-10 else f"{value:.0e}"
@@ -302,5 +340,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "easy share": easy_share,
     "growth": growth,
     "conjecture": conjecture,
+    "pulls": pulls,
     "nobody told apart": nobody_told_apart,
 }
