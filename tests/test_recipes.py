@@ -19,7 +19,7 @@ import verify_speakers
 from speechbrain_ram.corpora import convert
 from speechbrain_ram.corpora.manifest import ManifestError
 from speechbrain_ram.encoder_folder import read_folder
-from speechbrain_ram.losses import make_objective
+from speechbrain_ram.losses import make_objective, paper_margin_for
 from speechbrain_ram.schedules import MarginRise
 from speechbrain_ram.scoring import read_scores
 
@@ -107,6 +107,8 @@ def test_table_1(voxceleb, tmp_path, in_process, capsys):
         ("AM-Softmax", "0.20"),
         *(("Real AM-Softmax", f"0.{m}") for m in (20, 25, 30, 35)),
     ]
+    assert "| Equation 12 | 0.20 | - |" in table
+    assert "| Equation 12 at m + ln(C)/s | 0.49 | - |" in table
     done = rows[3][2].split("|")[:5]
     assert all(re.match(r" \d+\.\d{3} \(", cell) for cell in done)
     assert "(1.755)" in done[0] and "(3.417)" in done[4]
@@ -137,9 +139,9 @@ def test_table_2(cnceleb, tmp_path, in_process):
         *arguments({**cnceleb, **TINY}),
     ]
     assert sweep.main(command) == 0
-    row = (tmp_path / "table.md").read_text().splitlines()[-2]
-    assert re.match(
-        r"\| Real AM-Softmax \| 0.20 \| [\d.]+ \(11.049\) \| [\d.]+ \|", row
+    assert re.search(
+        r"\n\| Real AM-Softmax \| 0.20 \| [\d.]+ \(11.049\) \| [\d.]+ \|\n",
+        (tmp_path / "table.md").read_text(),
     )
     # Averaged enrolment goes by model, and is another list of scores.
     lists = tmp_path / "ram_m0.20" / "verification"
@@ -159,7 +161,7 @@ def test_sweep_says_what_it_would_do(tmp_path, capsys):
     launch = ["--launch", "torchrun --nproc_per_node=4"]
     assert sweep.main([plan, *options, *launch, *corpora]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10  # without SITW, two commands a row
+    assert len(lines) == 26  # without SITW, two commands a row
     assert lines[0].startswith("torchrun --nproc_per_node=4 ")
     assert "--objective am --margin 0.2 --voxceleb2 /v2" in lines[0]
     assert "--data_root /v1" in lines[1] and "vox1-E.txt" in lines[1]
@@ -199,7 +201,7 @@ def test_development_lists_choose_the_margin():
     """The paper's own numbers: m = 0.30 by VoxCeleb1-O, 0.35 by SITW dev."""
     path = REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml"
     plan = yaml.safe_load(path.read_text())
-    lines = sweep.choices(plan, [row["paper"] for row in plan["rows"]])
+    lines = sweep.choices(plan, [row.get("paper", {}) for row in plan["rows"]])
     assert lines[3:] == [
         "| AM-Softmax | VoxCeleb1 | 0.20 of 1 "
         "| VoxCeleb1-H 2.895, VoxCeleb1-E 1.724 |",
@@ -229,17 +231,32 @@ def test_tables_are_the_papers(recipe):
     file = {"VoxCeleb": "table1.yaml", "CNCeleb": "table2.yaml"}[recipe]
     path = REPOSITORY / "recipes" / recipe / file
     plan = yaml.safe_load(path.read_text())
-    assert len(plan["rows"]) == 5
-    margins = [row["overrides"]["margin"] for row in plan["rows"]]
-    assert margins[1:] == sorted(margins[1:])
+    rows = [row["overrides"] for row in plan["rows"]]
+    margins = [row["margin"] for row in rows]
+    assert margins[1:] == sorted(margins[1:5]) * 2 + sorted(margins[9:])
+    # The paper's five rows in the toolkit's form; then equation 12, at the
+    # same margins and where it acts like AM-Softmax at them.
+    assert [row.get("form") for row in rows] == (
+        [None] + ["released"] * 4 + ["paper"] * 8
+    )
+    assert all(
+        ("paper" in row) == (i < 5) for i, row in enumerate(plan["rows"])
+    )
+    n_classes = {"VoxCeleb": 5994, "CNCeleb": 2793}[recipe]
+    for margin, shifted in zip(margins[1:5], margins[9:], strict=True):
+        assert shifted == pytest.approx(
+            paper_margin_for(margin, 30.0, n_classes), abs=0.006
+        )
     hparams = yaml.safe_load(
         re.sub(r"!\S*", "", (path.parent / plan["hparams"]).read_text())
     )
     assert hparams["scale"] == 30.0 and hparams["crop_seconds"] == 2.0
     best = min(
-        plan["rows"][1:], key=lambda row: row["paper"][plan["lists"][0]["name"]]
+        plan["rows"][1:5],
+        key=lambda row: row["paper"][plan["lists"][0]["name"]],
     )
     assert hparams["margin"] == best["overrides"]["margin"]
+    assert hparams["form"] == "released"
 
 
 @pytest.fixture(scope="module")
