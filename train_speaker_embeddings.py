@@ -20,6 +20,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
+from speechbrain_ram.advice import verdict
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
 from speechbrain_ram.dataset import (
@@ -142,9 +143,9 @@ def _train(hparams_file, hparams, run_opts, overrides):
     some = read_manifest(valid_csv)[:1000]
     paths = [row.path(hparams["data_root"]) for row in some]
     embeddings = brain.embed(paths, "")
-    decision = None
+    decision, notes = None, []
     if trials is not None:
-        decision = verify(brain, trials, hparams, output)
+        decision, notes = verify(brain, trials, hparams, output)
     if if_main_process():
         names, rows = original_speakers(label_encoder, hparams["speeds"])
         classifier.weight = torch.nn.Parameter(classifier.weight[rows])
@@ -156,7 +157,7 @@ def _train(hparams_file, hparams, run_opts, overrides):
             names,
             torch.from_numpy(embeddings.matrix).mean(dim=0),
             decision,
-            run.facts,
+            {**run.facts, **({"note": " ".join(notes)} if notes else {})},
         )
         print(f"Inference folder: {output / 'inference'}")
 
@@ -209,28 +210,32 @@ def verify(brain, trials, hparams, output):
     """Score the trials with the best checkpoint and say how it did."""
     embeddings = brain.embed_dev()
     if not if_main_process():
-        return None
+        return None, []
     scores = score_trials(trials, embeddings.ids, embeddings.matrix)
     name = Path(hparams["trials"]).name
     write_scores(trials, scores, output / "scores.txt")
-    after = eer(scores, trials.labels)
+    rate = after = eer(scores, trials.labels)
+    untrained = getattr(brain, "untrained", {}).get("EER")
+    notes = verdict(untrained, rate)
     systems = {hparams["objective"]: System(scores)}
     speakers = known_speakers(trials)
     if speakers:
         systems = with_intervals(systems, trials, speakers)
         after = systems[hparams["objective"]].intervals["EER"]
     try:
-        write_report(output / "report", name, trials, systems)
+        write_report(output / "report", name, trials, systems, notes=notes)
         print(f"Report: {output / 'report' / 'results.md'}")
     except ImportError as error:  # everything but the pictures goes on
         print(f"No report: {error}")
-    if hasattr(brain, "untrained"):
-        print(f"EER before training: {brain.untrained['EER']:.2f} %")
+    if untrained is not None:
+        print(f"EER before training: {untrained:.2f} %")
     print(f"EER after training: {after:.2f} %")
     if speakers:
         count = len(speakers.names)
         print(f"In brackets: the 95 % interval over {count} speakers.")
-    return Decision.fit(scores, trials.labels, name)
+    for note in notes:
+        print(note)
+    return Decision.fit(scores, trials.labels, name), notes
 
 
 def main(argv):

@@ -11,6 +11,12 @@ from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.advice import (
+    at_the_end,
+    margin_note,
+    margin_warning,
+    schedule_warnings,
+)
 from speechbrain_ram.diagnostics import MarginDiagnostics
 from speechbrain_ram.embedding_store import EmbeddingSet
 from speechbrain_ram.embeddings import Padding, extract
@@ -160,7 +166,8 @@ class SpeakerBrain(RobustBrain):
     # -- the epoch --------------------------------------------------------
 
     def on_fit_start(self):
-        """Resume, if there is a checkpoint that fits."""
+        """Resume, if there is a checkpoint that fits; say what will not do."""
+        self._advise()
         try:
             super().on_fit_start()
         except RuntimeError as error:
@@ -177,6 +184,28 @@ class SpeakerBrain(RobustBrain):
         ):
             self.untrained = self.verify()
             self._log({"epoch": 0}, valid_stats=self.untrained)
+
+    def _advise(self):
+        """Log what the margin is worth, and what does not fit together."""
+        hparams = self.hparams
+        rise = getattr(hparams, "margin_schedule", None)
+        loss_fn = getattr(hparams.compute_cost, "loss_fn", None)
+        weight = getattr(self.modules["classifier"], "weight", None)
+        if hasattr(loss_fn, "scale") and weight is not None:
+            loss_fn = at_the_end(loss_fn, rise)
+            logger.info(margin_note(loss_fn, len(weight)))
+            warning = margin_warning(loss_fn, len(weight))
+            if warning:
+                logger.warning(warning)
+        n_epochs = hparams.epoch_counter.limit
+        n_steps = self.steps_per_epoch * n_epochs
+        for warning in schedule_warnings(
+            hparams.learning_rate,
+            rise,
+            n_steps // self.grad_accumulation_factor,
+            n_epochs,
+        ):
+            logger.warning(warning)
 
     def on_stage_start(self, stage, epoch=None):
         """Choose the crops of the epoch, start the clock."""

@@ -17,6 +17,7 @@ FACTS = {
     "speakers": "Training speakers",
     "objective": "Objective",
     "language": "Languages",
+    "note": "Note",  # what must be read before the numbers
     "license": "Licence",  # an SPDX identifier, which hubs read in lower case
 }
 
@@ -134,17 +135,18 @@ def model_card(
     rows = [
         f"| {title} | {facts.get(key, 'not stated')} |"
         for key, title in FACTS.items()
-        if key != "name"
+        if key not in ("name", "note")
     ]
     rows.append(f"| Front-end | `{_describe(front_end)}` |")
     rows.append(f"| Network | `{_describe(architecture['embedding_model'])}` |")
+    note = [f"**{facts['note']}**"] if facts.get("note") else []
     return _CARD.format(
         name=facts.get("name", "Speaker encoder"),
         license_id=str(facts.get("license", "unknown")).lower(),
         rate=architecture["sample_rate"],
         dim=architecture["embedding_dim"],
         facts="\n".join(rows),
-        results=_results(decision),
+        results="\n\n".join([*note, _results(decision)]),
     )
 
 

@@ -110,6 +110,7 @@ def write_report(
     groups: Mapping[str, np.ndarray] | None = None,
     p_targets: Sequence[float] = P_TARGETS,
     n_worst: int = 20,
+    notes: Sequence[str] = (),
 ) -> dict[str, Metrics]:
     """Write the folder.
 
@@ -131,6 +132,8 @@ def write_report(
         Priors for minDCF.
     n_worst : int
         How many errors are listed, half of them misses.
+    notes : sequence of str
+        What must be read before the numbers.
 
     Returns
     -------
@@ -184,6 +187,7 @@ def write_report(
     }
     parts = [
         f"# {title}",
+        *(f"**{note}**" for note in notes),
         f"{len(trials):,} trials, {int(labels.sum()):,} of them targets, over "
         f"{len(trials.utterances):,} recordings.",
         metrics_table(metrics, intervals),
@@ -204,6 +208,7 @@ def write_report(
     _write(folder / "results.md", text)
     data = {
         "title": title,
+        "notes": notes,
         "systems": {name: asdict(each) for name, each in metrics.items()},
         "intervals": _asdict(intervals),
         "differences": _asdict(differences),

@@ -19,7 +19,7 @@ FLOORS = [
     "checkpoints joint_batches processes random_state stopping "
     "settings sync_batch_norm threads user_errors",
     # On one of those each.
-    "bootstrap corpora.headers decision embeddings faults fused "
+    "advice bootstrap corpora.headers decision embeddings faults fused "
     "metadata packed plots resnet "
     "scoring video",
     "corpora.manifest fast_audio folding model_card recordings report",
