@@ -111,7 +111,13 @@ class CropDataset(DynamicItemDataset):
         self.mixdown = mixdown
         self.augment = augment if random_crops else None
         paths = [row.path(data_root) for row in rows]
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        try:
+            self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        except RuntimeError as error:
+            raise OSError(
+                f"/dev/shm is full: {error}. Free some of it, or give it more "
+                "room (docker run --shm-size 8g)."
+            ) from error
         items = {
             at_speed(row.id, speed): {
                 "path": path,

@@ -7,8 +7,10 @@ dataset in the loader's workers; :class:`FaultList` counts in the main process.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,15 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.audio import AudioError
+from speechbrain_ram.checkpoints import is_full_disk
 
 logger = get_logger(__name__)
 
 WAITS = (0.1, 0.5)  # seconds before the second and the third try
+
+#: Unreadable utterances that stop no training, whatever share they are, up to
+#: a quarter of the set: a share of 51 utterances is less than one of them.
+FEW = 5
 
 
 class FaultError(AudioError):
@@ -121,8 +128,40 @@ def stack(values: Sequence[torch.Tensor], **padding):
         The batch, and relative lengths.
     """
     if len({value.shape for value in values}) > 1:
-        return batch_pad_right(values, **padding)
-    return torch.stack(list(values)), torch.ones(len(values))
+        batch, lengths = batch_pad_right(values, **padding)
+    else:
+        batch, lengths = torch.stack(list(values)), torch.ones(len(values))
+    if torch.utils.data.get_worker_info() is not None:
+        # Here, where an error reaches the main process: left to the queue
+        # that sends it, it would be printed and the batch waited for.
+        batch.share_memory_()
+        lengths.share_memory_()
+    return batch, lengths
+
+
+def is_full_shared_memory(error: BaseException) -> bool:
+    """Whether /dev/shm has no room for the loader's workers.
+
+    Arguments
+    ---------
+    error : BaseException
+        Caught, with its traceback: a worker's batch that finds no room is a
+        RuntimeError of torch, or a bus error that ends the worker; a queue
+        that finds none is an OSError like that of a full disk.
+
+    Returns
+    -------
+    bool
+    """
+    text = str(error)
+    if "Too many open files" in text:
+        return False
+    if "shared memory" in text or "</torch_" in text:
+        return True
+    return is_full_disk(error) and any(
+        "multiprocessing" in frame.filename
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 class FaultList:
@@ -133,7 +172,8 @@ class FaultList:
     total : int
         Utterances of the set.
     max_share : float
-        Share of them, in [0, 1], above which training stops.
+        Share of them, in [0, 1], above which training stops; a few (`FEW`)
+        are always allowed, but none with 0.
     path : path, optional
         A text file that lists them, ``ID<tab>message``.
     what : str
@@ -157,7 +197,7 @@ class FaultList:
     ):
         if not 0 <= max_share <= 1:
             raise ValueError(
-                f"max_fault_share is {max_share}, allowed is 0 to 1: it is "
+                f"--max_fault_share is {max_share}, allowed is 0 to 1: it is "
                 "the share of utterances that may fail, not percent."
             )
         self.total = total
@@ -165,6 +205,14 @@ class FaultList:
         self.path = None if path is None else Path(path)
         self.what = what
         self.messages: dict[str, str] = {}
+
+    @property
+    def allowed(self) -> int:
+        """How many utterances may fail."""
+        if self.max_share == 0:
+            return 0
+        few = min(FEW, self.total // 4)
+        return max(math.floor(self.max_share * self.total + 1e-9), few)
 
     def add(self, faults: Sequence[Fault]) -> None:
         """Note the faults of a batch.
@@ -187,16 +235,16 @@ class FaultList:
         Raises
         ------
         FaultError
-            More than the share.
+            More than are allowed.
         """
-        if len(self.messages) <= self.max_share * self.total:
+        if len(self.messages) <= self.allowed:
             return
         examples = list(self.messages.values())[:10]
         raise FaultError(
             f"{len(self.messages)} of {self.total} {self.what} utterances "
-            f"could not be read; max_fault_share, {self.max_share}, allows "
-            f"{int(self.max_share * self.total)}. Is the disk there, and "
-            "whole?\n" + "\n".join(examples)
+            f"could not be read; --max_fault_share {self.max_share} allows "
+            f"{self.allowed}. Is the disk there, and whole? If it is, a larger "
+            "share goes on without them.\n" + "\n".join(examples)
         )
 
     def restore(self, messages: dict[str, str]) -> None:

@@ -31,7 +31,12 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.checkpoints import CheckpointError, is_full_disk
-from speechbrain_ram.faults import Batch, FaultList, SkipUnreadable
+from speechbrain_ram.faults import (
+    Batch,
+    FaultList,
+    SkipUnreadable,
+    is_full_shared_memory,
+)
 from speechbrain_ram.joint_batches import JointBatchSampler
 from speechbrain_ram.processes import all_numbers, gathered, n_processes
 from speechbrain_ram.random_state import random_state, restore_random_state
@@ -159,12 +164,18 @@ class RobustBrain(sb.Brain):
             f"The last checkpoint is {self._last_checkpoint()}; the same "
             "command continues from it."
         )
+        if is_full_shared_memory(error):
+            return WorkerError(
+                "/dev/shm is too small for what the loader's workers hand "
+                "over. Try --num_workers 0, or give it more room (docker run "
+                f"--shm-size 8g). {goes_on} ({text.strip().splitlines()[-1]})"
+            )
         if is_full_disk(error):
             return CheckpointError(f"the disk is full: {error}. {goes_on}")
         if "DataLoader worker" in text or "DataLoader timed out" in text:
             return WorkerError(
                 f"a process that loads data died or hangs: {text} The system "
-                "kills what takes too much memory; try fewer num_workers. "
+                "kills what takes too much memory; try a lower --num_workers. "
                 + goes_on
             )
         if n_processes() > 1 and "onnection" in text:

@@ -1,14 +1,17 @@
 """What goes wrong with data and numbers while a run is training."""
 
+import errno
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import run_recipe
+from conftest import REPOSITORY, run_recipe
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import Checkpointer
 from survival import differences
@@ -24,6 +27,7 @@ from speechbrain_ram.faults import (
     FaultError,
     FaultList,
     SkipUnreadable,
+    is_full_shared_memory,
 )
 from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
 from speechbrain_ram.stopping import Interrupted
@@ -79,15 +83,43 @@ def test_a_bug_is_no_fault():
 
 
 def test_faults_are_listed_and_counted_once(tmp_path):
-    faults = FaultList(100, 0.02, tmp_path / "faults.txt")
+    faults = FaultList(300, 0.02, tmp_path / "faults.txt")
     for _ in range(3):
         faults.add([Fault("a", "gone\nfor good"), Fault("b", "torn")])
         faults.check()
     listed = (tmp_path / "faults.txt").read_text()
     assert listed == "a\tgone for good\nb\ttorn\n"
-    faults.add([Fault("c", "c.wav is empty")])
-    with pytest.raises(FaultError, match="(?s)3 of 100 .* allows 2.*c.wav is"):
+    faults.add([Fault(f"{i}", f"{i}.wav is empty") for i in range(5)])
+    with pytest.raises(FaultError) as caught:
         faults.check()
+    assert re.search(
+        "(?s)7 of 300 .*--max_fault_share 0.02 allows 6.* larger .*4.wav is",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    "total, share, allowed",
+    [
+        (51, 0.01, 5),  # one truncated file is 2 % of them
+        (27, 0.1, 5),
+        (8, 0.01, 2),
+        (4, 0.01, 1),
+        (3, 0.01, 0),  # never most of a tiny set
+        (10_000, 0.01, 100),
+        (100, 0.29, 29),
+        (51, 0, 0),  # none is none
+        (3, 1.0, 3),
+    ],
+)
+def test_a_few_are_allowed_whatever_the_share(total, share, allowed):
+    faults = FaultList(total, share)
+    faults.add([Fault(str(i), "torn") for i in range(allowed)])
+    faults.check()
+    faults.add([Fault("one more", "torn")])
+    if allowed < total:
+        with pytest.raises(FaultError, match=f"allows {allowed}\\."):
+            faults.check()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, 5, float("nan")])
@@ -148,7 +180,7 @@ def test_too_many_vanished_files_stop_training(
         run_recipe(
             tiny_corpus,
             tmp_path / "run",
-            data_root=vanishing(5),
+            data_root=vanishing(9),
             max_fault_share=0.1,
         )
 
@@ -204,6 +236,77 @@ def test_a_hanging_worker_is_not_waited_for(tiny_corpus, tmp_path, monkeypatch):
             num_workers=1,
             verify_untrained=False,
         )
+
+
+# -- shared memory -----------------------------------------------------------
+
+
+def test_dev_shm_is_not_the_disk(tiny_corpus, tmp_path, monkeypatch):
+    """A worker's batch that found no room, as torch 2.11 words it."""
+
+    def no_room(self, batch):
+        raise RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\n"
+            "RuntimeError: unable to allocate shared memory(shm) for file "
+            "</torch_12_34_0>: Resource temporarily unavailable (11)"
+        )
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", no_room)
+    with pytest.raises(WorkerError, match="^/dev/shm is too.*--num_workers 0"):
+        run_recipe(tiny_corpus, tmp_path / "run", verify_untrained=False)
+
+
+@pytest.mark.parametrize(
+    "text, yes",
+    [
+        ("unable to write to file </torch_1_2_0>: No space left (28)", True),
+        ("worker (pid 5) is killed by signal: Bus error. ... shared memory", 1),
+        (
+            "unable to open shared memory object: Too many open files (24)",
+            False,
+        ),
+        ("DataLoader worker (pid 5) is killed by signal: Killed.", False),
+    ],
+)
+def test_errors_that_are_of_shared_memory(text, yes):
+    assert is_full_shared_memory(RuntimeError(text)) == bool(yes)
+    assert not is_full_shared_memory(OSError(errno.ENOSPC, "No space", "f"))
+
+
+SMALL_SHM = """
+import sys, torch
+from speechbrain_ram.faults import Batch, is_full_shared_memory
+class Set(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return {"id": str(i), "sig": torch.ones(90000)}
+try:
+    list(torch.utils.data.DataLoader(
+        Set(), batch_size=4, num_workers=1, collate_fn=Batch, timeout=60))
+except (OSError, RuntimeError) as error:
+    print(is_full_shared_memory(error), type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "size, error", [("4k", "OSError"), ("600k", "RuntimeError")]
+)
+def test_a_small_dev_shm_is_known_at_once(size, error):
+    """Neither its semaphores nor its batches are mistaken for the disk."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    enter = ["unshare", "-rm", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*enter, mount], capture_output=True).returncode
+    ):
+        pytest.skip("cannot mount a small /dev/shm: this test did NOT run")
+    done = subprocess.run(
+        [*enter, f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL_SHM],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=REPOSITORY,
+    )
+    assert done.stdout.split() == ["True", error], done.stderr
 
 
 # -- numbers -----------------------------------------------------------------

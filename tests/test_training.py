@@ -289,6 +289,7 @@ def test_nan_samples_are_named(tiny_corpus, tmp_path, broken):
             tiny_corpus,
             tmp_path / "run",
             data_root=str(broken),
+            max_fault_share=0,
             verify_untrained=False,
         )
 
