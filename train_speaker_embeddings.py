@@ -78,6 +78,12 @@ def _train(hparams_file, hparams, run_opts, overrides):
         if if_main_process()
         else None
     )
+    # Not before: it writes the YAML of this command.
+    sb.create_experiment_directory(
+        experiment_directory=output,
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
     reading = {
         "sample_rate": hparams["encoder"]["sample_rate"],
         "resample": hparams["resample"],
@@ -197,12 +203,6 @@ def find_run(hparams_file, hparams, run_opts, overrides):
         check_files_of(run, files, output)
         run = run.corrected(facts)
         run.write(output)
-    # Not before: it writes the YAML of this command.
-    sb.create_experiment_directory(
-        experiment_directory=output,
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
-    )
     return run, manifests
 
 
