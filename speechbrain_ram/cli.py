@@ -32,6 +32,9 @@ from speechbrain_ram.cli_common import (
 )
 from speechbrain_ram.memory import keep_freed_memory
 
+# Of an exported graph, in float32: about 1e-6 is usual.
+_LARGEST_DIFFERENCE = 1e-3
+
 
 @click.group(
     cls=JsonGroup, context_settings={"help_option_names": ["-h", "--help"]}
@@ -287,9 +290,20 @@ def export(folder, output, client, examples):
     onnx_export.EXPORTS[client](encoder.encoder, output)
     noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)
     probes = [noise[:rate], noise]
-    error = onnx_export.difference(encoder.encoder, output, probes)
-    facts = {"output": output, "difference": error}
-    text = f"{output}: differs from PyTorch by {error:.1e} at most"
+    error, cosine = onnx_export.agreement(encoder.encoder, output, probes)
+    if not error < _LARGEST_DIFFERENCE:
+        Path(output).unlink()
+        raise ValueError(
+            f"The export to '{output}' differs from PyTorch by {error:.1e}, "
+            f"{_LARGEST_DIFFERENCE} is allowed, so it was deleted. Is "
+            "onnxruntime up to date?"
+        )
+    facts = {"output": output, "difference": error, "cosine": cosine}
+    text = [
+        onnx_export.signature(output),
+        "On 1 and 3 s of noise it differs from PyTorch by "
+        f"{error:.1e} at most.",
+    ]
     if examples:
         found = list(recordings([examples], ".").values())
         some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
@@ -299,9 +313,15 @@ def export(folder, output, client, examples):
         ]
         fed = onnx_export.graph_inputs(encoder.encoder, output, wavs)
         onnx_export.quantise(output, output, fed)
-        text += f"; then quantised on {len(wavs)} files"
+        _, cosine = onnx_export.agreement(encoder.encoder, output, wavs)
+        facts["cosine"] = cosine
+        text.append(
+            f"Then quantised on {len(wavs)} files; their embeddings have a "
+            f"cosine of {cosine:.4f} or more with those of PyTorch."
+        )
     facts["bytes"] = Path(output).stat().st_size
-    return facts, f"{text}; {facts['bytes'] / 1e6:.1f} MB"
+    size = f"{output}: {facts['bytes'] / 1e6:.1f} MB"
+    return facts, "\n".join([size, *text])
 
 
 @main.command("map")
@@ -370,20 +390,40 @@ def demo(folder, host, port, device):
 @command
 def info(folder, database):
     """Show what an encoder is, and who is enrolled."""
+    from speechbrain_ram.model_card import FACTS
+
     encoder = load_encoder(folder)
-    loaded = encoder.encoder.folder
+    told = encoder.encoder.folder.facts
     network = encoder.encoder.modules["embedding_model"]
     facts = {
         "fingerprint": encoder.fingerprint,
         "sample_rate": encoder.sample_rate,
         "embedding_dim": encoder.embedding_dim,
         "parameters": sum(p.numel() for p in network.parameters()),
-        **loaded.facts,
+        **told,
     }
-    if encoder.decision is not None:
-        facts["EER"] = encoder.decision.eer
-        facts["thresholds"] = encoder.decision.thresholds
-        facts["development list"] = encoder.decision.trials
+    text = {
+        "Fingerprint": encoder.fingerprint,
+        "Sample rate": f"{encoder.sample_rate} Hz",
+        "Embedding": f"{encoder.embedding_dim} numbers",
+        "Parameters": f"{facts['parameters']:,}",
+        **{FACTS.get(key, key): value for key, value in told.items()},
+    }
+    decision = encoder.decision
+    if decision is not None:
+        facts["EER"] = decision.eer
+        facts["thresholds"] = decision.thresholds
+        facts["development list"] = decision.trials
+        text["Development list"] = (
+            f"{decision.trials}: {decision.n_target:,} target and "
+            f"{decision.n_nontarget:,} non-target trials"
+        )
+        text["EER on it"] = f"{decision.eer:.2f} %"
+        for name, value in decision.thresholds.items():
+            text[f"Threshold {name}"] = f"cosine {value:.3f}"
     if database:
-        facts["enrolled"] = open_database(database, encoder).speakers()
-    return facts, "\n".join(f"{key}: {value}" for key, value in facts.items())
+        enrolled = open_database(database, encoder).speakers()
+        facts["enrolled"] = enrolled
+        counts = [f"{who} ({count})" for who, count in enrolled.items()]
+        text["Enrolled (recordings)"] = ", ".join(counts) or "nobody"
+    return facts, "\n".join(f"{key}: {value}" for key, value in text.items())

@@ -223,12 +223,12 @@ def graph_inputs(
         yield batch.numpy()
 
 
-def difference(
+def agreement(
     encoder: LoadedEncoder,
     path: str | os.PathLike,
     waveforms: Iterable[np.ndarray],
-) -> float:
-    """How far an exported graph is from PyTorch.
+) -> tuple[float, float]:
+    """Run an exported graph in onnxruntime and compare it with PyTorch.
 
     Arguments
     ---------
@@ -237,24 +237,37 @@ def difference(
 
     Returns
     -------
-    float
+    tuple of float
         The largest difference of any embedding's component, relative to the
-        largest component of that embedding where that is above 1.
+        largest component of that embedding where that is above 1; and the
+        least cosine of two embeddings of one recording.
     """
     waveforms = list(waveforms)
     session = _session(path)
     name = session.get_inputs()[0].name
-    worst = 0.0
+    worst, cosine = 0.0, 1.0
     for waveform, fed in zip(
         waveforms, graph_inputs(encoder, path, waveforms), strict=True
     ):
         (theirs,) = session.run(None, {name: fed})
         batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
         ours = encoder.encode(batch, torch.ones(1)).cpu().numpy()
-        worst = max(
-            worst, float(np.abs(ours - theirs).max() / max(1, abs(ours).max()))
-        )
-    return worst
+        error = np.abs(ours - theirs).max() / max(1, np.abs(ours).max())
+        worst = max(worst, float(error))
+        lengths = np.linalg.norm(ours) * np.linalg.norm(theirs)
+        cosine = min(cosine, float((ours * theirs).sum() / lengths))
+    return worst, cosine
+
+
+def signature(path: str | os.PathLike) -> str:
+    """What an exported graph takes and gives, and which runtime says so."""
+    session = _session(path)
+    sides = [
+        f"{end.name} [{', '.join(map(str, end.shape))}]"
+        for end in (*session.get_inputs(), *session.get_outputs())
+    ]
+    _, onnxruntime = _import_onnx()
+    return f"{' -> '.join(sides)} in onnxruntime {onnxruntime.__version__}"
 
 
 def _session(path: str | os.PathLike):

@@ -1,8 +1,10 @@
 """Tests of the command, through its own parser."""
 
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +208,8 @@ def test_enrol_identify_forget(run, voices, tmp_path):
     run("forget", *options, "bob")
     info = answer(run("info", *options, "--json"))
     assert info["enrolled"] == {"ada": 4, "cy": 2}
+    text = run("info", *options).stdout
+    assert text.endswith("Enrolled (recordings): ada (4), cy (2)\n")
     result = run("forget", *options, "bob", code=2)
     assert "Nobody called 'bob'" in result.stderr
     run("enroll", *options, "ada", code=2)
@@ -243,19 +247,52 @@ def test_info(run, encoder):
     assert facts["fingerprint"] == encoder.fingerprint
     assert facts["embedding_dim"] == DIM
     assert facts["thresholds"] == encoder.decision.thresholds
-    assert "development list: imagined" in run("info").stdout
+    decision = encoder.decision
+    lines = run("info").stdout.splitlines()
+    assert f"Sample rate: {encoder.sample_rate} Hz" in lines
+    assert f"EER on it: {decision.eer:.2f} %" in lines
+    for name, value in decision.thresholds.items():
+        assert f"Threshold {name}: cosine {value:.3f}" in lines
+    (line,) = [each for each in lines if each.startswith("Development list")]
+    assert line.startswith("Development list: imagined: ")
+    assert line.endswith(f" {decision.n_nontarget:,} non-target trials")
 
 
 def test_export(run, voices, tmp_path):
     pytest.importorskip("onnxruntime")
     output = tmp_path / "e.onnx"
+    lines = run("export", output).stdout.splitlines()
+    assert lines[0].startswith(f"{output}: ") and lines[0].endswith(" MB")
+    assert lines[1].startswith("waveform [batch, samples] -> embedding [batch")
+    assert " in onnxruntime 1." in lines[1]
+    assert re.fullmatch(r"On 1 and .* by \d\.\de-\d\d at most\.", lines[2])
     facts = answer(run("export", output, "--int8", voices, "--json"))
     assert facts["difference"] < 1e-4
+    assert 0.9 < facts["cosine"] < 0.99999  # of the int8 file, on the voices
     assert facts["bytes"] == output.stat().st_size
     other = tmp_path / "s.onnx"
     result = run("export", other, "--for", "sherpa-onnx", code=2)
     assert "Train one with --frontend kaldi" in result.stderr
     assert not other.exists()
+
+
+def test_an_export_that_computes_something_else_is_refused(
+    run, tmp_path, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    from speechbrain_ram import onnx_export
+
+    session = onnx_export._session
+
+    def wrong(path):
+        one = session(path)
+        doubled = lambda *args: [2 * one.run(*args)[0]]  # noqa: E731
+        return SimpleNamespace(get_inputs=one.get_inputs, run=doubled)
+
+    monkeypatch.setattr(onnx_export, "_session", wrong)
+    result = run("export", tmp_path / "e.onnx", code=2)
+    assert "differs from PyTorch by " in result.stderr
+    assert not (tmp_path / "e.onnx").exists()
 
 
 @pytest.mark.parametrize("ending", ["html", "png"])
