@@ -65,7 +65,7 @@ from speechbrain_ram.scoring import (
     trial_vectors,
     write_scores,
 )
-from speechbrain_ram.settings import check_device
+from speechbrain_ram.settings import SWITCH, check_device
 from speechbrain_ram.trials import (
     FORMS,
     TrialError,
@@ -414,20 +414,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     help = "frames in a batch (default: extract's)"
     add("--max_frames", type=count, help=help)
-    switch = {
-        "nargs": "?",
-        "type": truth,
-        "const": True,
-        "default": False,
-        "metavar": "True",
-    }
-    add("--resample", **switch, help="allow other sample rates")
-    add("--mixdown", **switch, help="allow several channels")
+    add("--resample", **SWITCH, help="allow other sample rates")
+    add("--mixdown", **SWITCH, help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")
     add("--cohort", help="manifest of training speakers")
     add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
     add("--cohort_per_speaker", type=count, help="recordings (default: all)")
-    add("--center", **switch, help="subtract the cohort's mean")
+    add("--center", **SWITCH, help="subtract the cohort's mean")
     add("--normalise", choices=METHODS, help="score normalisation")
     add("--top_n", type=count, default=300, help="of adaptive normalisation")
     add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
@@ -470,13 +463,6 @@ def in_yaml(parser, path: str) -> list[str]:
         elif value is not None and value is not False:
             arguments.append(f"--{name}={value}")
     return arguments
-
-
-def truth(text: str) -> bool:
-    """True or False, typed as for the training."""
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"True or False is needed, got {text}")
-    return text == "True"
 
 
 def count(text: str, least: int = 1) -> int:

@@ -13,6 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from speechbrain_ram.user_errors import one_line_errors
+
 
 def read_log(log: Path) -> list[dict[str, float]]:
     """One dictionary an epoch: what SpeechBrain's FileTrainLogger wrote."""
@@ -64,4 +66,6 @@ if __name__ == "__main__":
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
-    plot(read_log(arguments.output_folder / "train_log.txt"), arguments.picture)
+    with one_line_errors(Path(__file__).name):
+        log = read_log(arguments.output_folder / "train_log.txt")
+        plot(log, arguments.picture)

@@ -25,6 +25,7 @@ import yaml
 from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.scoring import read_scores
+from speechbrain_ram.user_errors import one_line_errors
 
 HERE = Path(__file__).resolve().parent
 
@@ -228,4 +229,5 @@ def choices(plan, rates):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with one_line_errors(Path(__file__).name):
+        raise SystemExit(main())

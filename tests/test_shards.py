@@ -186,7 +186,8 @@ prepare: !name:speechbrain_ram.corpora.shards.prepare_shards
 
 
 def test_command_line(corpus, capsys):
-    main([str(corpus / "loose.csv"), str(corpus / "corpus"), str(corpus / "o")])
+    folders = [corpus / "loose.csv", corpus / "corpus", corpus / "o"]
+    main([*map(str, folders), "--resample", "--mixdown", "True"])
     manifest = capsys.readouterr().out.strip()
     assert len(read_manifest(manifest)) == 9
     with tarfile.open(corpus / "o" / "shard-000000.tar") as file:

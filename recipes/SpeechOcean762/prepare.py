@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.user_errors import one_line_errors
 
 HERE = Path(__file__).parent
 
@@ -57,4 +58,5 @@ if __name__ == "__main__":
     parser.add_argument("download", type=Path)
     parser.add_argument("data_folder", type=Path)
     arguments = parser.parse_args()
-    prepare(arguments.download, arguments.data_folder)
+    with one_line_errors(Path(__file__).name):
+        prepare(arguments.download, arguments.data_folder)

@@ -32,6 +32,7 @@ from speechbrain_ram.corpora.transcode import (
     import_av,
     transcode_chunk,
 )
+from speechbrain_ram.user_errors import one_line_errors
 
 _CHUNK = 64  # files a task
 
@@ -168,7 +169,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("convert"):
         sys.exit(main())
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"convert: {error}")

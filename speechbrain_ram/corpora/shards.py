@@ -39,6 +39,8 @@ from speechbrain_ram.corpora.manifest import (
     read_manifest,
     write_manifest,
 )
+from speechbrain_ram.settings import SWITCH
+from speechbrain_ram.user_errors import one_line_errors
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
@@ -241,12 +243,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data_root", help="their folder")
     parser.add_argument("output_dir", help="folder of the shards")
     parser.add_argument("--sample-rate", type=int, default=16000)
-    parser.add_argument("--resample", action="store_true")
-    parser.add_argument("--mixdown", action="store_true")
+    parser.add_argument("--resample", **SWITCH)
+    parser.add_argument("--mixdown", **SWITCH)
     parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--seed", type=int, default=1986)
     print(pack_shards(**vars(parser.parse_args(arguments))))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("shards"):
+        main()
