@@ -63,22 +63,9 @@ def with_intervals(
 ) -> dict[str, System]:
     """Add 95 % intervals, and the differences to the first system.
 
-    Arguments
-    ---------
-    systems : Mapping
-        Name -> :class:`System`.
-    trials : TrialList
-        N trials.
-    speakers : TrialSpeakers
-        Of the same trials; they are what is drawn.
-    p_targets, replicates, seed
-        As for :func:`speechbrain_ram.bootstrap.bootstrap`: 1000 replicates
-        take half a second for 40,000 trials, 6 seconds for 600,000.
-
-    Returns
-    -------
-    dict
-        Name -> System.
+    The arguments are those of :func:`speechbrain_ram.bootstrap.bootstrap`.
+    1000 replicates take half a second for 40,000 trials, 6 seconds for
+    600,000.
     """
     who = (trials.labels, speakers.enrol, speakers.test)
     settings = {
