@@ -30,6 +30,8 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.processes import of_rank_0, together
+
 logger = get_logger(__name__)
 
 #: Of the folders; a reader refuses the numbers it does not know. Folders
@@ -182,19 +184,20 @@ class SafeCheckpointer(Checkpointer):
             *({"max_key": key} for key in max_keys or ()),
             *({"importance_key": key} for key in importance_keys),
         ]
-        keep = set(self.find_checkpoints(max_num_checkpoints=2))
-        candidates = set()
-        for order in orders:
-            ranked = self.find_checkpoints(
-                ckpt_predicate=ckpt_predicate, **order
-            )
-            candidates.update(ranked)
-            keep.update(ranked[:num_to_keep])
-        ddp_barrier()
-        if if_main_process():
+
+        def remove() -> None:
+            keep = set(self.find_checkpoints(max_num_checkpoints=2))
+            candidates = set()
+            for order in orders:
+                ranked = self.find_checkpoints(
+                    ckpt_predicate=ckpt_predicate, **order
+                )
+                candidates.update(ranked)
+                keep.update(ranked[:num_to_keep])
             for checkpoint in candidates - keep:
                 self._remove(checkpoint.path, verbosity)
-        ddp_barrier()
+
+        of_rank_0(remove)
 
     # -- reading ----------------------------------------------------------
 
@@ -232,17 +235,65 @@ class SafeCheckpointer(Checkpointer):
         Raises
         ------
         CheckpointError
-            There are checkpoints, and every one is damaged.
+            There are checkpoints, and every one is damaged. Or a process
+            does not see the one that rank 0 chose.
         """
-        chosen = super().recover_if_possible(
-            importance_key, max_key, min_key, **kwargs
+        chosen = self.choose_checkpoints(
+            importance_key=importance_key,
+            max_key=max_key,
+            min_key=min_key,
+            max_num_checkpoints=1,
+            **kwargs,
         )
-        if chosen is None and self._damaged and not self.list_checkpoints():
-            raise CheckpointError(
-                "every checkpoint is damaged:\n"
-                + "\n".join(self._damaged.values())
-                + f"\nTo begin anew, delete '{self.checkpoints_dir}'."
-            )
+        for checkpoint in chosen:
+            self.load_checkpoint(checkpoint)
+            return checkpoint
+        return None
+
+    def choose_checkpoints(self, **how) -> list[Checkpoint]:
+        """`find_checkpoints` for several processes: what rank 0 finds.
+
+        Disks that machines share may show each of them another folder. All
+        processes must call this.
+
+        Arguments
+        ---------
+        **how
+            As for SpeechBrain's ``find_checkpoints``.
+
+        Returns
+        -------
+        list of Checkpoint
+
+        Raises
+        ------
+        CheckpointError
+            There are checkpoints, and every one is damaged. Or a process
+            does not see what rank 0 chose.
+        """
+
+        def find() -> list[Checkpoint]:
+            found = self.find_checkpoints(**how)
+            if not found and self._damaged and not self.list_checkpoints():
+                raise CheckpointError(
+                    "every checkpoint is damaged:\n"
+                    + "\n".join(self._damaged.values())
+                    + f"\nTo begin anew, delete '{self.checkpoints_dir}'."
+                )
+            return found
+
+        chosen = of_rank_0(find)
+
+        def look() -> None:
+            for path in (each.path for each in chosen):
+                if not (path / METAFNAME).is_file():
+                    raise CheckpointError(
+                        f"it does not see '{path}', from which rank 0 goes "
+                        "on. The output folder must be on a disk that all "
+                        "machines share."
+                    )
+
+        together(look)
         return chosen
 
     def load_modules(self, checkpoint: Checkpoint) -> None:

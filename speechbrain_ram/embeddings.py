@@ -9,11 +9,14 @@ relative lengths.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from speechbrain_ram.audio import (
     read_audio,
 )
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore, merge
+from speechbrain_ram.processes import all_numbers, together
 from speechbrain_ram.threads import ahead, in_threads, n_threads
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,6 +55,7 @@ def extract(
     distributed: bool = False,
     pad: Padding | None = None,
     threads: int | None = None,
+    check: Callable[[], None] | None = None,
 ) -> EmbeddingSet:
     """Embed every utterance once.
 
@@ -89,6 +94,9 @@ def extract(
         How many batches are encoded at once. By default, on a CPU as many as
         PyTorch has threads, which then share nothing; on a GPU one. With 1,
         `encode` is never called by two threads at once.
+    check : callable, optional
+        Called between the batches. Raises SystemExit to leave; several ranks
+        leave together.
 
     Returns
     -------
@@ -114,9 +122,10 @@ def extract(
     if max_frames_per_batch is None:
         on_cpu = torch.device(device).type == "cpu"
         max_frames_per_batch = _CPU_FRAMES if on_cpu else _DEVICE_FRAMES
-    rank, world = 0, 1
+    check = check or (lambda: None)
+    rank, world, run = 0, 1, lambda work: [work()]
     if distributed:
-        rank = torch.distributed.get_rank()
+        rank, run = torch.distributed.get_rank(), together
         world = torch.distributed.get_world_size()
     paths = [os.path.join(root, name) for name in utterances]
     reading = {
@@ -130,9 +139,13 @@ def extract(
             torch.distributed.barrier()
         files = np.array(list(pool.map(_file_state, paths)), np.int64)
         todo = _not_in(known, utterances, files)
-        seconds = _durations(pool, [paths[i] for i in todo], reading)
+        mine = [paths[i] for i in todo[rank::world]]
+        found = run(lambda: _look(pool, mine, reading, check))
+        seconds = _durations(found, len(todo))
         frames = [int(s * sample_rate) // hop + 1 for s in seconds]
-        batches = length_batches(frames, max_frames_per_batch)[rank::world]
+        batches = length_batches(frames, max_frames_per_batch)
+        most = math.ceil(len(batches) / world)  # of one rank
+        batches = batches[rank::world]
 
         def load(batch: list[int]) -> list[torch.Tensor]:
             return [read_audio(paths[todo[i]], **reading) for i in batch]
@@ -163,21 +176,25 @@ def extract(
             desc="embed",
             disable=not progress or rank > 0,
         )
-        error = None
-        with bar:
-            try:
-                new = _collect(
-                    in_threads(embed, work, threads),
-                    bar,
-                    store,
-                    f"{rank}-{os.getpid()}",
+
+        def any_leaves(mine: bool) -> bool:
+            """Whether this rank does, or another."""
+            if not distributed:
+                return mine
+            return any(n for (n,) in all_numbers((int(mine),), device))
+
+        with (
+            bar,
+            closing(waveforms),
+            closing(in_threads(embed, work, threads)) as embedded,
+        ):
+            name = f"{rank}-{os.getpid()}"
+            parts = run(
+                lambda: _collect(
+                    embedded, most, check, any_leaves, bar, store, name
                 )
-            except Exception as problem:
-                if not distributed:
-                    raise
-                new, error = [], problem
-    if distributed:
-        new = _gather(new, error)
+            )
+    new = [part for part in parts if part is not None]
     everything = merge([*([known] if known else []), *new])
     if store and new:
         if rank == 0:
@@ -250,27 +267,41 @@ def _not_in(
     ]
 
 
-def _durations(
-    pool: ThreadPoolExecutor, paths: Sequence[str], reading: dict
-) -> np.ndarray:
-    """Seconds by header; every unusable file is named before the work."""
+def _look(
+    pool: ThreadPoolExecutor,
+    paths: Sequence[str],
+    reading: dict,
+    check: Callable[[], None],
+) -> list[tuple[float, str]]:
+    """Seconds by header, and what is wrong with a recording."""
 
-    def look(path: str) -> tuple[float, AudioError | None]:
+    def look(path: str) -> tuple[float, str]:
         try:
             info = audio_info(path)
             rate, channels = info.sample_rate, info.channels
             if (rate, channels) != (reading["sample_rate"], 1):
                 read_audio(path, stop=1, **reading)  # says what is wrong
-            return info.duration, None
+            return info.duration, ""
         except AudioError as error:
-            return 0.0, error
+            return 0.0, str(error)
 
-    found = list(pool.map(look, paths))
-    errors = [str(error) for _, error in found if error]
+    found = []
+    for one in pool.map(look, paths):
+        check()
+        found.append(one)
+    return found
+
+
+def _durations(parts: list[list], n_paths: int) -> np.ndarray:
+    """Seconds; every unusable file is named before the work."""
+    found = [None] * n_paths
+    for rank, part in enumerate(parts):
+        found[rank :: len(parts)] = part
+    errors = [error for _, error in found if error]
     if errors:
         more = f"\n... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise AudioError(
-            f"{len(errors)} of {len(paths)} recordings cannot be used:\n"
+            f"{len(errors)} of {n_paths} recordings cannot be used:\n"
             + "\n".join(errors[:10])
             + more
         )
@@ -279,11 +310,17 @@ def _durations(
 
 def _collect(
     embedded: Iterator[EmbeddingSet],
+    n_batches: int,
+    check: Callable[[], None],
+    any_leaves: Callable[[bool], bool],
     bar: tqdm,
     store: EmbeddingStore | None,
     name: str,
-) -> list[EmbeddingSet]:
-    """Run through, keeping a part on disk every minute and at the end."""
+) -> EmbeddingSet | None:
+    """Run through, keeping a part on disk every minute and at the end.
+
+    `n_batches` is the same on all ranks, one of which may have one less.
+    """
     done: list[EmbeddingSet] = []
     saved, last = 0, time.monotonic()
 
@@ -293,27 +330,22 @@ def _collect(
             store.save_part(f"{name}-{saved:08d}", merge(done[saved:]))
         saved, last = len(done), time.monotonic()
 
+    problem = None
     try:
-        for batch in embedded:
-            done.append(batch)
-            bar.update(len(batch.ids))
+        for _ in range(n_batches):
+            try:
+                check()
+                for batch in islice(embedded, 1):
+                    done.append(batch)
+                    bar.update(len(batch.ids))
+            except (Exception, SystemExit) as error:
+                problem = error
+            if any_leaves(isinstance(problem, SystemExit)):
+                break
             if time.monotonic() - last > _SECONDS_BETWEEN_PARTS:
                 save()
     finally:
         save()
-    return done
-
-
-def _gather(
-    new: list[EmbeddingSet], error: Exception | None
-) -> list[EmbeddingSet]:
-    """Everybody's rows; an error on one rank is an error on all of them."""
-    parts = [None] * torch.distributed.get_world_size()
-    mine = merge(new)
-    torch.distributed.all_gather_object(parts, (mine, error))
-    for rank, (_, problem) in enumerate(parts):
-        if problem is not None:
-            if problem is error:
-                raise problem
-            raise RuntimeError(f"Rank {rank} failed: {problem}") from problem
-    return [part for part, _ in parts if part is not None]
+    if problem is not None:
+        raise problem
+    return merge(done)

@@ -79,3 +79,33 @@ class JointBatchSampler(Sampler):
             last = step == self.length - 1
             end = None if last else begin + self.joint_size
             yield order[begin:end][self.rank :: self.world]
+
+
+def shared_batches(
+    n_items: int, batch_size: int, rank: int, world: int
+) -> list[range]:
+    """Batches in order, as many for each process; the last may be empty.
+
+    Arguments
+    ---------
+    n_items : int
+        Size of the dataset.
+    batch_size : int
+        Utterances of one process in one batch.
+    rank, world : int
+        This process, of so many.
+
+    Returns
+    -------
+    list of range
+
+    Example
+    -------
+    >>> [[list(b) for b in shared_batches(5, 2, r, 2)] for r in range(2)]
+    [[[0, 2], [4]], [[1, 3], []]]
+    """
+    joint = batch_size * world
+    return [
+        range(n_items)[begin : begin + joint][rank::world]
+        for begin in range(0, n_items, joint)
+    ]

@@ -99,7 +99,11 @@ def ahead(
     """`map` that works at most `depth` items ahead of the consumer."""
     todo = iter(items)
     waiting = [pool.submit(work, item) for item in islice(todo, depth)]
-    while waiting:
-        done = waiting.pop(0).result()
-        waiting += [pool.submit(work, item) for item in islice(todo, 1)]
-        yield done
+    try:
+        while waiting:
+            done = waiting.pop(0).result()
+            waiting += [pool.submit(work, item) for item in islice(todo, 1)]
+            yield done
+    finally:  # where the consumer left early
+        for one in waiting:
+            one.cancel()

@@ -498,6 +498,34 @@ def test_two_ranks_share_the_work(recordings, tmp_path):
     assert not store.parts.exists()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_leaving_between_batches_keeps_what_is_done(
+    recordings, tmp_path, threads
+):
+    root, names = recordings
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    looked_at, done = len(names), 3
+
+    def check():
+        check.calls += 1
+        if check.calls > looked_at + done:
+            raise SystemExit(75)
+
+    check.calls = 0
+    with pytest.raises(SystemExit):
+        extract(
+            StandIn(),
+            names,
+            root,
+            max_frames_per_batch=1,
+            progress=False,
+            store=store,
+            threads=threads,
+            check=check,
+        )
+    assert len(store.load().ids) == done
+
+
 @pytest.mark.real
 def test_real_speech_in_batches_and_alone():
     corpus = os.environ.get("SPEECHOCEAN762")

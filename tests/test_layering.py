@@ -16,11 +16,11 @@ FLOORS = [
     "diagnostics embedding_store enrolment "
     "features fused_torch losses memory metrics pooling schedules "
     "score_norm similarity_map trials "
-    "checkpoints joint_batches processes random_state stopping "
+    "joint_batches processes random_state stopping "
     "settings sync_batch_norm threads user_errors",
     # On one of those each.
-    "advice bootstrap corpora.headers decision embeddings faults fused "
-    "metadata packed plots resnet "
+    "advice bootstrap checkpoints corpora.headers decision embeddings faults "
+    "fused metadata packed plots resnet "
     "scoring video",
     "corpora.manifest fast_audio folding model_card recordings report",
     # What stands on manifests, and what writes a folder.
