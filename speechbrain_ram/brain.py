@@ -17,6 +17,7 @@ from speechbrain_ram.advice import (
     margin_warning,
     schedule_warnings,
 )
+from speechbrain_ram.checkpoints import CheckpointError
 from speechbrain_ram.diagnostics import MarginDiagnostics
 from speechbrain_ram.embedding_store import EmbeddingSet
 from speechbrain_ram.embeddings import Padding, extract
@@ -140,12 +141,19 @@ class SpeakerBrain(RobustBrain):
         """Set the learning rate of this step."""
         epochs_done = self.hparams.epoch_counter.current - 1
         epochs_done += (self.step - 1) / self.steps_per_epoch
+        if self.diagnostics is not None:
+            self.n_diagnosed = self.diagnostics.counts()
         self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
         schedule = getattr(self.hparams, "margin_schedule", None)
         if schedule is not None:
             self._set_margin(schedule(epochs_done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
+
+    def _undo_forward(self):
+        super()._undo_forward()
+        if self.diagnostics is not None:
+            self.diagnostics.keep(*self.n_diagnosed)
 
     def _set_margin(self, margin):
         """Give the objective another margin; it stays the same object."""
@@ -224,8 +232,8 @@ class SpeakerBrain(RobustBrain):
             self.train_stats = self._training_stats()
             super().on_stage_end(stage, stage_loss, epoch)
             return
-        accuracy = 100 * int(self.tally.n_right) / max(self.tally.n_seen, 1)
-        stats = {"loss": stage_loss, "error": 100 - accuracy}
+        total = self.tally.joint()
+        stats = {"loss": total.loss, "error": 100 - total.accuracy}
         if stage == sb.Stage.VALID:
             last = epoch == self.hparams.epoch_counter.limit
             if last or epoch % self.hparams.verify_every == 0:
@@ -244,8 +252,8 @@ class SpeakerBrain(RobustBrain):
         total = self.tally.joint()
         seconds = time.perf_counter() - self.started
         stats = {
-            "loss": total.loss_sum / max(total.n_seen, 1),
-            "accuracy": 100 * total.n_right / max(total.n_seen, 1),
+            "loss": total.loss,
+            "accuracy": total.accuracy,
             "grad_norm": total.grad_norm / max(total.n_steps, 1),
             "utterances/s": (total.n_seen - self.seen_before) / seconds,
         }
@@ -253,6 +261,8 @@ class SpeakerBrain(RobustBrain):
             stats.update(self._joint_diagnostics().summary(stats["loss"]))
         if self.n_bad_steps:
             stats["skipped steps"] = self.n_bad_steps
+        if self.n_scaled_down:
+            stats["scaled down"] = self.n_scaled_down
         if self.faults[sb.Stage.TRAIN].messages:
             stats["unreadable"] = len(self.faults[sb.Stage.TRAIN].messages)
         return stats
@@ -308,7 +318,6 @@ class SpeakerBrain(RobustBrain):
         torch.Tensor
             Shape [B, E], float32.
         """
-        self.leave_if_asked()
         waveforms = waveforms.to(self.device)
         lengths = lengths.to(self.device)
         with self.evaluation_ctx:
@@ -330,7 +339,7 @@ class SpeakerBrain(RobustBrain):
         self.modules.eval()  # a run that had been finished trains nothing
         embedded, self.dev_embeddings = self.dev_embeddings, None
         if self.n_averaged > 1:
-            newest = self.checkpointer.find_checkpoints(
+            newest = self.checkpointer.choose_checkpoints(
                 ckpt_predicate=lambda each: each.meta["end-of-epoch"],
                 max_num_checkpoints=self.n_averaged,
             )
@@ -338,7 +347,15 @@ class SpeakerBrain(RobustBrain):
                 mean = average_checkpoints(newest, name)
                 self.checkpointer.recoverables[name].load_state_dict(mean)
             return
-        best = self.checkpointer.find_checkpoint(min_key=self.best_key)
+        best = self.checkpointer.choose_checkpoints(
+            min_key=self.best_key, max_num_checkpoints=1
+        )
+        if not best:
+            raise CheckpointError(
+                f"no checkpoint in '{self.checkpointer.checkpoints_dir}' says "
+                f"its {self.best_key}: there is no best one."
+            )
+        best = best[0]
         self.checkpointer.load_modules(best)
         if best.meta.get("epoch") == self.embedded_at:
             self.dev_embeddings = embedded  # by these weights
@@ -358,16 +375,20 @@ class SpeakerBrain(RobustBrain):
         EmbeddingSet
         """
         self.modules.eval()
-        return extract(
-            self.encode,
-            utterances,
-            root,
-            device=self.device,
-            progress=not self.noprogressbar,
-            pad=self.pad,
-            distributed=n_processes() > 1,
-            **self.read_options,
-        )
+        with self.stop.listening():
+            embeddings = extract(
+                self.encode,
+                utterances,
+                root,
+                device=self.device,
+                progress=not self.noprogressbar,
+                pad=self.pad,
+                distributed=n_processes() > 1,
+                check=self.leave_if_asked,
+                **self.read_options,
+            )
+            self.leave_together()
+        return embeddings
 
     def embed_dev(self) -> EmbeddingSet:
         """Embed the dev trials' recordings, but not twice by the best epoch."""

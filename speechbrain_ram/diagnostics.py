@@ -212,6 +212,14 @@ class MarginDiagnostics:
                     getattr(self, name).append(state[name])
             self.n_classes = max(self.n_classes, state["n_classes"])
 
+    def counts(self) -> tuple[int, int]:
+        """How much was taken, for :meth:`keep`."""
+        return len(self.samples), len(self.classes)
+
+    def keep(self, n_samples: int, n_classes: int) -> None:
+        """Forget what was taken since :meth:`counts`."""
+        del self.samples[n_samples:], self.classes[n_classes:]
+
     def watch(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
         """Take a batch before the loss, and its gradient when it comes back.
 

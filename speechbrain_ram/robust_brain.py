@@ -8,11 +8,13 @@ What :class:`RobustBrain` adds to its base class:
   :mod:`speechbrain_ram.stopping`;
 - recordings that fail are skipped, see :mod:`speechbrain_ram.faults`;
 - a step whose loss or gradients are not finite leaves no trace;
-- a step of several processes is the step of one with the joint batch.
+- a step of several processes is the step of one with the joint batch, and
+  so is a validation; a signal to one of them is a signal to all.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -37,12 +39,19 @@ from speechbrain_ram.faults import (
     SkipUnreadable,
     is_full_shared_memory,
 )
-from speechbrain_ram.joint_batches import JointBatchSampler
-from speechbrain_ram.processes import all_numbers, gathered, n_processes
+from speechbrain_ram.joint_batches import JointBatchSampler, shared_batches
+from speechbrain_ram.processes import (
+    Tally,
+    all_numbers,
+    gathered,
+    n_processes,
+    without_ddp,
+)
 from speechbrain_ram.random_state import random_state, restore_random_state
 from speechbrain_ram.stopping import (
     Interrupted,
     StopRequest,
+    ending_workers,
     let_worker_outlive_signals,
 )
 from speechbrain_ram.sync_batch_norm import sync_batch_norm
@@ -58,41 +67,6 @@ class NonFiniteError(RuntimeError):
 
 class WorkerError(RuntimeError):
     """A process that loads data died, or hangs."""
-
-
-@dataclasses.dataclass
-class Tally:
-    """What the steps of an epoch add up to, on this process.
-
-    Arguments
-    ---------
-    n_right : int or torch.Tensor
-        Right answers; a tensor stays on its device until the end.
-    n_seen : int
-        Utterances.
-    loss_sum : float
-        Sum of their losses.
-    n_steps : int
-        Optimiser steps.
-    grad_norm : float
-        Sum of the gradients' norms, the same on all processes.
-    """
-
-    n_right: int | torch.Tensor = 0
-    n_seen: int = 0
-    loss_sum: float = 0.0
-    n_steps: int = 0
-    grad_norm: float = 0.0
-
-    def joint(self) -> Tally:
-        """Give the sums over all processes, which must all call this."""
-        mine = dataclasses.replace(self, n_right=int(self.n_right))
-        total = Tally(n_steps=mine.n_steps, grad_norm=mine.grad_norm)
-        for each in gathered(mine):
-            total.n_right += each.n_right
-            total.n_seen += each.n_seen
-            total.loss_sum += each.loss_sum
-        return total
 
 
 @functools.partial(register_checkpoint_hooks, save_on_main_only=False)
@@ -127,7 +101,7 @@ class RobustBrain(sb.Brain):
         self.stop = stop or StopRequest(getattr(self.hparams, "max_hours", 0))
         self.stopping = False
         self.tally = Tally()
-        self.n_bad_steps = self.bad_in_a_row = 0
+        self.n_bad_steps = self.bad_in_a_row = self.n_scaled_down = 0
         self.faults: dict[sb.Stage, FaultList] = {}
         self._resumed: dict | None = None  # of the epoch that goes on
         self._random: dict | None = None  # to be set before the next step
@@ -144,15 +118,11 @@ class RobustBrain(sb.Brain):
         FaultError, NonFiniteError, WorkerError, CheckpointError
             Training cannot go on; the same command continues it.
         """
-        with self.stop.listening():
+        with self.stop.listening(), ending_workers():
             try:
                 super().fit(*args, **kwargs)
             except Interrupted as leaving:
-                logger.warning(
-                    "%s. The same command goes on from checkpoint %s.",
-                    leaving.reason,
-                    self._last_checkpoint(),
-                )
+                logger.warning("%s. %s", leaving.reason, self._how_to_go_on())
                 raise
             except (OSError, RuntimeError) as error:
                 raise self._explained(error) from error
@@ -160,10 +130,7 @@ class RobustBrain(sb.Brain):
     def _explained(self, error: Exception) -> Exception:
         """Put into plain words what comes from below."""
         text = str(error)
-        goes_on = (
-            f"The last checkpoint is {self._last_checkpoint()}; the same "
-            "command continues from it."
-        )
+        goes_on = self._how_to_go_on()
         if is_full_shared_memory(error):
             return WorkerError(
                 "/dev/shm is too small for what the loader's workers hand "
@@ -182,9 +149,11 @@ class RobustBrain(sb.Brain):
             return RuntimeError(f"another process died: {text} {goes_on}")
         return error
 
-    def _last_checkpoint(self) -> str:
+    def _how_to_go_on(self) -> str:
         found = self.checkpointer and self.checkpointer.find_checkpoint()
-        return f"'{found.path.name}'" if found else "none"
+        if not found:
+            return "There is no checkpoint yet: the same command begins anew."
+        return f"The same command goes on from checkpoint '{found.path.name}'."
 
     def on_fit_start(self):
         """Continue, or begin with an empty log."""
@@ -222,6 +191,11 @@ class RobustBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             ids = "\n".join(dataset.data_ids).encode()
             self.data_fingerprint = hashlib.blake2b(ids).hexdigest()[:16]
+        if stage == sb.Stage.VALID and n_processes() > 1:
+            size = kw.pop("batch_size", 1)
+            kw["batch_sampler"] = shared_batches(
+                len(dataset), size, self.rank, n_processes()
+            )
         if kw.get("num_workers", 0) > 0:
             kw["worker_init_fn"] = let_worker_outlive_signals
             kw["timeout"] = _LOADER_TIMEOUT
@@ -253,13 +227,13 @@ class RobustBrain(sb.Brain):
             step was skipped.
         """
         self._restore_random()
-        sizes = self._agree(batch)
+        sizes = self._agree(batch, sb.Stage.TRAIN)
         if 0 in sizes:  # a process has nothing to train on
             return torch.tensor(float("nan"))
         batch = batch.data
         should_step = self.step % self.grad_accumulation_factor == 0
         self.on_fit_batch_start(batch, should_step)
-        before = dataclasses.replace(self.tally)
+        before = copy.deepcopy(self.tally)  # `+=` would change a tensor
         self._keep_buffers()
         with self.no_sync(not should_step):
             with self.training_ctx:
@@ -276,25 +250,35 @@ class RobustBrain(sb.Brain):
                 if len(sizes) > 1:  # a mean over the joint batch
                     scaled = scaled * (len(batch) * len(sizes) / sum(sizes))
                 self.scaler.scale(scaled).backward()
+        overflow = False
         if finite and should_step:
             finite = self._step_if_finite()
+            # Above 1 it may be the scale that does not fit.
+            overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not finite:
             self.tally = before
-            self._skip_step(batch, float(loss.detach()))
+            self._undo_forward()
+            if overflow:
+                self.n_scaled_down += 1
+            else:
+                self._skip_step(batch, float(loss.detach()))
             return torch.tensor(float("nan"))
-        self.bad_in_a_row = 0
+        if should_step:
+            self.bad_in_a_row = 0
         self.tally.loss_sum += float(loss.detach()) * len(batch)
         self.on_fit_batch_end(batch, outputs, loss, should_step)
         return loss.detach().cpu()
 
-    def _agree(self, batch: Batch) -> list[int]:
+    def _agree(self, batch: Batch, stage: sb.Stage) -> list[int]:
         """Tell each other batch sizes, faults and wishes to leave."""
-        wish = int(self.stop.reason() is not None)
-        mine = (len(batch.data or ()), len(batch.faults), wish)
+        wish = self.stop.signal
+        if stage == sb.Stage.TRAIN:  # max_hours: after the validation
+            wish = self.stop.reason()
+        mine = (len(batch.data or ()), len(batch.faults), int(wish is not None))
         shares = all_numbers(mine, self.device)
         self.stopping = any(wish for *_, wish in shares)
         if any(n_faults for _, n_faults, _ in shares):
-            faults = self.faults[sb.Stage.TRAIN]
+            faults = self.faults[stage]
             for each in gathered(batch.faults):
                 faults.add(each)
             faults.check()
@@ -305,15 +289,16 @@ class RobustBrain(sb.Brain):
         grads = [
             p.grad for p in self.modules.parameters() if p.grad is not None
         ]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        norm /= self.scaler.get_scale()
+        scale, n_before = self.scaler.get_scale(), self.optimizer_step
+        norm = float(torch.nn.utils.get_total_norm(grads)) / scale
         finite = norm < float("inf")  # not so for NaN
-        if finite:
-            self.tally.grad_norm += norm
-            self.tally.n_steps += 1
-        elif not self.scaler.is_enabled():
+        if finite or self.scaler.is_enabled():
+            self.optimizers_step()  # a scaler skips by itself, and scales down
+        if not finite or self.scaler.get_scale() < scale:
+            self.optimizer_step = n_before
             return False
-        self.optimizers_step()  # a scaler skips by itself, and scales down
+        self.tally.grad_norm += norm
+        self.tally.n_steps += 1
         return True
 
     def _keep_buffers(self):
@@ -321,11 +306,14 @@ class RobustBrain(sb.Brain):
         buffers = list(self.modules.buffers())
         self._buffers_before = [(b, b.detach().clone()) for b in buffers]
 
-    def _skip_step(self, batch, loss: float):
-        """Undo what the forward pass did; stop if that is the rule now."""
+    def _undo_forward(self):
+        """Put back what a step changed that is not taken."""
         for buffer, kept in self._buffers_before:
             buffer.copy_(kept)
         self.zero_grad(set_to_none=True)
+
+    def _skip_step(self, batch, loss: float):
+        """Count and name a bad step; stop if that is the rule now."""
         self.n_bad_steps += 1
         self.bad_in_a_row += 1
         limit = getattr(self.hparams, "max_bad_steps", 10)
@@ -338,25 +326,36 @@ class RobustBrain(sb.Brain):
             raise NonFiniteError(
                 f"{limit} steps in a row (--max_bad_steps) were skipped; "
                 f"{what}. Is --lr too high, or are recordings broken? "
-                f"The last good checkpoint is {self._last_checkpoint()}. The "
-                f"last batch: {', '.join(batch.id)}"
+                f"{self._how_to_go_on()} The last batch: {', '.join(batch.id)}"
             )
 
     def evaluate_batch(self, batch: Batch, stage):
         """One batch of validation, without what cannot be read."""
-        self.leave_if_asked()
-        self.faults[stage].add(batch.faults)
-        self.faults[stage].check()
+        self._agree(batch, stage)
+        if self.stopping:
+            raise Interrupted(self._why_stopping())
         if batch.data is None:
             return torch.tensor(float("nan"))
-        return super().evaluate_batch(batch.data, stage)
+        with without_ddp(self.modules):
+            loss = super().evaluate_batch(batch.data, stage)
+        self.tally.loss_sum += float(loss) * len(batch.data)
+        return loss
 
     # -- checkpoints within an epoch --------------------------------------
 
     def leave_if_asked(self):
         """Leave where a checkpoint has everything already."""
         if self.stop.signal:
-            raise Interrupted(f"{self.stop.signal} was received")
+            raise Interrupted(self._why_stopping())
+
+    def leave_together(self):
+        """Leave if one of the processes was asked to; all must call this."""
+        asked = all_numbers((int(self.stop.signal is not None),), self.device)
+        if any(wish for (wish,) in asked):
+            raise Interrupted(self._why_stopping())
+
+    def _why_stopping(self) -> str:
+        return self.stop.reason() or "another process was asked to leave"
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         """Between optimiser steps only: gradients are not saved."""
@@ -369,8 +368,7 @@ class RobustBrain(sb.Brain):
     def _save_intra_epoch_ckpt(self):
         super()._save_intra_epoch_ckpt()
         if self.stopping:
-            reason = self.stop.reason() or "another process was asked to leave"
-            raise Interrupted(reason)
+            raise Interrupted(self._why_stopping())
 
     def on_stage_start(self, stage, epoch=None):
         """Begin the sums of the epoch, or go on with them."""
@@ -404,6 +402,7 @@ class RobustBrain(sb.Brain):
             "tally": dataclasses.asdict(self.tally.joint()),
             "n_bad_steps": self.n_bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
+            "n_scaled_down": self.n_scaled_down,
             "faults": self.faults[sb.Stage.TRAIN].messages,
             "joint_batch": self.train_sampler.joint_size,
             "data": self.data_fingerprint,
@@ -437,6 +436,7 @@ class RobustBrain(sb.Brain):
             "bad_in_a_row",
         ):
             setattr(self, name, state[name])
+        self.n_scaled_down = state.get("n_scaled_down", 0)  # 0.1 has none
         for name, value in state["kept"].items():
             setattr(self, name, value)
         self.faults[sb.Stage.TRAIN].restore(state["faults"])

@@ -2,13 +2,16 @@
 
 SIGTERM and SIGINT (Ctrl-C) while training let the running step end, have a
 checkpoint written, and leave with exit status 75, sysexits' EX_TEMPFAIL: 'run
-the same command again'. A second signal ends the process at once, as it would
-have without this file.
+the same command again'. A second signal, two seconds later or more, ends the
+process at once, as it would have without this file.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,8 @@ from contextlib import contextmanager
 INTERRUPTED = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_WORKER_GRACE = 60  # seconds
+_WORKER_GRACE = 5  # seconds to end in
+_HANDED_ON = 2  # seconds in which one signal may arrive twice
 
 
 class Interrupted(SystemExit):
@@ -57,6 +61,7 @@ class StopRequest:
         self.max_hours = max_hours
         self.started = time.monotonic()
         self.signal: str | None = None
+        self._signalled = 0.0  # when
 
     def reason(self) -> str | None:
         """Why to leave, None if there is no reason."""
@@ -84,9 +89,17 @@ class StopRequest:
                 signal.signal(each, handler)
 
     def _note(self, number: int, frame) -> None:
-        """Once; the second signal finds the system's own handler."""
-        self.signal = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        """Once; a second signal ends the process, as without this class.
+
+        Where a scheduler signals all processes, torchrun hands its own signal
+        on to the others: that is the first one still.
+        """
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+            self._signalled = time.monotonic()
+        elif time.monotonic() - self._signalled > _HANDED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def leave_on_signals() -> None:
@@ -103,11 +116,12 @@ def _leave(number: int, frame) -> None:
 
 
 def let_worker_outlive_signals(worker: int) -> None:
-    """Keep a loader worker working while the run leaves in order.
+    """Let the run alone end a loader worker.
 
     Ctrl-C, and most batch systems, signal every process of a run. A worker
-    that obeyed at once would make the training step fail that was to be
-    ended. For `worker_init_fn` of a DataLoader.
+    that obeyed would make the training step fail that was to be ended. The
+    run ends its workers by SIGTERM, too: who sent it tells the two apart. For
+    `worker_init_fn` of a DataLoader.
 
     Arguments
     ---------
@@ -115,5 +129,32 @@ def let_worker_outlive_signals(worker: int) -> None:
         Its number, not used.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The parent ends its workers by SIGTERM, too, if they do not end alone.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_GRACE))
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: torch's handler stays
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    run = multiprocessing.parent_process().pid
+    threading.Thread(target=_end_when_told, args=(run,), daemon=True).start()
+
+
+def _end_when_told(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)  # at once; a worker has nothing to save
+
+
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """End the loader workers that the block started, however it ends."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        workers = [
+            child
+            for child in multiprocessing.active_children()
+            if child.daemon and child not in before
+        ]
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(_WORKER_GRACE)

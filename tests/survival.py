@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ def train_in_process(
     kill_at=None,
     seconds=None,
     by=signal.SIGKILL,
+    alone=False,
     threads=1,
     spoil=None,
     **overrides,
@@ -49,16 +51,17 @@ def train_in_process(
     """Train in a process of its own, and kill it if asked to.
 
     `kill_at`: the number of the event before which it dies, `by` a signal to
-    it and its workers. `seconds`: of processor time after which it is killed
-    from here. `threads`: what two runs must share to be the same to the last
-    bit. `spoil`: called in the process before it trains. Returns how it ended,
+    it and its workers, or to it `alone`. `seconds`: of processor time after
+    which it is killed from here. `threads`: what two runs must share to be the
+    same to the last bit. `spoil`: called in the process before it trains.
+    Returns how it ended,
     minus the signal's number as always, and the events that it lived to see.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     events = folder.with_name(folder.name + ".events")
     events.unlink(missing_ok=True)
     arguments = (
-        *(corpus, folder, events, kill_at, by, threads, spoil),
+        *(corpus, folder, events, kill_at, by, alone, threads, spoil),
         {**SETTINGS, **overrides},
     )
     process = PROCESSES.Process(target=_train, args=arguments)
@@ -139,7 +142,9 @@ def _processor_seconds(pid):
     return 0.0
 
 
-def _train(corpus, folder, events, kill_at, by, threads, spoil, overrides):
+def _train(
+    corpus, folder, events, kill_at, by, alone, threads, spoil, overrides
+):
     from conftest import run_recipe
 
     from speechbrain_ram.stopping import leave_on_signals
@@ -151,7 +156,7 @@ def _train(corpus, folder, events, kill_at, by, threads, spoil, overrides):
         spoil()
     os.setpgid(0, 0)
     leave_on_signals()
-    count_events(events, kill_at, by)
+    count_events(events, kill_at, by, alone)
     run_recipe(corpus, folder, *OPTIONS, **overrides)
 
 
@@ -170,7 +175,7 @@ def let_random_numbers_matter():
     SpeakerBrain.compute_forward = noisy
 
 
-def count_events(events, kill_at=None, by=signal.SIGKILL):
+def count_events(events, kill_at=None, by=signal.SIGKILL, alone=False):
     """Count what happens in a run; be killed before event `kill_at`."""
     from speechbrain.utils.train_logger import FileTrainLogger
 
@@ -186,8 +191,10 @@ def count_events(events, kill_at=None, by=signal.SIGKILL):
         nonlocal count
         if os.getpid() != owner:  # a loader's worker
             return
-        if count == kill_at:
-            os.killpg(owner, by)
+        if count == kill_at:  # by another process, as schedulers do it
+            whom = owner if alone else -owner
+            command = f"kill -{int(by)} {whom}"
+            subprocess.run(command, shell=True, start_new_session=True)
         os.write(log, f"{name}\n".encode())
         count += 1
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from survival import differences, output_of, train_in_processes
 
+from speechbrain_ram.checkpoints import SafeCheckpointer
 from speechbrain_ram.joint_batches import JointBatchSampler
 from speechbrain_ram.processes import leave_group
 from speechbrain_ram.sync_batch_norm import sync_batch_norm
@@ -196,6 +197,15 @@ def keep_names(notes, rank):
         return fit(self, batch)
 
     SpeakerBrain.fit_batch = note
+    evaluate = SpeakerBrain.evaluate_batch
+
+    def note_validated(self, batch, stage):
+        with open(notes / f"validated{rank}", "a") as file:
+            names = batch.data.id if batch.data is not None else []
+            file.writelines(f"{name}\n" for name in names)
+        return evaluate(self, batch, stage)
+
+    SpeakerBrain.evaluate_batch = note_validated
 
     def on_write(event, arguments):
         if event == "open" and "/two/" in str(arguments[0]):
@@ -274,6 +284,154 @@ def test_extraction_in_parts_gives_the_same_scores(two, tiny_corpus, tmp_path):
     statuses = train_in_processes(tiny_corpus, tmp_path / "one", 1, **TOGETHER)
     assert statuses == [0], output_of(tmp_path / "one")
     assert differences(two, tmp_path / "one") <= {"brain"}
+
+
+# -- what they agree on ------------------------------------------------------
+
+
+def test_each_validates_its_share(two):
+    notes = [two.parent / "notes" / f"validated{rank}" for rank in range(2)]
+    shares = [note.read_text().splitlines() for note in notes]
+    assert [len(share) for share in shares] == [2 * 2, 2 * 1]  # two epochs
+    assert len(set(shares[0] + shares[1])) == 3
+
+
+def test_validation_has_the_numbers_of_one_process(tiny_corpus, tmp_path):
+    """Of weights that hardly move: training would enlarge rounding errors."""
+    metas = []
+    for n in (1, 2):
+        run = tmp_path / f"{n}"
+        settings = {"number_of_epochs": 1, "verify_untrained": False}
+        # Three utterances in joint batches of 2: the last has no second share.
+        settings |= {"lr": 1e-9, "batch_size": 2 // n}
+        statuses = train_in_processes(tiny_corpus, run, n, **settings)
+        assert set(statuses) == {0}, output_of(run)
+        metas.append(SafeCheckpointer(run / "save").find_checkpoint().meta)
+    for name in ("loss", "error", "EER", "minDCF(0.01)"):
+        assert metas[1][name] == pytest.approx(metas[0][name], rel=1e-4), name
+
+
+def numbers(run, name):
+    log = (run / "train_log.txt").read_text()
+    return [float(each) for each in re.findall(f"{name}: ([^,\\s]*)", log)]
+
+
+def lose_a_share(rank):
+    """Rank 1 can read nothing of the validation set."""
+    from speechbrain_ram import dataset, robust_brain
+    from speechbrain_ram.audio import AudioError
+    from speechbrain_ram.faults import SkipUnreadable
+
+    read = dataset.CropDataset._read_crop
+
+    def unreadable(self, name, *args):
+        if rank == 1 and not self.random_crops:
+            raise AudioError(f"'{name}' cannot be read.")
+        return read(self, name, *args)
+
+    dataset.CropDataset._read_crop = unreadable
+    robust_brain.SkipUnreadable = functools.partial(
+        SkipUnreadable, waits=(0, 0)
+    )
+
+
+def test_nothing_to_validate_on_one_of_them(tiny_corpus, tmp_path):
+    folder = tmp_path / "run"
+    settings = {**TOGETHER, "max_fault_share": 1.0, "number_of_epochs": 1}
+    statuses = train_in_processes(
+        tiny_corpus, folder, 2, lose_a_share, **settings
+    )
+    assert statuses == [0, 0], output_of(folder)
+    listed = (folder / "validation_faults.txt").read_text()
+    assert listed.count("cannot be read") == 1  # rank 0 was told
+    assert numbers(folder, "valid error")[0] in (0, 50, 100)  # of two
+
+
+def hide_from_the_second(listing_only, rank):
+    """A shared disk whose news are late."""
+    from pathlib import Path
+
+    from speechbrain_ram.checkpoints import SafeCheckpointer
+
+    if rank == 0:
+        return
+    SafeCheckpointer.list_checkpoints = lambda self: []
+    if not listing_only:
+        exists = Path.is_file
+        Path.is_file = lambda path: path.name != "CKPT.yaml" and exists(path)
+
+
+def test_rank_0_says_which_checkpoint(two, tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    hide = functools.partial(hide_from_the_second, True)
+    statuses = train_in_processes(tiny_corpus, run, 2, hide, **TOGETHER)
+    assert statuses == [0, 0], output_of(run)
+    assert differences(two, run) == set()
+
+
+def test_a_checkpoint_that_one_does_not_see(two, tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    hide = functools.partial(hide_from_the_second, False)
+    statuses = train_in_processes(tiny_corpus, run, 2, hide, **TOGETHER)
+    assert statuses == [1, 1], output_of(run)
+    assert "Rank 1 failed: it does not see" in output_of(run)
+    assert "a disk that all machines share" in output_of(run)
+
+
+def signal_the_second(name, since, rank):
+    """Send SIGTERM to rank 1 in its first call of a method since another."""
+    from speechbrain_ram.brain import SpeakerBrain
+
+    called = set()
+
+    def watch(each):
+        method = getattr(SpeakerBrain, each)
+
+        def watched(self, *args, **kwargs):
+            first = name not in called and (since is None or since in called)
+            if each == since or first:
+                called.add(each)
+            if each == name and first and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return method(self, *args, **kwargs)
+
+        setattr(SpeakerBrain, each, watched)
+
+    for each in {name, since} - {None}:
+        watch(each)
+
+
+@pytest.mark.parametrize(
+    "name, since, epochs_done",
+    [
+        ("encode", None, None),  # of the untrained encoder
+        ("evaluate_batch", None, 0),
+        ("encode", "evaluate_batch", 0),
+        ("fit_batch", "evaluate_batch", 1),
+        ("encode", "load_best", 2),  # after training
+    ],
+)
+def test_a_signal_to_one_is_a_signal_to_all(
+    tiny_corpus, tmp_path, name, since, epochs_done
+):
+    run = tmp_path / "run"
+    watch = functools.partial(signal_the_second, name, since)
+    settings = {**TOGETHER, "verify_every": 1}
+    begun = time.monotonic()
+    statuses = train_in_processes(tiny_corpus, run, 2, watch, **settings)
+    assert statuses == [75, 75], output_of(run)
+    assert time.monotonic() - begun < 60
+    assert "another process died" not in output_of(run)
+    logged = re.findall(r"^epoch: [1-9]", read_log(run), re.MULTILINE)
+    assert len(logged) == (epochs_done or 0)
+    assert bool(list(run.glob("save/CKPT*"))) == (epochs_done is not None)
+
+
+def read_log(run):
+    log = run / "train_log.txt"
+    return log.read_text() if log.exists() else ""
 
 
 # -- torchrun ----------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_a_dead_worker_is_named(tiny_corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CropDataset, "_read_crop", killed)
     with pytest.raises(
-        WorkerError, match=r"pid.*memory.*num_workers.*last checkpoint is none"
+        WorkerError, match=r"pid.*memory.*num_workers.*There is no checkpoint"
     ):
         run_recipe(
             tiny_corpus,
@@ -228,7 +228,6 @@ def test_a_dead_worker_is_named(tiny_corpus, tmp_path, monkeypatch):
 def test_a_hanging_worker_is_not_waited_for(tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(CropDataset, "_read_crop", lambda *_: time.sleep(60))
     monkeypatch.setattr(robust_brain, "_LOADER_TIMEOUT", 1)
-    monkeypatch.setattr(stopping, "_WORKER_GRACE", 1)  # until it is killed
     with pytest.raises(WorkerError, match="timed out after 1"):
         run_recipe(
             tiny_corpus,
@@ -374,7 +373,7 @@ def test_bad_steps_in_a_row_stop_training(tiny_corpus, tmp_path, monkeypatch):
         )
     message = str(caught.value)
     assert "3 steps in a row (max_bad_steps)" in message
-    name = re.search(r"checkpoint is '(CKPT[^']*)'", message).group(1)
+    name = re.search(r"from checkpoint '(CKPT[^']*)'", message).group(1)
     good = torch.load(tmp_path / "run" / "save" / name / "embedding_model.ckpt")
     assert all(each.isfinite().all() for each in good.values())
     batch = message.rpartition("last batch: ")[2].split(", ")
@@ -396,6 +395,115 @@ def test_single_bad_steps_never_stop(tiny_corpus, tmp_path, monkeypatch):
     assert "train skipped steps: 4" in (run / "train_log.txt").read_text()
 
 
+def test_a_bad_step_is_not_counted(tiny_corpus, tmp_path, monkeypatch):
+    """Right answers, losses and diagnostics are those of the other steps."""
+    spoil_steps(monkeypatch, dict.fromkeys((2, 3), "nan"), "loss")
+    fit, counted = SpeakerBrain.fit_batch, []
+
+    def fit_batch(self, batch):
+        loss = fit(self, batch)
+        tally = self.tally
+        counted.append((int(tally.n_right), tally.n_seen, tally.loss_sum))
+        counted[-1] += self.diagnostics.counts()
+        return loss
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", fit_batch)
+    run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        verify_untrained=False,
+        trials=None,
+        number_of_epochs=1,
+    )
+    first, second, third, fourth = counted
+    assert first == second == third
+    assert fourth[1] > first[1] and fourth[3:] == (2, 2)
+
+
+def scale_gradients(monkeypatch, initial, spoiled):
+    """Train with a scaler, as in fp16; `spoiled(scale)` makes NaN."""
+    start, brains = SpeakerBrain.on_fit_start, []
+
+    def on_fit_start(self):
+        start(self)
+        brains.append(self)
+        self.scaler = torch.GradScaler("cpu", init_scale=initial)
+        weight = self.modules["classifier"].weight
+        weight.register_hook(
+            lambda g: (
+                g * float("nan") if spoiled(self.scaler.get_scale()) else g
+            )
+        )
+
+    monkeypatch.setattr(SpeakerBrain, "on_fit_start", on_fit_start)
+    return brains
+
+
+def test_a_scaler_may_look_for_its_scale(tiny_corpus, tmp_path, monkeypatch):
+    brains = scale_gradients(monkeypatch, 16.0, lambda scale: scale > 4)
+    rates = []
+    rate = SpeakerBrain.on_fit_batch_start
+
+    def on_fit_batch_start(self, batch, should_step):
+        rate(self, batch, should_step)
+        rates.append(self.optimizer_step)
+
+    monkeypatch.setattr(SpeakerBrain, "on_fit_batch_start", on_fit_batch_start)
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        verify_untrained=False,
+        number_of_epochs=1,
+        max_bad_steps=1,
+    )
+    assert rates == [0, 0, 0, 1]  # what the learning rate is a function of
+    assert brains[0].optimizer_step == 2 and brains[0].scaler.get_scale() == 4
+    log = (run / "train_log.txt").read_text()
+    assert "train scaled down: 2" in log and "skipped" not in log
+
+
+def test_a_scaler_does_not_hide_what_is_never_finite(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    """8, 4, 2 may be too large a scale; 1 is not."""
+    brains = scale_gradients(monkeypatch, 8.0, lambda scale: True)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            verify_untrained=False,
+            batch_size=4,
+            max_bad_steps=3,
+        )
+    (brain,) = brains
+    assert brain.n_scaled_down == brain.n_bad_steps == 3
+    assert brain.optimizer_step == brain.tally.n_steps == 0
+    assert brain.tally.n_seen == 0
+
+
+def test_accumulation_does_not_hide_bad_gradients(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    """Every second step has only a loss, which is finite."""
+    start = SpeakerBrain.on_fit_start
+
+    def on_fit_start(self):
+        start(self)
+        weight = self.modules["classifier"].weight
+        weight.register_hook(lambda grad: grad * float("nan"))
+
+    monkeypatch.setattr(SpeakerBrain, "on_fit_start", on_fit_start)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            *("--grad_accumulation_factor", "2"),
+            verify_untrained=False,
+            batch_size=4,
+            max_bad_steps=3,
+        )
+
+
 # -- time --------------------------------------------------------------------
 
 
@@ -407,6 +515,23 @@ def test_max_hours_leaves_with_a_checkpoint(tiny_corpus, tiny_run, tmp_path):
     assert not newest.meta["end-of-epoch"]
     run_recipe(tiny_corpus, tmp_path / "run")
     assert differences(tiny_run, tmp_path / "run") == set()
+
+
+def test_a_signal_that_arrives_twice_is_one(monkeypatch):
+    """A scheduler's to all processes, and what torchrun makes of it."""
+    now, ended = 100.0, []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    stop = stopping.StopRequest()
+    with stop.listening(), stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        now += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason() == "SIGTERM was received"
+        now += 2
+        monkeypatch.setattr(signal, "raise_signal", ended.append)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_max_hours_below_zero(tiny_corpus, tmp_path):

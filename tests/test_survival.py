@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from functools import partial
 
 import pytest
@@ -191,6 +192,65 @@ def test_a_run_asked_to_leave(
     status, _ = train_in_process(tiny_corpus, folder, num_workers=num_workers)
     assert status == 0, output_of(folder)
     assert differences(whole[0], folder) == set()
+
+
+def stay():
+    """Keep the loaders' workers from epoch to epoch."""
+    import speechbrain as sb
+
+    make = sb.dataio.dataloader.make_dataloader
+
+    def persistent(dataset, **options):
+        return make(dataset, persistent_workers=True, **options)
+
+    sb.dataio.dataloader.make_dataloader = persistent
+
+
+@pytest.mark.parametrize(
+    "event, by, alone, num_workers, spoil",
+    [
+        ("before optimizers_step", signal.SIGTERM, False, 1, None),
+        ("before optimizers_step", signal.SIGINT, False, 4, None),
+        ("before optimizers_step", signal.SIGTERM, True, 4, stay),
+        ("before evaluate_batch", signal.SIGTERM, False, 1, None),
+        ("before encode", signal.SIGTERM, False, 4, stay),
+    ],
+)
+def test_workers_do_not_keep_a_run_from_leaving(
+    event, by, alone, num_workers, spoil, tiny_corpus, whole, tmp_path
+):
+    """A worker that ignored its run's signal would be waited for forever."""
+    at = [i for i, name in enumerate(whole[1]) if name == event]
+    status, _ = train_in_process(
+        tiny_corpus,
+        tmp_path / "run",
+        kill_at=at[-1 - (event == "before optimizers_step")],
+        by=by,
+        alone=alone,
+        num_workers=num_workers,
+        spoil=spoil,
+        number_of_epochs=3,
+    )
+    left = time.time()
+    assert status == 75, output_of(tmp_path / "run")
+    newest = SafeCheckpointer(tmp_path / "run" / "save").find_checkpoint()
+    assert left - newest.path.stat().st_mtime < 20  # 10 on an idle machine
+    # Let go of at once, not after the 5 seconds that torch grants.
+    assert "exited unexpectedly" not in output_of(tmp_path / "run")
+
+
+def test_a_run_asked_to_leave_before_its_first_checkpoint(
+    tiny_corpus, whole, tmp_path
+):
+    status, _ = train_in_process(
+        tiny_corpus,
+        tmp_path / "run",
+        kill_at=whole[1].index("before encode"),
+        by=signal.SIGTERM,
+    )
+    assert status == 75
+    said = output_of(tmp_path / "run")
+    assert "SIGTERM was received. There is no checkpoint yet: the same" in said
 
 
 # -- what is not kept -------------------------------------------------------
