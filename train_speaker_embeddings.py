@@ -20,7 +20,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
-from speechbrain_ram.advice import verdict
+from speechbrain_ram.advice import session_note, verdict
 from speechbrain_ram.brain import SpeakerBrain
 from speechbrain_ram.corpora.manifest import read_manifest
 from speechbrain_ram.dataset import (
@@ -223,7 +223,8 @@ def verify(brain, trials, hparams, output):
         systems = with_intervals(systems, trials, speakers)
         after = systems[hparams["objective"]].intervals["EER"]
     try:
-        write_report(output / "report", name, trials, systems, notes=notes)
+        said = [*notes, session_note(trials)]
+        write_report(output / "report", name, trials, systems, notes=said)
         print(f"Report: {output / 'report' / 'results.md'}")
     except ImportError as error:  # everything but the pictures goes on
         print(f"No report: {error}")
@@ -249,6 +250,7 @@ def main(argv):
     try:
         train(hparams_file, run_opts, overrides)
     except Interrupted as asked:
+        print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
         return asked.code
     finally:
         leave_group()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 
+import numpy as np
 import torch
 
 from speechbrain_ram.diagnostics import loss_floor
@@ -18,6 +20,7 @@ from speechbrain_ram.losses import (
     paper_margin_for,
 )
 from speechbrain_ram.schedules import MarginRise, WarmupDecay
+from speechbrain_ram.trials import TrialList
 
 #: A margin worth less than this to AM-Softmax is called next to none.
 LEAST_MARGIN = 0.05
@@ -210,3 +213,34 @@ def verdict(before: float | None, after: float) -> list[str]:
         f"after training, {before:.2f} % before. Training has failed; do not "
         "use it."
     ]
+
+
+def session_note(trials: TrialList) -> str:
+    """How many target trials pair recordings of two folders (sessions).
+
+    Example
+    -------
+    >>> names = ("a/1/x.wav", "a/2/x.wav", "b/1/x.wav")
+    >>> session_note(TrialList(names, names, [0, 0], [1, 2], [1, 0]))
+    'Of 1 target trials, 1 pair recordings of two folders (sessions).'
+    """
+    target = trials.labels == 1
+    folders = {name: i for i, name in enumerate(_folders(trials))}
+    enrol, test = (
+        np.array([folders[os.path.dirname(name)] for name in ids])
+        for ids in (trials.enrol_ids, trials.test_ids)
+    )
+    apart = enrol[trials.enrol[target]] != test[trials.test[target]]
+    text = (
+        f"Of {target.sum():,} target trials, {apart.sum():,} pair recordings "
+        "of two folders (sessions)."
+    )
+    if apart.mean() < 0.5:
+        text += (
+            " Recordings of one session are easier to match than those of two."
+        )
+    return text
+
+
+def _folders(trials: TrialList) -> set[str]:
+    return {os.path.dirname(n) for n in (*trials.enrol_ids, *trials.test_ids)}

@@ -372,7 +372,7 @@ def test_bad_steps_in_a_row_stop_training(tiny_corpus, tmp_path, monkeypatch):
             verify_untrained=False,
         )
     message = str(caught.value)
-    assert "3 steps in a row (max_bad_steps)" in message
+    assert "3 steps in a row (--max_bad_steps)" in message
     name = re.search(r"from checkpoint '(CKPT[^']*)'", message).group(1)
     good = torch.load(tmp_path / "run" / "save" / name / "embedding_model.ckpt")
     assert all(each.isfinite().all() for each in good.values())

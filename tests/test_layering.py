@@ -19,10 +19,10 @@ FLOORS = [
     "joint_batches processes random_state stopping "
     "settings sync_batch_norm threads user_errors",
     # On one of those each.
-    "advice bootstrap checkpoints corpora.headers decision embeddings faults "
+    "advice bootstrap checkpoints corpora.headers decision embeddings "
     "fused metadata packed plots resnet "
     "scoring video",
-    "corpora.manifest fast_audio folding model_card recordings report",
+    "corpora.manifest fast_audio faults folding model_card recordings report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "encoder_folder robust_brain",

@@ -1,6 +1,8 @@
 """Your own corpus: folders and tables, and trials that are fair."""
 
+import itertools
 import os
+import tracemalloc
 from collections import Counter
 
 import miniature
@@ -109,6 +111,68 @@ def test_trials(counts, max_trials, seed):
     assert kinds[1] == min(possible, max_trials // 2)
     others = len(rows) * (len(rows) - 1) // 2 - possible
     assert kinds[0] == min(kinds[1], others)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sessions=st.lists(
+        st.lists(st.integers(1, 4), min_size=1, max_size=4),
+        min_size=2,
+        max_size=5,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_targets_pair_sessions_where_there_are_some(sessions, seed):
+    """All possible trials, against a list of all pairs."""
+    rows = [
+        Utterance(f"{s}/{k}/{i}", 1.0, "", 0, 1, str(s))
+        for s, counts in enumerate(sessions)
+        for k, count in enumerate(counts)
+        for i in range(count)
+    ]
+    rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    expected = set()
+    for a, b in itertools.combinations(range(len(rows)), 2):
+        speaker = rows[a].spk_id
+        if speaker == rows[b].spk_id:
+            alone = len(sessions[int(speaker)]) == 1
+            folders = {os.path.dirname(rows[i].id) for i in (a, b)}
+            if alone or len(folders) == 2:
+                expected.add((a, b))
+    trials = make_trials(rows, 10**6, np.random.default_rng(seed))
+    pairs = np.stack([trials.enrol, trials.test], axis=1)
+    assert set(map(tuple, pairs[trials.labels == 1].tolist())) == expected
+
+
+def test_trials_are_drawn_from_all_pairs_alike():
+    """Chi-square of 4,000 draws of 3 of 15 pairs, alike at 0.001."""
+    rows = [Utterance(f"{i}", 1.0, "", 0, 1, "ab"[i // 6]) for i in range(8)]
+    counts = Counter()
+    for seed in range(4000):
+        trials = make_trials(rows, 6, np.random.default_rng(seed))
+        same = trials.labels == 1
+        counts.update(zip(trials.enrol[same], trials.test[same], strict=True))
+    assert len(counts) == 16  # 15 pairs of six, 1 of two
+    expected = 4000 * 3 / 16
+    chi = sum((n - expected) ** 2 / expected for n in counts.values())
+    assert chi < 37.7  # 15 degrees of freedom
+
+
+@pytest.mark.parametrize("counts", [(800, 2), (3000, 2), (4000, 4000)])
+def test_many_pairs_are_not_all_made(counts):
+    """As many numbers as trials and utterances, not as pairs."""
+    rows = [
+        Utterance(f"{s}/{i}", 1.0, "", 0, 1, str(s))
+        for s, count in enumerate(counts)
+        for i in range(count)
+    ]
+    tracemalloc.start()
+    trials = make_trials(rows, 2000, np.random.default_rng(0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    kinds = Counter(trials.labels.tolist())
+    assert kinds[1] == 1000 and kinds[0] == min(1000, counts[0] * counts[1])
+    assert peak < 8e6
 
 
 def test_corpora_that_are_no_good(tmp_path, corpus):

@@ -18,6 +18,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.checkpoints import SafeCheckpointer
+from speechbrain_ram.corpora.manifest import ManifestError
 from speechbrain_ram.training.run import (
     RUN_FILE,
     Run,
@@ -444,6 +445,14 @@ def test_a_file_as_output_folder(tmp_path, tiny_corpus):
         with pytest.raises(RunError, match="is, or lies in, a file"):
             run_recipe(tiny_corpus, tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_is_written_into_a_corpus(tiny_corpus, tmp_path):
+    for root in ("train_root", "test_root"):
+        corpus = getattr(tiny_corpus, root)
+        with pytest.raises(ManifestError, match="lies within the corpus"):
+            run_recipe(tiny_corpus, corpus / "results")
+        assert not (corpus / "results").exists()
 
 
 def test_a_place_that_cannot_be_written():

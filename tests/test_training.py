@@ -313,7 +313,9 @@ def test_other_rates_and_channels_when_asked(tiny_corpus, tmp_path, broken):
 
 def test_missing_trial_files_are_listed(tiny_corpus, tmp_path):
     with pytest.raises(TrialError, match="16 of 16 recordings are missing"):
-        run_recipe(tiny_corpus, tmp_path / "run", trials_root=str(tmp_path))
+        run_recipe(
+            tiny_corpus, tmp_path / "run", trials_root=str(tmp_path / "empty")
+        )
 
 
 def test_unknown_settings(tiny_corpus, tmp_path):

@@ -7,7 +7,6 @@ trials that choose the best checkpoint and make the report.
 from __future__ import annotations
 
 import csv
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -132,6 +131,10 @@ def make_trials(
 ) -> TrialList:
     """Draw pairs of utterances, as many of one speaker as of two.
 
+    Time and memory grow with `max_trials` and the number of utterances, not
+    with the number of pairs. Of a speaker whose recordings lie in several
+    folders, taken for sessions, the target trials pair different ones.
+
     Arguments
     ---------
     rows : sequence of Utterance
@@ -146,27 +149,22 @@ def make_trials(
     TrialList
         Without repetitions, and no utterance against itself.
     """
-    by_speaker = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_speaker[row.spk_id].append(index)
-    same = [
-        pair
-        for members in by_speaker.values()
-        for pair in itertools.combinations(members, 2)
-    ]
-    if len(same) > max_trials // 2:
-        chosen = generator.choice(len(same), max_trials // 2, replace=False)
-        same = [same[i] for i in sorted(chosen)]
-    total = len(rows) * (len(rows) - 1) // 2
-    n_same = sum(len(m) * (len(m) - 1) // 2 for m in by_speaker.values())
-    wanted = min(max(len(same), 1), total - n_same)
-    different: set[tuple[int, int]] = set()
-    while len(different) < wanted:
-        first, second = sorted(generator.integers(len(rows), size=2).tolist())
-        if rows[first].spk_id != rows[second].spk_id:
-            different.add((first, second))
-    pairs = np.array([*same, *sorted(different)])
     names = tuple(row.id for row in rows)
+    sessions = [(row.spk_id, os.path.dirname(row.id)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (sessions[i], i))
+    speaker_end = _block_ends([rows[i].spk_id for i in order])
+    session_end = _block_ends([sessions[i] for i in order])
+    one_session = session_end - _block_begins(session_end) == (
+        speaker_end - _block_begins(speaker_end)
+    )
+    place = np.arange(len(order))
+    after = np.where(one_session, place + 1, session_end)
+    same = _draw_pairs(after, speaker_end, max(max_trials // 2, 1), generator)
+    everyone = np.full(len(order), len(order))
+    different = _draw_pairs(speaker_end, everyone, max(len(same), 1), generator)
+    index = np.array(order)
+    parts = [np.sort(index[pairs], axis=1) for pairs in (same, different)]
+    pairs = np.concatenate([part[np.lexsort(part.T[::-1])] for part in parts])
     return TrialList(
         names,
         names,
@@ -174,6 +172,42 @@ def make_trials(
         pairs[:, 1],
         np.repeat([1, 0], [len(same), len(different)]),
     )
+
+
+def _block_ends(keys: Sequence) -> np.ndarray:
+    """Where the run of equal keys ends that each one stands in."""
+    ends = np.empty(len(keys), np.int64)
+    end = len(keys)
+    for i in range(len(keys) - 1, -1, -1):
+        if i + 1 < len(keys) and keys[i] != keys[i + 1]:
+            end = i + 1
+        ends[i] = end
+    return ends
+
+
+def _block_begins(ends: np.ndarray) -> np.ndarray:
+    return np.searchsorted(ends, ends)
+
+
+def _draw_pairs(
+    first: np.ndarray,
+    end: np.ndarray,
+    wanted: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Draw pairs (i, j) with first[i] <= j < end[i], [at most wanted, 2].
+
+    Pairs are numbered: those of i come after those of all before i.
+    """
+    last = np.cumsum(end - first)
+    total = int(last[-1])
+    if total <= wanted:
+        chosen = np.arange(total)
+    else:
+        chosen = generator.choice(total, wanted, replace=False, shuffle=False)
+    i = np.searchsorted(last, chosen, side="right")
+    j = first[i] + chosen - (last[i] - (end - first)[i])
+    return np.stack([i, j], axis=1)
 
 
 def _of_folder(corpus: Path, root: Path) -> list[tuple[str, str]]:

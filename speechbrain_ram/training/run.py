@@ -35,6 +35,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.manifest import read_manifest
 
 logger = get_logger(__name__)
@@ -51,6 +52,13 @@ output_folder save_folder manifests data_root data_folder corpus corpus_folder
 voxceleb1 voxceleb2 sitw sitw_overlap cnceleb cnceleb1 cnceleb2 lists
 lists_folder trials trials_root pretrained batch_size
 """  # the last as that of all processes together
+
+_CORPORA = frozenset(
+    [
+        *("data_root", "data_folder", "corpus", "trials_root", "sitw"),
+        *("voxceleb1", "voxceleb2", "cnceleb", "cnceleb1", "cnceleb2"),
+    ]
+)
 
 #: How a run is run, and what it tells.
 _WAYS = """
@@ -128,10 +136,22 @@ def learned_settings(
 def output_folder_of(
     hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
 ) -> Path:
-    """Where a recipe would write; loading it makes folders there already."""
+    """Where a recipe would write; loading it makes folders there already.
+
+    Raises
+    ------
+    ManifestError
+        The folder lies within the corpus that the recipe reads.
+    """
     with open(hparams_file, encoding="utf-8") as file:
         resolved = resolve_references(file, overrides)
-    return Path(ruamel.yaml.YAML().load(resolved)["output_folder"])
+    recipe = ruamel.yaml.YAML().load(resolved)
+    output = Path(recipe["output_folder"])
+    if recipe.get("make_corpus") is None:  # else it lies where it is made
+        for key in _CORPORA & set(recipe):
+            if isinstance(recipe[key], str):
+                check_outside(output, recipe[key])
+    return output
 
 
 def _neutral(value: Any) -> Any:
