@@ -8,6 +8,7 @@ then splits a list into groups of trials.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from speechbrain_ram.names import TextError, read_text
 from speechbrain_ram.trials import TrialError, TrialList, UniqueNames
 
 logger = logging.getLogger(__name__)
@@ -181,13 +183,13 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     'f'
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator)
-            # pandas would shift columns where a line has a field too many
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        file = io.StringIO(read_text(path), newline="")
+        separator = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        reader = csv.reader(file, delimiter=separator)
+        # pandas would shift columns where a line has a field too many
+        rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, TextError, csv.Error) as error:
         raise TrialError(f"'{path}' cannot be read: {error}.") from error
     header, *lines = [row for _, row in rows] or [[]]
     if len(header) < 2:

@@ -23,6 +23,7 @@ from speechbrain_ram.trials import (
     FieldReader,
     TrialList,
     UniqueNames,
+    separator,
 )
 
 # Rows gathered at a time: two blocks of [4096, 512] float32 stay in the cache
@@ -246,7 +247,8 @@ def write_scores(
 ) -> None:
     """Write ``ENROL TEST SCORE LABEL``, one trial a line.
 
-    Scores have the digits that give the same number back when they are read.
+    Tabs stand between them where a name holds a space. Scores have the digits
+    that give the same number back when they are read.
 
     Arguments
     ---------
@@ -276,11 +278,12 @@ def write_scores(
             f"{len(trials)} trials."
         )
     enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
+    tab = separator((*enrol_ids, *test_ids))
     with atomic_writer(path) as file:
         for start in range(0, len(trials), _CHUNK):
             part = slice(start, start + _CHUNK)
             file.writelines(
-                f"{enrol_ids[e]} {test_ids[t]} {score} {label}\n"
+                f"{enrol_ids[e]}{tab}{test_ids[t]}{tab}{score}{tab}{label}\n"
                 for e, t, score, label in zip(
                     trials.enrol[part].tolist(),
                     trials.test[part].tolist(),

@@ -25,12 +25,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
 
 from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.names import missing_hint
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -147,7 +148,8 @@ def read_trials(
     Arguments
     ---------
     path : path
-        Text file, one trial a line; blank lines are skipped.
+        Text file, one trial a line; blank lines are skipped. Where the first
+        line has its fields between tabs, names may hold spaces.
     form : str
         `voxceleb`, `kaldi`, `sitw` or `cnceleb`.
     models : Mapping, optional
@@ -260,8 +262,8 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     """
     models: dict[str, list[str]] = {}
     for number, line, fields in _lines(path):
-        if "\ufffd" in line:
-            problem = "is not UTF-8 text"
+        if "\ufffd" in line or "\0" in line:
+            problem = "is not UTF-8 text (is it Latin-1 or UTF-16?)"
         elif len(fields) == 1:
             problem = "names no utterance"
         else:
@@ -279,7 +281,8 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
 def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
     """Write a list in VoxCeleb's form, ``LABEL ENROL TEST``.
 
-    Models are written by name; their utterances are not in this file.
+    Tabs stand between the fields where a name holds a space. Models are
+    written by name; their utterances are not in this file.
 
     Arguments
     ---------
@@ -296,11 +299,12 @@ def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
     '1 a b\\n'
     """
     enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
+    tab = separator((*enrol_ids, *test_ids))
     with atomic_writer(path) as file:
         for start in range(0, len(trials), _CHUNK):
             part = slice(start, start + _CHUNK)
             file.writelines(
-                f"{label} {enrol_ids[e]} {test_ids[t]}\n"
+                f"{label}{tab}{enrol_ids[e]}{tab}{test_ids[t]}\n"
                 for label, e, t in zip(
                     trials.labels[part].tolist(),
                     trials.enrol[part].tolist(),
@@ -334,10 +338,10 @@ def check_utterances(
     if missing:
         raise TrialError(
             f"{len(missing)} of {len(names)} recordings are missing under "
-            f"'{root}': {_first_ten(missing)}. Is this the folder that the "
-            "names in the list start from? verify_speakers.py adapts names "
-            "from another machine with --strip_prefix, of another audio "
-            "format with --suffix."
+            f"'{root}': {_first_ten(missing)}.{missing_hint(root, missing)} Is "
+            "this the folder that the names in the list start from? "
+            "verify_speakers.py adapts names from another machine with "
+            "--strip_prefix, of another audio format with --suffix."
         )
 
 
@@ -370,7 +374,9 @@ class UniqueNames:
 
 
 class FieldReader:
-    """Large text files of a fixed number of whitespace-separated fields.
+    """Large text files of a fixed number of fields.
+
+    Whitespace separates them, or tabs alone where the first line shows so.
 
     Reads fast, in chunks; only when something is wrong it reads again slowly,
     to say in which line.
@@ -408,15 +414,18 @@ class FieldReader:
             fields or is not UTF-8.
         """
         empty = True
+        if _holds_nul(self.path):
+            raise self.first_bad_line()
         try:
-            _, _, first = next(_lines(self.path), (0, "", []))
+            tabs = self._by_tabs()
+            _, _, first = next(_lines(self.path, tabs), (0, "", []))
             if len(first) > len(self.names):
                 raise self.first_bad_line()  # pandas only warns
             # dtype=object, because the category type would read the name
             # 00012 as the number 12; the extra column catches long lines
             with pd.read_csv(
                 self.path,
-                sep=r"\s+",
+                sep="\t" if tabs else r"\s+",
                 header=None,
                 names=[*self.names, "too many"],
                 index_col=False,
@@ -439,12 +448,17 @@ class FieldReader:
         if empty:
             raise TrialError(f"The file '{self.path}' holds no trials.")
 
+    def _by_tabs(self) -> bool:
+        """Whether tabs alone separate the fields: names may hold spaces."""
+        _, _, fields = next(_lines(self.path, True), (0, "", []))
+        return len(fields) == len(self.names)
+
     def first_bad_line(self) -> TrialError:
         """The error that names the first line that is wrong."""
         template = " ".join(name.upper() for name in self.names)
-        for number, line, fields in _lines(self.path):
-            if "\ufffd" in line:
-                problem = "is not UTF-8 text"
+        for number, line, fields in _lines(self.path, self._by_tabs()):
+            if "\ufffd" in line or "\0" in line:
+                problem = "is not UTF-8 text (is it Latin-1 or UTF-16?)"
             elif len(fields) != len(self.names):
                 problem = f"has {len(fields)} fields"
             else:
@@ -459,13 +473,37 @@ class FieldReader:
         return TrialError(f"'{self.path}' cannot be read as '{template}'.")
 
 
-def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str, list[str]]]:
+def separator(names: Iterable[str]) -> str:
+    """What goes between the fields of a list: a tab where names hold spaces.
+
+    Example
+    -------
+    >>> separator(["a/1.wav"]), separator(["a/1.wav", "anna b/1.wav"])
+    (' ', '\\t')
+    """
+    return "\t" if any(" " in name for name in names) else " "
+
+
+def _holds_nul(path: str | os.PathLike) -> bool:
+    """Whether a file is UTF-16 or no text: pandas would cut names there."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return any(
+            b"\0" in block for block in iter(partial(file.read, 1 << 20), b"")
+        )
+
+
+def _lines(
+    path: str | os.PathLike, by_tabs: bool = False
+) -> Iterator[tuple[int, str, list[str]]]:
     """Number, text and fields of each line that is not blank."""
+    # as pandas splits; str.split would at any Unicode space
+    field = re.compile(r"[^\t\n]+" if by_tabs else r"[^ \t\n]+")
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
-                # as pandas splits; str.split would at any Unicode space
-                if fields := re.findall(r"[^ \t\n]+", line):
+                if line.strip(" \t\n") and (fields := field.findall(line)):
                     yield number, line.strip(), fields
     except FileNotFoundError as error:
         raise TrialError(f"The list '{path}' does not exist.") from error

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
 # The rooms of the house, bottom up. A new file must be given a floor here.
 FLOORS = [
     # How files are written.
-    "atomic",
+    "atomic names",
     # Alone: formulas, formats, readers.
     "architecture audio calibration corpora.transcode "
     "diagnostics embedding_store enrolment "

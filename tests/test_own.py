@@ -200,13 +200,41 @@ def test_corpora_that_are_no_good(tmp_path, corpus):
     assert not (out / "train.csv").exists()
 
 
-def test_paths_with_spaces_are_trained_on_only(tmp_path, corpus):
-    """Trial lists could not name them."""
-    for k in range(4):
+def test_paths_with_spaces(tmp_path, corpus):
+    """In trials too, whose fields are then between tabs."""
+    for k in range(6):
         (corpus / f"speaker{k}").rename(corpus / f"a speaker{k}")
     paths = prepare_own(corpus, tmp_path / "out")
     _, _, trials = check(paths, corpus)
-    assert not any(" " in name for name in trials.utterances)
-    (corpus / "speaker4").rename(corpus / "a speaker4")
-    with pytest.raises(ManifestError, match="6 speakers, 1 have .* spaces"):
+    assert all(" " in name for name in trials.utterances)
+    check_utterances(trials, corpus)
+
+
+def test_parts_of_recordings_are_not_taken_for_whole_ones(tmp_path, corpus):
+    files = sorted(corpus.rglob("*.flac"))
+    name, other = (str(each.relative_to(corpus)) for each in files[:2])
+    table = tmp_path / "t.csv"
+    table.write_text(
+        f"wav,spk_id,start,stop\n{name},anna,0,4000\n{name},ben,4000,8000\n"
+    )
+    with pytest.raises(ManifestError, match="line 2: .* from 0 to 4000 is a"):
+        prepare_own(table, tmp_path / "out", data_root=corpus)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [("Zoe\u0308", "Zo\u00eb"), ("1089", "1089 ")],
+)
+def test_speakers_that_look_the_same(tmp_path, corpus, first, second):
+    (corpus / "speaker0").rename(corpus / first)
+    (corpus / "speaker1").rename(corpus / second)
+    with pytest.raises(ManifestError, match="differ only in Unicode's form"):
         prepare_own(corpus, tmp_path / "out")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_table_in_another_encoding(tmp_path, corpus, encoding):
+    table = tmp_path / "t.csv"
+    table.write_bytes("wav,spk_id\na.wav,Zo\u00eb\n".encode(encoding))
+    with pytest.raises(ManifestError, match="t.csv'.*not text in UTF-8"):
+        prepare_own(table, tmp_path / "out", data_root=corpus)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_ram import trials as module
+from speechbrain_ram.scoring import read_scores, write_scores
 from speechbrain_ram.trials import (
     TrialError,
     TrialList,
@@ -347,3 +348,46 @@ def test_the_published_lists():
     assert len(official) == 37_611
     assert official.labels.sum() == 18_802
     assert len(official.utterances) == 4_708
+
+
+def test_names_with_spaces_are_between_tabs(tmp_path):
+    names = ("anna b/first take.wav", "c/1.wav")
+    trials = TrialList(names, names, [0, 1], [1, 0], [1, 0])
+    path = tmp_path / "trials.txt"
+    write_trials(trials, path)
+    first = "1\tanna b/first take.wav\tc/1.wav\n"
+    assert path.read_text().startswith(first)
+    again = read_trials(path)
+    assert again.enrol_ids == names and again.labels.tolist() == [1, 0]
+    write_scores(trials, np.array([0.5, 0.25]), tmp_path / "scores.txt")
+    third, scores = read_scores(tmp_path / "scores.txt")
+    assert third.enrol_ids == names and scores.tolist() == [0.5, 0.25]
+    path.write_text(first + "1\tanna b/first take.wav\n")
+    with pytest.raises(TrialError, match="line 2: .* has 2 fields"):
+        read_trials(path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_lists_in_another_encoding(tmp_path, encoding):
+    path = tmp_path / "trials.txt"
+    path.write_bytes("1 zo\u00eb/1.wav b/1.wav\n".encode(encoding))
+    for read in (read_trials, read_models):
+        with pytest.raises(TrialError, match="trials.txt', line 1.*Latin-1"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "there, asked",
+    [
+        ("Zo\u00eb/1.wav", "Zoe\u0308/1.wav"),
+        ("anna/1.wav ", "anna/1.wav"),
+        ("Anna/1.WAV", "anna/1.wav"),
+    ],
+)
+def test_a_missing_recording_that_is_nearly_there(tmp_path, there, asked):
+    file = tmp_path / there
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    trials = TrialList((asked,), (asked,), [0], [0], [1])
+    with pytest.raises(TrialError, match="is there: it differs from"):
+        check_utterances(trials, tmp_path)

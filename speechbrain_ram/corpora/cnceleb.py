@@ -29,6 +29,7 @@ from speechbrain_ram.corpora.manifest import (
     write_manifest,
 )
 from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.names import read_text
 from speechbrain_ram.trials import (
     TrialList,
     check_utterances,
@@ -173,7 +174,7 @@ def _corpus_folder(data_root: Path, name: str, output_dir: Path) -> Path:
 def _read_speakers(path: Path, part: str) -> list[str]:
     """Read a list of speakers, one a line, and count them."""
     try:
-        speakers = path.read_text(encoding="utf-8").split()
+        speakers = read_text(path).split()
     except FileNotFoundError:
         raise ManifestError(
             f"The list of {part}'s training speakers, '{path}', does not "

@@ -13,6 +13,7 @@ the corpus.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from speechbrain_ram.corpora.headers import (
     many_objects,
     read_headers,
 )
+from speechbrain_ram.names import TextError, alike, read_text
 
 logger = get_logger(__name__)
 
@@ -140,6 +142,14 @@ def build_manifest(
     """
     root = Path(data_root)
     recordings = list(recordings)
+    twins = alike(speaker for _, speaker in recordings)
+    if twins:
+        raise ManifestError(
+            f"The speakers {ascii(twins[0])} and {ascii(twins[1])} under "
+            f"'{root}' differ only in Unicode's form or in spaces at the ends "
+            "of the name, and would be trained as two. Rename one of them; if "
+            "they are two people, give them names that can be told apart."
+        )
     with many_objects():
         names = [name for name, _ in recordings]
         headers = read_headers(root, names, cache, verify, workers)
@@ -272,9 +282,9 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
     try:
         with many_objects():
             rows = list(_checked_rows(path))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (TextError, csv.Error) as error:
         raise ManifestError(
-            f"'{path}' cannot be read as CSV in UTF-8: {error}. Is it a "
+            f"'{path}' cannot be read as CSV in UTF-8: {error} Is it a "
             "manifest, and was it copied whole?"
         ) from error
     if not rows:
@@ -285,7 +295,7 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
 def _checked_rows(path: Path) -> Iterator[Utterance]:
     """The rows of a manifest, each with an ID of its own."""
     line_of_id: dict[str, int] = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
         if missing:

@@ -7,6 +7,7 @@ trials that choose the best checkpoint and make the report.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from speechbrain_ram.corpora.manifest import (
     write_manifest,
 )
 from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.names import TextError, read_text
 from speechbrain_ram.trials import TrialList, write_trials
 
 logger = get_logger(__name__)
@@ -76,13 +78,14 @@ def prepare_own(
         Nothing to train on, or too few speakers to hold any out.
     """
     corpus, output_dir = Path(corpus), Path(output_dir)
+    bounds: dict[str, tuple] = {}
     if corpus.is_dir():
         root = Path(data_root or corpus)
         check_outside(output_dir, corpus)
         recordings = _of_folder(corpus, root)
     else:
         root = Path(data_root or corpus.parent)
-        recordings = _of_table(corpus)
+        recordings, bounds = _of_table(corpus)
     rows = build_manifest(
         root,
         recordings,
@@ -94,6 +97,7 @@ def prepare_own(
         skipped_list=output_dir / "skipped.txt" if skip_bad else None,
         workers=workers,
     )
+    _check_whole(rows, bounds)
     generator = np.random.default_rng(seed)
     dev = _choose_speakers(rows, dev_share, generator)
     trials = make_trials(
@@ -226,34 +230,51 @@ def _of_folder(corpus: Path, root: Path) -> list[tuple[str, str]]:
     return recordings
 
 
-def _of_table(path: Path) -> list[tuple[str, str]]:
-    """(path, speaker) of a table."""
+def _of_table(path: Path) -> tuple[list[tuple[str, str]], dict[str, tuple]]:
+    """(path, speaker) of a table; of a path its line, start and stop."""
+    recordings: list[tuple[str, str]] = []
+    bounds: dict[str, tuple] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
-            if not {"wav", "spk_id"} <= set(columns):
-                raise ManifestError(
-                    f"{path}, line 1: found the columns {columns}, expected "
-                    "wav and spk_id among them."
-                )
-            recordings = []
-            for record in reader:
-                if not record["wav"] or not record["spk_id"]:
-                    raise ManifestError(
-                        f"{path}, line {reader.line_num}: wav or spk_id is "
-                        "empty."
-                    )
-                name = record["wav"].removeprefix("$data_root/")
-                recordings.append((name, record["spk_id"]))
+        file = io.StringIO(read_text(path), newline="")
+        reader = csv.DictReader(file, skipinitialspace=True)
+        columns = reader.fieldnames or []
+        if not {"wav", "spk_id"} <= set(columns):
+            raise ManifestError(
+                f"{path}, line 1: found the columns {columns}, expected "
+                "wav and spk_id among them."
+            )
+        for record in reader:
+            place = f"{path}, line {reader.line_num}"
+            if not record["wav"] or not record["spk_id"]:
+                raise ManifestError(f"{place}: wav or spk_id is empty.")
+            name = record["wav"].removeprefix("$data_root/")
+            recordings.append((name, record["spk_id"]))
+            part = record.get("start"), record.get("stop")
+            bounds.setdefault(name, (place, *part))
     except FileNotFoundError:
         raise ManifestError(
             f"'{path}' does not exist. Expected a folder of speakers, or a "
             "CSV file with the columns wav and spk_id."
         ) from None
+    except (TextError, csv.Error) as error:
+        raise ManifestError(f"'{path}' cannot be read: {error}") from error
     if not recordings:
         raise ManifestError(f"'{path}' names no recordings.")
-    return recordings
+    return recordings, bounds
+
+
+def _check_whole(rows: Sequence[Utterance], bounds: dict[str, tuple]) -> None:
+    """Refuse a table of parts: they would be trained as whole recordings."""
+    for row in rows:
+        place, start, stop = bounds.get(row.id, ("", None, None))
+        whole = start in (None, "", "0") and stop in (None, "", str(row.stop))
+        if not whole:
+            raise ManifestError(
+                f"{place}: '{row.id}' from {start} to {stop} is a part of a "
+                f"recording of {row.stop} samples. Corpora of whole "
+                "recordings are read so far: cut it into files, or remove "
+                "the columns start and stop."
+            )
 
 
 def _choose_speakers(
@@ -268,10 +289,7 @@ def _choose_speakers(
     for row in rows:
         by_speaker[row.spk_id].append(row.id)
     usable = sorted(
-        speaker
-        for speaker, names in by_speaker.items()
-        # Trial lists separate their fields by spaces.
-        if len(names) > 1 and not any(set(" \t") & set(n) for n in names)
+        speaker for speaker, names in by_speaker.items() if len(names) > 1
     )
     count = max(2, round(share * len(by_speaker)))
     if len(usable) < count or len(by_speaker) - count < 2:

@@ -33,6 +33,7 @@ from speechbrain_ram.corpora.manifest import (
 )
 from speechbrain_ram.corpora.sitw import prepare_sitw
 from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.names import read_text
 from speechbrain_ram.trials import (
     TrialError,
     TrialList,
@@ -285,14 +286,14 @@ def _without_sitw(recordings, sitw_overlap, folders) -> list[tuple[str, str]]:
 
 def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
     """Read a list of VoxCeleb1 speakers, who go by name or by id."""
-    listed = path.read_text(encoding="utf-8").split()
+    listed = read_text(path).split()
     if all(map(_SPEAKER.match, listed)):
         return set(listed)
     id_of = {each: each for each in listed if _SPEAKER.match(each)}
     for folder in (path.parent, *folders):
         meta = folder / "vox1_meta.csv"
         if meta.is_file():
-            for line in meta.read_text(encoding="utf-8").splitlines():
+            for line in read_text(meta).splitlines():
                 fields = re.split(r"[\t, ]+", line)  # both are about
                 if _SPEAKER.match(fields[0]):
                     id_of[fields[1]] = fields[0]

@@ -1,0 +1,102 @@
+"""Text and names as people hand them in."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class TextError(ValueError):
+    """A file is not text in UTF-8."""
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Read a list or a table that a user hands in.
+
+    Raises
+    ------
+    TextError
+        Not UTF-8, or with NUL bytes; names file and line.
+    OSError
+        It cannot be read.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "list.txt"
+    >>> _ = path.write_bytes("Zoë".encode("latin-1"))
+    >>> read_text(path)
+    Traceback (most recent call last):
+    ...
+    speechbrain_ram.names.TextError: '...list.txt', line 1: not text in UTF-8 \
+(byte 0xeb). Is it in Latin-1 or UTF-16? Save it as UTF-8.
+    """
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        place, what = content.find(b"\0"), "a NUL byte"
+    except UnicodeDecodeError as error:
+        text, place = "", error.start
+        what = f"byte 0x{content[place]:02x}"
+    if place >= 0:
+        line = content.count(b"\n", 0, place) + 1
+        raise TextError(
+            f"'{path}', line {line}: not text in UTF-8 ({what}). Is it in "
+            "Latin-1 or UTF-16? Save it as UTF-8."
+        )
+    return text
+
+
+def same_letters(name: str) -> str:
+    """A name without what nobody sees: Unicode's form, spaces at its ends.
+
+    Example
+    -------
+    >>> same_letters("Zoe\\u0308 ") == same_letters("Zo\\u00eb")
+    True
+    """
+    return unicodedata.normalize("NFC", name.replace("\xa0", " ")).strip()
+
+
+def alike(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that differ only in what nobody sees, if there are such."""
+    seen: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = seen.setdefault(same_letters(name), name)
+        if other != name:
+            return other, name
+    return None
+
+
+def nearly(root: str | os.PathLike, name: str) -> str | None:
+    """A path that is there and differs from `name` only in case, in Unicode's
+    form or in spaces at the ends of its parts.
+    """
+    found = ""
+    for part in name.split("/"):
+        folder = os.path.join(root, found)
+        if not os.path.exists(os.path.join(folder, part)):
+            try:
+                entries = os.listdir(folder)
+            except OSError:
+                return None
+            key = same_letters(part).casefold()
+            twins = [e for e in entries if same_letters(e).casefold() == key]
+            if not twins:
+                return None
+            part = min(twins)
+        found = os.path.join(found, part)
+    return found
+
+
+def missing_hint(root: str | os.PathLike, missing: list[str]) -> str:
+    """What to add to a message about missing files."""
+    for name in missing[:3]:
+        twin = nearly(root, name)
+        if twin is not None:
+            return (
+                f" But {twin!r} is there: it differs from {name!r} only in "
+                "case, in Unicode's form or in spaces."
+            )
+    return ""
