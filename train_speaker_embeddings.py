@@ -34,6 +34,7 @@ from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metadata import known_speakers
 from speechbrain_ram.metrics import eer
+from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group, n_processes
 from speechbrain_ram.report import System, with_intervals, write_report
@@ -61,9 +62,9 @@ from speechbrain_ram.user_errors import one_line_errors
 
 def train(hparams_file, run_opts, overrides):
     """Everything from the YAML to OUTPUT/inference."""
-    alone = nullcontext()
-    if if_main_process():  # loading the YAML makes folders already
-        alone = sole_owner(output_folder_of(hparams_file, overrides))
+    # First on every process, since loading the YAML makes folders already.
+    output = output_folder_of(hparams_file, overrides)
+    alone = sole_owner(output) if if_main_process() else nullcontext()
     with alone:
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
@@ -147,8 +148,13 @@ def _train(hparams_file, hparams, run_opts, overrides):
     # The best checkpoint becomes the folder that others load.
     brain.load_best()
     some = read_manifest(valid_csv)[:1000]
-    paths = [row.path(hparams["data_root"]) for row in some]
-    embeddings = brain.embed(paths, "")
+    names = []
+    for row in some:
+        name = row.path(hparams["data_root"])
+        if part_of(row.id)[2] is not None:
+            name = part_name(name, row.start, row.stop)
+        names.append(name)
+    embeddings = brain.embed(names, "")
     decision, notes = None, []
     if trials is not None:
         decision, notes = verify(brain, trials, hparams, output)

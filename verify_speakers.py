@@ -17,6 +17,7 @@ OUTPUT/LIST/ has each list's scores and report.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import os
@@ -35,6 +36,7 @@ from speechbrain_ram.corpora.manifest import (
     Utterance,
     read_manifest,
 )
+from speechbrain_ram.corpora.own import kaldi_parts
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import load_encoder
@@ -49,6 +51,7 @@ from speechbrain_ram.metadata import (
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
+from speechbrain_ram.names import part_name
 from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
@@ -161,6 +164,34 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     return results
 
 
+def by_path(trials: TrialList, kaldi: str, root: str) -> TrialList:
+    """Paths, and parts of recordings, in place of Kaldi's utterances."""
+    parts = kaldi_parts(kaldi, root)
+    unknown = [name for name in trials.utterances if name not in parts]
+    if unknown:
+        raise TrialError(
+            f"{len(unknown)} utterances of the list are not in '{kaldi}', "
+            f"for example '{unknown[0]}'. Do the two belong together?"
+        )
+
+    def path(name: str) -> str:
+        part = parts[name]
+        if part.stop is None:
+            return part.path
+        return part_name(part.path, part.start, part.stop)
+
+    models = trials.models and {
+        model: tuple(map(path, names)) for model, names in trials.models.items()
+    }
+    enrol = trials.enrol_ids if models else map(path, trials.enrol_ids)
+    return dataclasses.replace(
+        trials,
+        enrol_ids=tuple(enrol),
+        test_ids=tuple(map(path, trials.test_ids)),
+        models=models,
+    )
+
+
 def read_list(options: argparse.Namespace, path: str) -> TrialList:
     """Read a trial list; LIST.models beside it holds its models, if any."""
     beside = Path(path).with_suffix(".models")
@@ -172,6 +203,8 @@ def read_list(options: argparse.Namespace, path: str) -> TrialList:
         options.strip_prefix,
         options.suffix,
     )
+    if options.kaldi:
+        trials = by_path(trials, options.kaldi, options.data_root)
     targets = int(trials.labels.sum())
     if targets in (0, len(trials)):
         raise TrialError(
@@ -409,6 +442,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--name", help="what the system is called (default: its folder)")
     add("--form", default="voxceleb", choices=list(FORMS))
     add("--models", help="enrolment list (default: LIST.models if there)")
+    add("--kaldi", help="Kaldi directory whose utterances the lists name")
     add("--strip_prefix", default="", help="taken off names in the lists")
     add("--suffix", help="ending that all names shall have, such as .flac")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")

@@ -29,6 +29,7 @@ from speechbrain_ram.audio import (
     read_audio,
 )
 from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore, merge
+from speechbrain_ram.names import part_of
 from speechbrain_ram.processes import all_numbers, together
 from speechbrain_ram.threads import ahead, in_threads, n_threads
 
@@ -65,7 +66,8 @@ def extract(
         `encode(wavs, lens)` with waveforms [B, T] float32 and relative
         lengths [B], returns embeddings [B, E].
     utterances : sequence of str
-        Unique names, paths relative to `root`.
+        Unique names, paths relative to `root`; ``PATH@START-STOP`` is a part
+        of a recording, in samples at its own rate.
     root : path
         Folder of the recordings.
     sample_rate : int
@@ -127,7 +129,7 @@ def extract(
     if distributed:
         rank, run = torch.distributed.get_rank(), together
         world = torch.distributed.get_world_size()
-    paths = [os.path.join(root, name) for name in utterances]
+    parts = [part_of(os.path.join(root, name)) for name in utterances]
     reading = {
         "sample_rate": sample_rate,
         "resample": resample,
@@ -137,9 +139,10 @@ def extract(
         known = store.load() if store else None
         if store and distributed:  # before another rank adds its part
             torch.distributed.barrier()
+        paths = [path for path, *_ in parts]
         files = np.array(list(pool.map(_file_state, paths)), np.int64)
         todo = _not_in(known, utterances, files)
-        mine = [paths[i] for i in todo[rank::world]]
+        mine = [parts[i] for i in todo[rank::world]]
         found = run(lambda: _look(pool, mine, reading, check))
         seconds = _durations(found, len(todo))
         frames = [int(s * sample_rate) // hop + 1 for s in seconds]
@@ -148,7 +151,7 @@ def extract(
         batches = batches[rank::world]
 
         def load(batch: list[int]) -> list[torch.Tensor]:
-            return [read_audio(paths[todo[i]], **reading) for i in batch]
+            return [read_audio(*parts[todo[i]], **reading) for i in batch]
 
         def embed(work) -> EmbeddingSet:
             batch, wavs = work
@@ -189,12 +192,12 @@ def extract(
             closing(in_threads(embed, work, threads)) as embedded,
         ):
             name = f"{rank}-{os.getpid()}"
-            parts = run(
+            collected = run(
                 lambda: _collect(
                     embedded, most, check, any_leaves, bar, store, name
                 )
             )
-    new = [part for part in parts if part is not None]
+    new = [part for part in collected if part is not None]
     everything = merge([*([known] if known else []), *new])
     if store and new:
         if rank == 0:
@@ -269,24 +272,32 @@ def _not_in(
 
 def _look(
     pool: ThreadPoolExecutor,
-    paths: Sequence[str],
+    parts: Sequence[tuple[str, int, int | None]],
     reading: dict,
     check: Callable[[], None],
 ) -> list[tuple[float, str]]:
     """Seconds by header, and what is wrong with a recording."""
 
-    def look(path: str) -> tuple[float, str]:
+    def look(part: tuple[str, int, int | None]) -> tuple[float, str]:
+        path, start, stop = part
         try:
             info = audio_info(path)
+            if stop is not None and not start < stop <= info.frames:
+                return 0.0, (
+                    f"'{path}' has {info.frames} samples; there is no part "
+                    f"from {start} to {stop}."
+                )
             rate, channels = info.sample_rate, info.channels
             if (rate, channels) != (reading["sample_rate"], 1):
                 read_audio(path, stop=1, **reading)  # says what is wrong
+            if stop is not None:
+                return (stop - start) / rate, ""
             return info.duration, ""
         except AudioError as error:
             return 0.0, str(error)
 
     found = []
-    for one in pool.map(look, paths):
+    for one in pool.map(look, parts):
         check()
         found.append(one)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,3 +101,31 @@ def missing_hint(root: str | os.PathLike, missing: list[str]) -> str:
                 "case, in Unicode's form or in spaces."
             )
     return ""
+
+
+_PART = re.compile(r"(.+)@([0-9]{1,15})-([0-9]{1,15})")
+
+
+def part_name(path: str, start: int, stop: int) -> str:
+    """What a part of a recording is called in manifests and lists.
+
+    Example
+    -------
+    >>> part_name("radio.wav", 16000, 48000)
+    'radio.wav@16000-48000'
+    """
+    return f"{path}@{start}-{stop}"
+
+
+def part_of(name: str) -> tuple[str, int, int | None]:
+    """Path and bounds, in samples, of what :func:`part_name` names.
+
+    Example
+    -------
+    >>> part_of("radio.wav@16000-48000"), part_of("radio.wav")
+    (('radio.wav', 16000, 48000), ('radio.wav', 0, None))
+    """
+    found = _PART.fullmatch(name)
+    if found is None or os.path.exists(name):
+        return name, 0, None
+    return found[1], int(found[2]), int(found[3])

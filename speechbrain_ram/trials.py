@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.names import missing_hint
+from speechbrain_ram.names import missing_hint, part_of
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -334,7 +334,11 @@ def check_utterances(
     lists = [trials] if isinstance(trials, TrialList) else list(trials)
     names = dict.fromkeys(name for each in lists for name in each.utterances)
     root = os.fspath(root)
-    missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
+    missing = [
+        name
+        for name in names
+        if not os.path.isfile(part_of(os.path.join(root, name))[0])
+    ]
     if missing:
         raise TrialError(
             f"{len(missing)} of {len(names)} recordings are missing under "

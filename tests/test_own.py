@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.audio import read_audio
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
 from speechbrain_ram.corpora.own import make_trials, prepare_own
+from speechbrain_ram.embeddings import extract
+from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.trials import check_utterances, read_trials
 
 VOICES = miniature.voices(6, 4)
@@ -210,15 +213,135 @@ def test_paths_with_spaces(tmp_path, corpus):
     check_utterances(trials, corpus)
 
 
-def test_parts_of_recordings_are_not_taken_for_whole_ones(tmp_path, corpus):
-    files = sorted(corpus.rglob("*.flac"))
-    name, other = (str(each.relative_to(corpus)) for each in files[:2])
-    table = tmp_path / "t.csv"
-    table.write_text(
-        f"wav,spk_id,start,stop\n{name},anna,0,4000\n{name},ben,4000,8000\n"
+@pytest.fixture
+def long_files(tmp_path):
+    """Two speakers in each of three recordings, four utterances of each."""
+    folder = tmp_path / "long"
+    parts = []
+    for k in range(3):
+        pieces = [
+            (f"s{2 * k + j % 2}", voice)
+            for j, voice in enumerate(
+                v
+                for pair in zip(*VOICES[2 * k : 2 * k + 2], strict=True)
+                for v in pair
+            )
+        ]
+        miniature.write(
+            folder / f"{k}.wav", np.concatenate([v for _, v in pieces])
+        )
+        start = 0
+        for speaker, voice in pieces:
+            parts.append((f"{k}.wav", speaker, start, start + len(voice)))
+            start += len(voice)
+    return folder, parts
+
+
+def check_parts(paths, long_files):
+    """Each part has its own speaker's voice, in training and in trials."""
+    root, parts = long_files
+    speaker_of = {part_name(w, a, b): s for w, s, a, b in parts}
+    train, valid = map(read_manifest, paths)
+    trials = read_trials(paths[0].parent / "dev_trials.txt")
+    check_utterances(trials, root)
+    tested = {speaker_of[name] for name in trials.utterances}
+    assert len(tested) == 2 and not tested & {row.spk_id for row in train}
+    assert len({row.id for row in train + valid}) == 16
+    for row in train + valid:
+        assert speaker_of[row.id] == row.spk_id
+        samples = read_audio(row.path(root), row.start, row.stop).numpy()
+        assert any(
+            len(voice) == len(samples) and np.abs(voice - samples).max() < 1e-4
+            for voice in VOICES[int(row.spk_id[1:])]
+        )
+    for enrol, test, label in zip(
+        trials.enrol, trials.test, trials.labels, strict=True
+    ):
+        names = trials.enrol_ids[enrol], trials.test_ids[test]
+        assert label == (speaker_of[names[0]] == speaker_of[names[1]])
+    embeddings = extract(
+        lambda wavs, lens: wavs[:, 99:100],
+        trials.utterances,
+        root,
+        progress=False,
     )
-    with pytest.raises(ManifestError, match="line 2: .* from 0 to 4000 is a"):
-        prepare_own(table, tmp_path / "out", data_root=corpus)
+    for name, row in zip(embeddings.ids, embeddings.matrix, strict=True):
+        path, start, stop = part_of(name)
+        samples = read_audio(root / path, start, stop)
+        assert float(row[0]) == float(samples[99])
+
+
+def test_parts_of_recordings_are_utterances(tmp_path, long_files):
+    folder, parts = long_files
+    table = tmp_path / "t.csv"
+    lines = [f"{w},{s},{a},{b}\n" for w, s, a, b in parts]
+    table.write_text("wav,spk_id,start,stop\n" + "".join(lines))
+    paths = prepare_own(table, tmp_path / "out", folder)
+    check_parts(paths, long_files)
+
+
+@pytest.mark.parametrize(
+    "lines, match",
+    [
+        ("0.wav,a,0.5,1.5\n", "line 2: start is '0.5', .* in seconds"),
+        ("0.wav,a,0,99999999\n", "line 2: .* no part from 0 to 99999999"),
+        ("0.wav,a,50,50\n", "no part from 50 to 50"),
+        ("0.wav,a,0,100\n0.wav,b,0,100\n", "line 3: .* is there twice"),
+        ("0.wav,a,,\n", "start is ''"),
+    ],
+)
+def test_bounds_that_are_none(tmp_path, long_files, lines, match):
+    table = tmp_path / "t.csv"
+    table.write_text("wav,spk_id,start,stop\n" + lines)
+    with pytest.raises(ManifestError, match=match):
+        prepare_own(table, tmp_path / "out", long_files[0], min_duration=0)
+    table.write_text("wav,spk_id,start\n0.wav,a,0\n")
+    with pytest.raises(ManifestError, match="of the columns start and stop"):
+        prepare_own(table, tmp_path / "out", long_files[0])
+
+
+def kaldi(folder, long_files, segments=True):
+    _, parts = long_files
+    folder.mkdir()
+    names = sorted({part[0] for part in parts})
+    scp = "".join(f"rec{name[0]} {name}\n" for name in names)
+    (folder / "wav.scp").write_text(scp)
+    utt2spk, lines = "", ""
+    for i, (name, speaker, start, stop) in enumerate(parts):
+        utt2spk += f"{speaker}-{i} {speaker}\n"
+        seconds = f"{start / 16000:.6f} {stop / 16000:.6f}"
+        lines += f"{speaker}-{i} rec{name[0]} {seconds}\n"
+    (folder / "utt2spk").write_text(utt2spk)
+    (folder / "segments").write_text(lines)
+    return folder
+
+
+def test_a_kaldi_directory(tmp_path, long_files):
+    folder = kaldi(tmp_path / "kaldi", long_files)
+    paths = prepare_own(folder, tmp_path / "out", long_files[0])
+    check_parts(paths, long_files)
+
+
+def test_a_kaldi_directory_of_whole_files(tmp_path, corpus):
+    folder = tmp_path / "kaldi"
+    folder.mkdir()
+    files = sorted(corpus.rglob("*.flac"))
+    ids = [(f"{f.parts[-3]}-{i}", f) for i, f in enumerate(files)]
+    (folder / "wav.scp").write_text(
+        "".join(f"{i} {f.relative_to(corpus)}\n" for i, f in ids)
+    )
+    (folder / "utt2spk").write_text(
+        "".join(f"{i} {i.split('-')[0]}\n" for i, f in ids)
+    )
+    paths = prepare_own(folder, tmp_path / "out", corpus)
+    check(paths, corpus)
+    with open(folder / "wav.scp", "a") as file:
+        file.write("x sox a.wav -t wav - |\n")
+    with pytest.raises(ManifestError, match="wav.scp, line 25: .* a command"):
+        prepare_own(folder, tmp_path / "out", corpus)
+    (folder / "wav.scp").write_text("stranger a.wav\n")
+    with pytest.raises(ManifestError, match="belong together"):
+        prepare_own(folder, tmp_path / "out", corpus)
 
 
 @pytest.mark.parametrize(

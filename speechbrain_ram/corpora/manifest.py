@@ -142,14 +142,7 @@ def build_manifest(
     """
     root = Path(data_root)
     recordings = list(recordings)
-    twins = alike(speaker for _, speaker in recordings)
-    if twins:
-        raise ManifestError(
-            f"The speakers {ascii(twins[0])} and {ascii(twins[1])} under "
-            f"'{root}' differ only in Unicode's form or in spaces at the ends "
-            "of the name, and would be trained as two. Rename one of them; if "
-            "they are two people, give them names that can be told apart."
-        )
+    check_speakers((speaker for _, speaker in recordings), root)
     with many_objects():
         names = [name for name, _ in recordings]
         headers = read_headers(root, names, cache, verify, workers)
@@ -168,6 +161,18 @@ def build_manifest(
             "are unusable."
         )
     return rows
+
+
+def check_speakers(speakers: Iterable[str], where: str | os.PathLike) -> None:
+    """Raise a ManifestError for two names that nobody can tell apart."""
+    twins = alike(speakers)
+    if twins:
+        raise ManifestError(
+            f"The speakers {ascii(twins[0])} and {ascii(twins[1])} in "
+            f"'{where}' differ only in Unicode's form or in spaces at the ends "
+            "of the name, and would be trained as two. Rename one of them; if "
+            "they are two people, give them names that can be told apart."
+        )
 
 
 def _rows(root, recordings, headers, min_duration, wanted):

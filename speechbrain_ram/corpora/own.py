@@ -9,23 +9,27 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.audio import AudioInfo, audio_info
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
+    check_speakers,
     write_manifest,
 )
 from speechbrain_ram.corpora.split import split_by_utterance
-from speechbrain_ram.names import TextError, read_text
+from speechbrain_ram.names import TextError, part_name, read_text
 from speechbrain_ram.trials import TrialList, write_trials
 
 logger = get_logger(__name__)
@@ -51,8 +55,9 @@ def prepare_own(
     Arguments
     ---------
     corpus : path
-        A folder ``SPEAKER/**/UTTERANCE.wav``, or a CSV file with the columns
-        ``wav`` (a path, relative to `data_root` or absolute) and ``spk_id``.
+        A folder ``SPEAKER/**/UTTERANCE.wav``; a Kaldi data directory; or a CSV
+        file with the columns ``wav`` (a path, relative to `data_root` or
+        absolute) and ``spk_id``, perhaps ``start`` and ``stop`` in samples.
     output_dir : path
         Takes ``train.csv``, ``valid.csv`` and ``dev_trials.txt``, whose paths
         are relative to `data_root`.
@@ -78,14 +83,21 @@ def prepare_own(
         Nothing to train on, or too few speakers to hold any out.
     """
     corpus, output_dir = Path(corpus), Path(output_dir)
-    bounds: dict[str, tuple] = {}
-    if corpus.is_dir():
-        root = Path(data_root or corpus)
+    parts: list[_Part] = []
+    root = Path(data_root or corpus)
+    if not corpus.is_dir():
+        root = Path(data_root or corpus.parent)
+        parts = _of_table(corpus)
+    elif is_kaldi(corpus):
+        check_outside(output_dir, corpus)
+        parts = list(kaldi_parts(corpus, root).values())
+    else:
         check_outside(output_dir, corpus)
         recordings = _of_folder(corpus, root)
-    else:
-        root = Path(data_root or corpus.parent)
-        recordings, bounds = _of_table(corpus)
+    if parts:
+        check_speakers((part.speaker for part in parts), corpus)
+        speaker_of = {part.path: part.speaker for part in parts}
+        recordings = list(speaker_of.items())
     rows = build_manifest(
         root,
         recordings,
@@ -97,7 +109,8 @@ def prepare_own(
         skipped_list=output_dir / "skipped.txt" if skip_bad else None,
         workers=workers,
     )
-    _check_whole(rows, bounds)
+    if parts:
+        rows = _cut(parts, rows, min_duration)
     generator = np.random.default_rng(seed)
     dev = _choose_speakers(rows, dev_share, generator)
     trials = make_trials(
@@ -230,10 +243,18 @@ def _of_folder(corpus: Path, root: Path) -> list[tuple[str, str]]:
     return recordings
 
 
-def _of_table(path: Path) -> tuple[list[tuple[str, str]], dict[str, tuple]]:
-    """(path, speaker) of a table; of a path its line, start and stop."""
-    recordings: list[tuple[str, str]] = []
-    bounds: dict[str, tuple] = {}
+class _Part(NamedTuple):
+    """A row of a table: a recording, or samples [start, stop) of it."""
+
+    place: str  # for messages
+    path: str
+    speaker: str
+    start: int | None = None
+    stop: int | None = None
+
+
+def _of_table(path: Path) -> list[_Part]:
+    """The rows of a CSV file."""
     try:
         file = io.StringIO(read_text(path), newline="")
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -243,38 +264,168 @@ def _of_table(path: Path) -> tuple[list[tuple[str, str]], dict[str, tuple]]:
                 f"{path}, line 1: found the columns {columns}, expected "
                 "wav and spk_id among them."
             )
+        if len({"start", "stop"} & set(columns)) == 1:
+            raise ManifestError(
+                f"{path}, line 1: of the columns start and stop there is one "
+                "only. Both are needed, or neither."
+            )
+        parts = []
         for record in reader:
             place = f"{path}, line {reader.line_num}"
             if not record["wav"] or not record["spk_id"]:
                 raise ManifestError(f"{place}: wav or spk_id is empty.")
             name = record["wav"].removeprefix("$data_root/")
-            recordings.append((name, record["spk_id"]))
-            part = record.get("start"), record.get("stop")
-            bounds.setdefault(name, (place, *part))
+            bounds = [
+                _sample(record[column], column, place)
+                for column in ("start", "stop")
+                if column in columns
+            ]
+            parts.append(_Part(place, name, record["spk_id"], *bounds))
     except FileNotFoundError:
         raise ManifestError(
-            f"'{path}' does not exist. Expected a folder of speakers, or a "
-            "CSV file with the columns wav and spk_id."
+            f"'{path}' does not exist. Expected a folder of speakers, a Kaldi "
+            "directory, or a CSV file with the columns wav and spk_id."
         ) from None
     except (TextError, csv.Error) as error:
         raise ManifestError(f"'{path}' cannot be read: {error}") from error
-    if not recordings:
+    if not parts:
         raise ManifestError(f"'{path}' names no recordings.")
-    return recordings, bounds
+    return parts
 
 
-def _check_whole(rows: Sequence[Utterance], bounds: dict[str, tuple]) -> None:
-    """Refuse a table of parts: they would be trained as whole recordings."""
-    for row in rows:
-        place, start, stop = bounds.get(row.id, ("", None, None))
-        whole = start in (None, "", "0") and stop in (None, "", str(row.stop))
-        if not whole:
+def _sample(text: str | None, column: str, place: str) -> int:
+    if text is None or not re.fullmatch("[0-9]{1,15}", text):
+        raise ManifestError(
+            f"{place}: {column} is '{text}', expected a whole number of "
+            "samples at the recording's own rate. Is it in seconds?"
+        )
+    return int(text)
+
+
+def is_kaldi(corpus: str | os.PathLike) -> bool:
+    """Whether a folder is a Kaldi data directory."""
+    return all(
+        os.path.isfile(os.path.join(corpus, name))
+        for name in ("wav.scp", "utt2spk")
+    )
+
+
+def kaldi_parts(
+    corpus: str | os.PathLike, root: str | os.PathLike
+) -> dict[str, _Part]:
+    """Utterance -> recording and bounds, of a Kaldi data directory.
+
+    Arguments
+    ---------
+    corpus : path
+        Holds ``wav.scp``, ``utt2spk`` and, where utterances are parts of
+        recordings, ``segments``.
+    root : path
+        What relative paths in ``wav.scp`` start from.
+
+    Raises
+    ------
+    ManifestError
+        A pipe instead of a path, or lines that do not belong together.
+    """
+    recordings = {}
+    for place, (name, path) in _kaldi_lines(corpus, "wav.scp", 2):
+        if path.endswith("|"):
             raise ManifestError(
-                f"{place}: '{row.id}' from {start} to {stop} is a part of a "
-                f"recording of {row.stop} samples. Corpora of whole "
-                "recordings are read so far: cut it into files, or remove "
-                "the columns start and stop."
+                f"{place}: '{path}' is a command. Only paths are read: run it "
+                "once, and write the path of its result here."
             )
+        recordings[name] = path
+    speakers = dict(each for _, each in _kaldi_lines(corpus, "utt2spk", 2))
+    segments = [
+        (place, utterance, recording, float(start), float(end))
+        for place, (utterance, recording, start, end) in _kaldi_lines(
+            corpus, "segments", 4
+        )
+    ] or [(f"'{corpus}'", name, name, 0.0, 0.0) for name in recordings]
+    headers: dict[str, AudioInfo] = {}
+    parts = {}
+    for place, utterance, recording, start, end in segments:
+        if recording not in recordings or utterance not in speakers:
+            raise ManifestError(
+                f"{place}: '{utterance}' of '{recording}' is not in wav.scp "
+                "and utt2spk. Do the files belong together?"
+            )
+        path, speaker = recordings[recording], speakers[utterance]
+        if not end:
+            parts[utterance] = _Part(place, path, speaker)
+            continue
+        if path not in headers:
+            headers[path] = audio_info(os.path.join(root, path))
+        rate, frames = headers[path].sample_rate, headers[path].frames
+        stop = round(end * rate)
+        if stop - frames < _KALDI_OVERSHOOT * rate:
+            stop = min(stop, frames)
+        bounds = round(start * rate), stop
+        parts[utterance] = _Part(place, path, speaker, *bounds)
+    return parts
+
+
+_KALDI_OVERSHOOT = 0.5  # seconds that Kaldi, too, cuts off without a word
+
+
+def _kaldi_lines(corpus, name: str, n_fields: int) -> Iterator[tuple]:
+    """Place and fields of each line; nothing where the file is missing."""
+    path = os.path.join(corpus, name)
+    if not os.path.isfile(path):
+        return
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        fields = line.strip().split(maxsplit=n_fields - 1)
+        place = f"{path}, line {number}"
+        numbers = n_fields < 4 or all(map(_is_seconds, fields[2:]))
+        if fields and (len(fields) != n_fields or not numbers):
+            raise ManifestError(f"{place}: '{line}' is not of Kaldi's form.")
+        if fields:
+            yield place, fields
+
+
+def _is_seconds(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", text) is not None
+
+
+def _cut(
+    parts: list[_Part], rows: list[Utterance], min_duration: float
+) -> list[Utterance]:
+    """Utterances of a table; `rows` are its recordings."""
+    whole = {row.id: row for row in rows}
+    cut, short = {}, 0
+    for part in parts:
+        row = whole.get(part.path)
+        if row is None:  # was left out
+            continue
+        utterance = row._replace(spk_id=part.speaker)
+        if part.stop is not None and (part.start, part.stop) != (0, row.stop):
+            if not part.start < part.stop <= row.stop:
+                raise ManifestError(
+                    f"{part.place}: '{part.path}' has {row.stop} samples; "
+                    f"there is no part from {part.start} to {part.stop}."
+                )
+            duration = (part.stop - part.start) * row.duration / row.stop
+            if duration < min_duration:
+                short += 1
+                continue
+            utterance = Utterance(
+                part_name(part.path, part.start, part.stop),
+                duration,
+                row.wav,
+                part.start,
+                part.stop,
+                part.speaker,
+            )
+        if utterance.id in cut:
+            raise ManifestError(
+                f"{part.place}: '{utterance.id}' is there twice. Parts of a "
+                "recording need the columns start and stop."
+            )
+        cut[utterance.id] = utterance
+    if short:
+        logger.warning("%d parts below %s s are left out", short, min_duration)
+    return list(cut.values())
 
 
 def _choose_speakers(

@@ -148,7 +148,10 @@ def output_folder_of(
     recipe = ruamel.yaml.YAML().load(resolved)
     output = Path(recipe["output_folder"])
     if recipe.get("make_corpus") is None:  # else it lies where it is made
-        for key in _CORPORA & set(recipe):
+        keys = _CORPORA & set(recipe)
+        if os.path.isdir(str(recipe.get("corpus"))):
+            keys -= {"data_root", "trials_root"}  # a folder around it, perhaps
+        for key in keys:
             if isinstance(recipe[key], str):
                 check_outside(output, recipe[key])
     return output
