@@ -189,7 +189,9 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
         reader = csv.reader(file, delimiter=separator)
         # pandas would shift columns where a line has a field too many
         rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, TextError, csv.Error) as error:
+    except TextError as error:
+        raise TrialError(str(error)) from error
+    except (OSError, csv.Error) as error:
         raise TrialError(f"'{path}' cannot be read: {error}.") from error
     header, *lines = [row for _, row in rows] or [[]]
     if len(header) < 2:

@@ -21,6 +21,8 @@ import torch
 from hyperpyyaml import resolve_references
 from speechbrain.core import RunOptions
 
+from speechbrain_ram.names import read_text
+
 _OPTIONS = "The options"  # what an error calls them
 
 
@@ -207,9 +209,8 @@ def check_settings(
     where = f"'{os.fspath(hparams_file)}'"
     given = _read(overrides, _OPTIONS) if overrides else {}
     with open(hparams_file, encoding="utf-8") as file:
-        recipe = _read(file.read(), where)
+        recipe = _read(read_text(hparams_file), where)
         _check_names(recipe, given, where)
-        file.seek(0)
         resolved = resolve_references(file, overrides)
     settings = _read(resolved.read(), where)
     for name in getattr(run_opts, "overridden_args", ()):

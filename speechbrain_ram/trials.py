@@ -485,6 +485,13 @@ def separator(names: Iterable[str]) -> str:
     >>> separator(["a/1.wav"]), separator(["a/1.wav", "anna b/1.wav"])
     (' ', '\\t')
     """
+    names = tuple(names)
+    bad = [n for n in names if not n or "\t" in n or "\n" in n]
+    if bad:
+        raise TrialError(
+            f"{bad[0]!r} cannot stand in a list, which has tabs or spaces "
+            "between names and a line for each trial. Rename the recording."
+        )
     return "\t" if any(" " in name for name in names) else " "
 
 

@@ -241,3 +241,13 @@ def test_corpus_may_be_read_only(tmp_path):
     )
     assert sorted(os.walk(tmp_path / "c")) == before
     assert sorted(os.listdir(tmp_path / "o")) == ["cache", "skipped"]
+
+
+def test_a_manifest_with_speakers_that_look_the_same(tmp_path):
+    rows = [
+        Utterance(f"{i}", 1.0, "$data_root/a", 0, 16000, name)
+        for i, name in enumerate(("1089", "1089 "))
+    ]
+    write_manifest(rows, tmp_path / "m.csv")
+    with pytest.raises(ManifestError, match="differ only in"):
+        read_manifest(tmp_path / "m.csv")

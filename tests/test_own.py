@@ -361,3 +361,11 @@ def test_a_table_in_another_encoding(tmp_path, corpus, encoding):
     table.write_bytes("wav,spk_id\na.wav,Zo\u00eb\n".encode(encoding))
     with pytest.raises(ManifestError, match="t.csv'.*not text in UTF-8"):
         prepare_own(table, tmp_path / "out", data_root=corpus)
+
+
+def test_a_recording_of_a_table_that_is_nearly_there(tmp_path, corpus):
+    (corpus / "speaker0").rename(corpus / "Zoe\u0308")
+    table = tmp_path / "t.csv"
+    table.write_text("wav,spk_id\nZo\u00eb/day1/1.flac,a\n")
+    with pytest.raises(ManifestError, match="is there: it differs from"):
+        prepare_own(table, tmp_path / "out", data_root=corpus)

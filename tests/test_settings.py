@@ -112,6 +112,13 @@ def test_nothing_is_built(tmp_path):
     assert not made.exists()
 
 
+def test_a_recipe_in_latin_1_is_named(tmp_path):
+    recipe = tmp_path / "x.yaml"
+    recipe.write_bytes(b"name: Zo\xeb\n")
+    with pytest.raises(ValueError, match="x.yaml', line 1: not text in UTF-8"):
+        check_settings(recipe)
+
+
 def test_another_yaml_is_no_recipe():
     with pytest.raises(ValueError, match="has no batch_size, .* Is it one"):
         check_settings(REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml")

@@ -391,3 +391,11 @@ def test_a_missing_recording_that_is_nearly_there(tmp_path, there, asked):
     trials = TrialList((asked,), (asked,), [0], [0], [1])
     with pytest.raises(TrialError, match="is there: it differs from"):
         check_utterances(trials, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\tb.wav", "a\nb.wav", ""])
+def test_names_that_no_list_can_hold(tmp_path, name):
+    trials = TrialList((name,), ("b",), [0], [0], [1])
+    with pytest.raises(TrialError, match="cannot stand in a list"):
+        write_trials(trials, tmp_path / "trials.txt")
+    assert not list(tmp_path.iterdir())

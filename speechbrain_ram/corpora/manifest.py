@@ -28,7 +28,7 @@ from speechbrain_ram.corpora.headers import (
     many_objects,
     read_headers,
 )
-from speechbrain_ram.names import TextError, alike, read_text
+from speechbrain_ram.names import TextError, alike, missing_hint, read_text
 
 logger = get_logger(__name__)
 
@@ -153,7 +153,13 @@ def build_manifest(
             min_duration,
             (sample_rate, resample, mixdown),
         )
-    _report_skipped(skipped, short, len(recordings), min_duration, skipped_list)
+    hint = ""
+    if skipped and skipped_list is None:
+        gone = [name for name in names if not (root / name).exists()]
+        hint = missing_hint(root, gone)
+    _report_skipped(
+        skipped, short, len(recordings), min_duration, skipped_list, hint
+    )
     if not rows:
         raise ManifestError(
             f"None of the {len(recordings)} recordings under '{root}' is left: "
@@ -198,7 +204,9 @@ def _rows(root, recordings, headers, min_duration, wanted):
     return rows, skipped, short
 
 
-def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
+def _report_skipped(
+    skipped, short, total, min_duration, skipped_list, hint
+) -> None:
     """Raise for unusable recordings, or list them where that was asked."""
     if skipped and skipped_list is None:
         shown = "\n  ".join(skipped[:10])
@@ -206,6 +214,7 @@ def _report_skipped(skipped, short, total, min_duration, skipped_list) -> None:
         raise ManifestError(
             f"{len(skipped)} of {total} recordings cannot be used:\n  {shown}"
             f"{more}\nRepair or remove them; `--skip_bad True` leaves them out."
+            f"{hint}"
         )
     if short:
         logger.warning(
@@ -287,13 +296,16 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
     try:
         with many_objects():
             rows = list(_checked_rows(path))
-    except (TextError, csv.Error) as error:
+    except TextError as error:
+        raise ManifestError(str(error)) from error
+    except csv.Error as error:
         raise ManifestError(
-            f"'{path}' cannot be read as CSV in UTF-8: {error} Is it a "
-            "manifest, and was it copied whole?"
+            f"'{path}' cannot be read as CSV: {error}. Is it a manifest, and "
+            "was it copied whole?"
         ) from error
     if not rows:
         raise ManifestError(f"The manifest '{path}' holds no utterances.")
+    check_speakers((row.spk_id for row in rows), path)
     return rows
 
 

@@ -286,8 +286,10 @@ def _of_table(path: Path) -> list[_Part]:
             f"'{path}' does not exist. Expected a folder of speakers, a Kaldi "
             "directory, or a CSV file with the columns wav and spk_id."
         ) from None
-    except (TextError, csv.Error) as error:
-        raise ManifestError(f"'{path}' cannot be read: {error}") from error
+    except TextError as error:
+        raise ManifestError(str(error)) from error
+    except csv.Error as error:
+        raise ManifestError(f"'{path}' cannot be read: {error}.") from error
     if not parts:
         raise ManifestError(f"'{path}' names no recordings.")
     return parts
