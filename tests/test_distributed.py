@@ -281,7 +281,8 @@ def test_extraction_in_parts_gives_the_same_scores(two, tiny_corpus, tmp_path):
     shutil.copytree(two, tmp_path / "one")
     (tmp_path / "one" / "scores.txt").unlink()
     # With one thread, as the two had: another number rounds otherwise.
-    statuses = train_in_processes(tiny_corpus, tmp_path / "one", 1, **TOGETHER)
+    whole = {**TOGETHER, "batch_size": 2 * TOGETHER["batch_size"]}
+    statuses = train_in_processes(tiny_corpus, tmp_path / "one", 1, **whole)
     assert statuses == [0], output_of(tmp_path / "one")
     assert differences(two, tmp_path / "one") <= {"brain"}
 
