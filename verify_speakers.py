@@ -51,7 +51,7 @@ from speechbrain_ram.metadata import (
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
-from speechbrain_ram.names import part_name
+from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
@@ -297,13 +297,6 @@ def read_cohort(options) -> list[Utterance]:
         seen[row.spk_id] += 1
         if seen[row.spk_id] <= (options.cohort_per_speaker or np.inf):
             rows.append(row)
-    uses = Counter(row.wav for row in rows)
-    part = next((r for r in rows if r.start > 0 or uses[r.wav] > 1), None)
-    if part:
-        raise ValueError(
-            f"'{options.cohort}': '{part.id}' is a part of a recording, a "
-            "cohort is made of whole ones"
-        )
     adaptive = (options.normalise or "").startswith("as-norm")
     chosen = adaptive or "cohort_mean" in options.qualities
     if chosen and options.top_n > len(seen):
@@ -327,10 +320,18 @@ def embed_cohort(
     """Mean to centre with, and one unit vector a training speaker."""
     if not rows:
         return None, None
+    uses = Counter(row.wav for row in rows)
+    names = []
+    for row in rows:
+        name = row.wav.removeprefix(ROOT_PREFIX)
+        named = part_of(row.id)[2] is not None
+        if named or row.start > 0 or uses[row.wav] > 1:
+            name = part_name(name, row.start, row.stop)
+        names.append(name)
     embeddings = embed(
         options,
         encoder,
-        [row.wav.removeprefix(ROOT_PREFIX) for row in rows],
+        names,
         options.cohort_root or options.data_root,
         Path(options.output) / "cohort.safetensors",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from speechbrain_ram.losses import (
     equivalent_am_margin,
     paper_margin_for,
 )
+from speechbrain_ram.names import part_of, session_of
 from speechbrain_ram.schedules import MarginRise, WarmupDecay
 from speechbrain_ram.trials import TrialList
 
@@ -225,22 +225,20 @@ def session_note(trials: TrialList) -> str:
     'Of 1 target trials, 1 pair recordings of two folders (sessions).'
     """
     target = trials.labels == 1
-    folders = {name: i for i, name in enumerate(_folders(trials))}
+    names = (*trials.enrol_ids, *trials.test_ids)
+    sessions = {each: i for i, each in enumerate(set(map(session_of, names)))}
     enrol, test = (
-        np.array([folders[os.path.dirname(name)] for name in ids])
+        np.array([sessions[session_of(name)] for name in ids])
         for ids in (trials.enrol_ids, trials.test_ids)
     )
+    parts = any(part_of(name)[2] is not None for name in names)
     apart = enrol[trials.enrol[target]] != test[trials.test[target]]
     text = (
         f"Of {target.sum():,} target trials, {apart.sum():,} pair recordings "
-        "of two folders (sessions)."
+        f"of two {'folders or files' if parts else 'folders'} (sessions)."
     )
     if apart.mean() < 0.5:
         text += (
             " Recordings of one session are easier to match than those of two."
         )
     return text
-
-
-def _folders(trials: TrialList) -> set[str]:
-    return {os.path.dirname(n) for n in (*trials.enrol_ids, *trials.test_ids)}

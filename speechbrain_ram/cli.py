@@ -223,6 +223,8 @@ def score(folder, trials, root, output, device):
 
     Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL.
     """
+    from speechbrain_ram.inference import Segment
+    from speechbrain_ram.names import part_of
     from speechbrain_ram.scoring import score_trials, write_scores
     from speechbrain_ram.trials import check_utterances, read_trials
 
@@ -231,7 +233,8 @@ def score(folder, trials, root, output, device):
     check_utterances(listed, root)
     encoder = load_encoder(folder, device)
     names = listed.utterances
-    rows = encoder.embed([Path(root) / n for n in names], progress=True)
+    parts = [Segment(*part_of(str(Path(root) / name))) for name in names]
+    rows = encoder.embed(parts, progress=True)
     write_scores(listed, score_trials(listed, names, rows), output)
     facts = {"output": output, "trials": len(listed), "files": len(names)}
     return facts, f"{len(listed)} scores in {output}"

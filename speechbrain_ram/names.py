@@ -129,3 +129,17 @@ def part_of(name: str) -> tuple[str, int, int | None]:
     if found is None or os.path.exists(name):
         return name, 0, None
     return found[1], int(found[2]), int(found[3])
+
+
+def session_of(name: str) -> str:
+    """The session of an utterance, as far as its name shows it.
+
+    It is the folder, and of a part the recording.
+
+    Example
+    -------
+    >>> session_of("anna/may/1.wav"), session_of("radio.wav@16000-48000")
+    ('anna/may', 'radio.wav')
+    """
+    path, _, stop = part_of(name)
+    return os.path.dirname(path) if stop is None else path

@@ -14,7 +14,7 @@ from small_encoder import DIM, export_small, voice
 
 from speechbrain_ram import cli_common
 from speechbrain_ram.cli import main
-from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.inference import Segment, SpeakerEncoder
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,13 @@ def test_score_and_evaluate(run, voices, encoder, tmp_path):
     ]
     expected = encoder.score(voices / rows[0][0], voices / rows[0][1])
     assert float(rows[0][2]) == pytest.approx(expected, abs=1e-4)
+    trials.write_text("1 ada/0.wav@0-9000 ada/1.wav\n")  # a part
+    run("score", trials, "--root", voices, "-o", output)
+    part = Segment(voices / "ada/0.wav", 0, 9000)
+    expected = encoder.score(part, voices / "ada/1.wav")
+    assert float(output.read_text().split()[2]) == pytest.approx(
+        expected, abs=1e-4
+    )
     output.write_text("a b 0.9 1\na c 0.1 0\n")
     assert "EER 0.000 %" in run("evaluate", output).stdout
     facts = answer(run("evaluate", output, "--json"))[str(output)]

@@ -8,16 +8,18 @@ from collections import Counter
 import miniature
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.advice import session_note
 from speechbrain_ram.audio import read_audio
 from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.corpora.own import make_trials, prepare_own
+from speechbrain_ram.corpora.own import kaldi_parts, make_trials, prepare_own
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.trials import check_utterances, read_trials
@@ -254,6 +256,10 @@ def check_parts(paths, long_files):
             len(voice) == len(samples) and np.abs(voice - samples).max() < 1e-4
             for voice in VOICES[int(row.spk_id[1:])]
         )
+    # Each file is a session here: there are no targets but within it.
+    assert "12 target trials, 0 pair recordings of two folders or files (" in (
+        session_note(trials)
+    )
     for enrol, test, label in zip(
         trials.enrol, trials.test, trials.labels, strict=True
     ):
@@ -320,6 +326,65 @@ def test_a_kaldi_directory(tmp_path, long_files):
     folder = kaldi(tmp_path / "kaldi", long_files)
     paths = prepare_own(folder, tmp_path / "out", long_files[0])
     check_parts(paths, long_files)
+
+
+def test_targets_pair_two_recordings_of_parts():
+    """A recording cut into parts is a session."""
+    rows = [
+        Utterance(f"{file}@{i}-{i + 1}", 1.0, "", i, i + 1, speaker)
+        for speaker, files in (("a", "wx"), ("b", "yz"))
+        for file in files
+        for i in range(3)
+    ]
+    trials = make_trials(rows, 100, np.random.default_rng(0))
+    assert trials.labels.sum() == 2 * 3 * 3
+    assert "Of 18 target trials, 18 pair" in session_note(trials)
+
+
+@pytest.mark.parametrize(
+    "end, stop", [("-1", None), ("FRAMES+0.4", None), ("0.5", 8000)]
+)
+def test_ends_that_kaldi_allows(tmp_path, long_files, end, stop):
+    """-1 is the recording's end, up to half a second beyond is cut."""
+    frames = soundfile.info(long_files[0] / "0.wav").frames
+    if "+" in end:
+        end = frames / 16000 + 0.4
+    folder = kaldi(tmp_path / "kaldi", long_files)
+    (folder / "segments").write_text(f"u rec0 0.25 {end}\n")
+    (folder / "utt2spk").write_text("u s0\n")
+    part = kaldi_parts(folder, long_files[0])["u"]
+    assert (part.start, part.stop) == (4000, stop or frames)
+
+
+@pytest.mark.parametrize(
+    "file, line, match",
+    [
+        ("wav.scp", "rec1 x.wav", "wav.scp, line 2: 'rec1' is in line 1 alre"),
+        ("utt2spk", "x s0", "1 utterances of utt2spk have no rec.* 'x'|not in"),
+        ("segments", "s0-0 rec0 0 0", "no part from 0 to 0"),
+        ("segments", "s0-0 rec0 -1 1", "no part from -16000 to 16000"),
+        ("segments", "s0-0 rec0 0 99", "no part from 0 to 1584000"),
+        ("segments", "s0-0 rec0 0 ten", "line 1: .* not of Kaldi's form"),
+    ],
+)
+def test_kaldi_lists_that_are_wrong(tmp_path, long_files, file, line, match):
+    folder = kaldi(tmp_path / "kaldi", long_files)
+    lines = (folder / file).read_text().splitlines()
+    (folder / file).write_text("\n".join([line, *lines[1:]]) + "\n")
+    with pytest.raises(ManifestError, match=match):
+        prepare_own(folder, tmp_path / "out", long_files[0])
+    (folder / file).write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ManifestError, match="is not in wav.scp and utt2spk|no"):
+        prepare_own(folder, tmp_path / "out", long_files[0])
+
+
+def test_seconds_in_a_table(tmp_path, long_files):
+    """Whole numbers of seconds are far too few samples."""
+    table = tmp_path / "t.csv"
+    lines = "".join(f"0.wav,s{k},{k},{k + 1}\n" for k in range(6))
+    table.write_text(f"wav,spk_id,start,stop\n{lines}")
+    with pytest.raises(ManifestError, match="6 of 6 parts .* not seconds"):
+        prepare_own(table, tmp_path / "out", long_files[0])
 
 
 def test_a_kaldi_directory_of_whole_files(tmp_path, corpus):

@@ -14,7 +14,11 @@ import soundfile
 from small_encoder import export_small, voice
 
 from speechbrain_ram.audio import read_audio
-from speechbrain_ram.corpora.manifest import build_manifest, write_manifest
+from speechbrain_ram.corpora.manifest import (
+    Utterance,
+    build_manifest,
+    write_manifest,
+)
 from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.metrics import evaluate
 from speechbrain_ram.scoring import read_scores, write_scores
@@ -300,7 +304,6 @@ def test_a_yaml_and_a_command_line_say_the_same(verify, tmp_path):
         ({"bootstrap": 9, "speaker_pattern": "(.)$"}, "contradict their spe"),
         ({"cohort": "TRAIN", "normalise": "as-norm1"}, "300 is more than the"),
         ({"cohort": "TRAIN", "cohort_root": "nowhere"}, "24 of 24 .* missing"),
-        ({"cohort": "PARTS"}, "'s1/1.wav' is a part of a recording"),
         ({"calibrate_on": "TARGETS"}, "has 2 targets among 2 trials"),
         ({"scores": "a=nowhere.txt"}, "'nowhere.txt' does not exist"),
         ({"device": "tpu9"}, "--device 'tpu9' cannot be used"),
@@ -311,21 +314,73 @@ def test_what_cannot_work_is_said_before_the_work(
 ):
     monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
     (tmp_path / "targets.txt").write_text("1 s0/0.wav s0/1.wav\n" * 2)
-    rows = (world / "train.csv").read_text().splitlines()
-    rows = [rows[0]] + [
-        row.replace(",0,", ",99,") if row.startswith("s1/1") else row
-        for row in rows[1:]
-    ]
-    (tmp_path / "parts.csv").write_text("\n".join(rows) + "\n")
     files = {
         "TABLE": world / "speakers.tsv",
         "TRAIN": world / "train.csv",
-        "PARTS": tmp_path / "parts.csv",
         "TARGETS": tmp_path / "targets.txt",
     }
     options = {name: files.get(value, value) for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         verify.main(arguments(world, tmp_path / "out", **options))
+
+
+def test_a_kaldi_list_of_parts(verify, world, tmp_path):
+    """Parts of a joined recording score as the recordings they were."""
+    names = [f"{s}/{i}.wav" for s in SPEAKERS for i in range(2)]
+    waves = [soundfile.read(world / "wav" / name)[0] for name in names]
+    ends = [int(end) for end in np.cumsum([len(wave) for wave in waves])]
+    starts = [0, *ends[:-1]]
+    data = tmp_path / "data"
+    data.mkdir()
+    soundfile.write(data / "all.wav", np.concatenate(waves), 16000)
+    ids = [name.replace("/", "-")[:-4] for name in names]
+    lists = {
+        "wav.scp": ["all all.wav"],
+        "utt2spk": [f"{each} {each[:2]}" for each in ids],
+        "segments": [
+            f"{each} all {start / 16000:.6f} {end / 16000:.6f}"
+            for each, start, end in zip(ids, starts, ends, strict=True)
+        ],
+    }
+    for name, lines in lists.items():
+        (data / name).write_text("\n".join(lines) + "\n")
+    pairs = [(a, b) for a in range(len(ids)) for b in range(a)]
+    kinds = [names[a][:2] == names[b][:2] for a, b in pairs]
+    with (
+        open(tmp_path / "parts.txt", "w") as parts,
+        open(tmp_path / "files.txt", "w") as files,
+    ):
+        for (a, b), same in zip(pairs, kinds, strict=True):
+            kind = "target" if same else "nontarget"
+            parts.write(f"{ids[a]} {ids[b]} {kind}\n")
+            files.write(f"{int(same)} {names[a]} {names[b]}\n")
+
+    def scores(name, root, *more):
+        encoder = world / "run" / "inference"
+        command = ["--encoder", encoder, "--bootstrap", "0", *more]
+        command += ["--trials", tmp_path / f"{name}.txt", "--data_root", root]
+        verify.main([*map(str, command), "--output", str(tmp_path / name)])
+        return read_scores(tmp_path / name / name / "scores.txt")[1]
+
+    kaldi = ["--form", "kaldi", "--kaldi", data]
+    whole = scores("files", world / "wav")
+    assert np.abs(scores("parts", data, *kaldi) - whole).max() < 1e-3
+    # A cohort of the parts is the cohort of the files, too.
+    norm = ["--normalise", "s-norm", "--cohort"]
+    rows = [
+        (f"u{i}", 1.0, "$data_root/all.wav", start, end, names[i][:2])
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    write_manifest([Utterance(*row) for row in rows], tmp_path / "parts.csv")
+    rows = [
+        (name, 1.0, f"$data_root/{name}", 0, len(wave), name[:2])
+        for name, wave in zip(names, waves, strict=True)
+    ]
+    write_manifest([Utterance(*row) for row in rows], tmp_path / "files.csv")
+    normed = scores("files", world / "wav", *norm, tmp_path / "files.csv")
+    cohort = [*norm, tmp_path / "parts.csv"]
+    assert np.abs(scores("parts", data, *kaldi, *cohort) - normed).max() < 0.01
+    assert np.abs(normed - whole).max() > 0.1
 
 
 def test_score_files_are_compared(verify, world, tmp_path, capsys):

@@ -29,7 +29,7 @@ from speechbrain_ram.corpora.manifest import (
     write_manifest,
 )
 from speechbrain_ram.corpora.split import split_by_utterance
-from speechbrain_ram.names import TextError, part_name, read_text
+from speechbrain_ram.names import TextError, part_name, read_text, session_of
 from speechbrain_ram.trials import TrialList, write_trials
 
 logger = get_logger(__name__)
@@ -149,8 +149,9 @@ def make_trials(
     """Draw pairs of utterances, as many of one speaker as of two.
 
     Time and memory grow with `max_trials` and the number of utterances, not
-    with the number of pairs. Of a speaker whose recordings lie in several
-    folders, taken for sessions, the target trials pair different ones.
+    with the number of pairs. Of a speaker who has several sessions
+    (:func:`speechbrain_ram.names.session_of`), the target trials pair
+    different ones.
 
     Arguments
     ---------
@@ -167,7 +168,7 @@ def make_trials(
         Without repetitions, and no utterance against itself.
     """
     names = tuple(row.id for row in rows)
-    sessions = [(row.spk_id, os.path.dirname(row.id)) for row in rows]
+    sessions = [(row.spk_id, session_of(row.id)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (sessions[i], i))
     speaker_end = _block_ends([rows[i].spk_id for i in order])
     session_end = _block_ends([sessions[i] for i in order])
@@ -344,7 +345,14 @@ def kaldi_parts(
         for place, (utterance, recording, start, end) in _kaldi_lines(
             corpus, "segments", 4
         )
-    ] or [(f"'{corpus}'", name, name, 0.0, 0.0) for name in recordings]
+    ] or [(f"'{corpus}'", name, name, 0.0, -1.0) for name in recordings]
+    lost = set(speakers) - {utterance for _, utterance, *_ in segments}
+    if lost:
+        raise ManifestError(
+            f"'{corpus}': {len(lost)} utterances of utt2spk have no recording, "
+            f"for example '{min(lost)}'. Kaldi's utils/fix_data_dir.sh takes "
+            "out what is not in all files."
+        )
     headers: dict[str, AudioInfo] = {}
     parts = {}
     for place, utterance, recording, start, end in segments:
@@ -354,13 +362,13 @@ def kaldi_parts(
                 "and utt2spk. Do the files belong together?"
             )
         path, speaker = recordings[recording], speakers[utterance]
-        if not end:
+        if start == 0 and end == -1:  # whole
             parts[utterance] = _Part(place, path, speaker)
             continue
         if path not in headers:
             headers[path] = audio_info(os.path.join(root, path))
         rate, frames = headers[path].sample_rate, headers[path].frames
-        stop = round(end * rate)
+        stop = frames if end == -1 else round(end * rate)
         if stop - frames < _KALDI_OVERSHOOT * rate:
             stop = min(stop, frames)
         bounds = round(start * rate), stop
@@ -373,6 +381,7 @@ _KALDI_OVERSHOOT = 0.5  # seconds that Kaldi, too, cuts off without a word
 
 def _kaldi_lines(corpus, name: str, n_fields: int) -> Iterator[tuple]:
     """Place and fields of each line; nothing where the file is missing."""
+    first = {}
     path = os.path.join(corpus, name)
     if not os.path.isfile(path):
         return
@@ -383,11 +392,17 @@ def _kaldi_lines(corpus, name: str, n_fields: int) -> Iterator[tuple]:
         if fields and (len(fields) != n_fields or not numbers):
             raise ManifestError(f"{place}: '{line}' is not of Kaldi's form.")
         if fields:
+            if first.setdefault(fields[0], number) != number:
+                raise ManifestError(
+                    f"{place}: '{fields[0]}' is in line {first[fields[0]]} "
+                    "already."
+                )
             yield place, fields
 
 
 def _is_seconds(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", text) is not None
+    """-1 as an end is that of the recording."""
+    return re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|-1(\.0*)?", text) is not None
 
 
 def _cut(
@@ -395,21 +410,21 @@ def _cut(
 ) -> list[Utterance]:
     """Utterances of a table; `rows` are its recordings."""
     whole = {row.id: row for row in rows}
-    cut, short = {}, 0
+    cut, short = {}, []
     for part in parts:
         row = whole.get(part.path)
         if row is None:  # was left out
             continue
         utterance = row._replace(spk_id=part.speaker)
         if part.stop is not None and (part.start, part.stop) != (0, row.stop):
-            if not part.start < part.stop <= row.stop:
+            if not 0 <= part.start < part.stop <= row.stop:
                 raise ManifestError(
                     f"{part.place}: '{part.path}' has {row.stop} samples; "
                     f"there is no part from {part.start} to {part.stop}."
                 )
             duration = (part.stop - part.start) * row.duration / row.stop
             if duration < min_duration:
-                short += 1
+                short.append(part)
                 continue
             utterance = Utterance(
                 part_name(part.path, part.start, part.stop),
@@ -426,7 +441,15 @@ def _cut(
             )
         cut[utterance.id] = utterance
     if short:
-        logger.warning("%d parts below %s s are left out", short, min_duration)
+        place, path, _, start, stop = short[0]
+        text = (
+            f"{len(short)} of {len(parts)} parts are shorter than "
+            f"{min_duration} s, the first is {place}: samples {start} to "
+            f"{stop} of '{path}'. A table has samples, not seconds."
+        )
+        if not cut:
+            raise ManifestError(text)
+        logger.warning("Left out: %s", text)
     return list(cut.values())
 
 
@@ -448,7 +471,7 @@ def _choose_speakers(
     if len(usable) < count or len(by_speaker) - count < 2:
         raise ManifestError(
             f"Of {len(by_speaker)} speakers, {len(usable)} have two utterances "
-            f"or more (in paths without spaces) and {count} are to be held out "
+            f"or more and {count} are to be held out "
             "for trials, leaving two or more to train on. Are there more "
             "speakers, or is a smaller --dev_share meant?"
         )
