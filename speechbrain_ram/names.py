@@ -74,8 +74,8 @@ def nearly(root: str | os.PathLike, name: str) -> str | None:
     """A path that is there and differs from `name` only in case, in Unicode's
     form or in spaces at the ends of its parts.
     """
-    found = ""
-    for part in name.split("/"):
+    found = "/" if os.path.isabs(name) else ""
+    for part in filter(None, name.split("/")):
         folder = os.path.join(root, found)
         if not os.path.exists(os.path.join(folder, part)):
             try:

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.names import missing_hint, part_of
+from speechbrain_ram.names import TextError, missing_hint, part_of, read_text
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -233,6 +233,7 @@ def read_trials(
 def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     """Read an enrolment list, one model a line: ``MODEL UTTERANCE [...]``.
 
+    A line with tabs is separated by tabs alone: its names may hold spaces.
     This is the form of SITW's ``enroll-core.lst``, CN-Celeb's ``enroll.lst``
     and ``enroll.map``, and Kaldi's ``spk2utt``. A model may take several
     lines; its utterances are collected.
@@ -261,18 +262,18 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     {'id1': ('id1/a.wav', 'id1/b.wav')}
     """
     models: dict[str, list[str]] = {}
-    for number, line, fields in _lines(path):
-        if "\ufffd" in line or "\0" in line:
-            problem = "is not UTF-8 text (is it Latin-1 or UTF-16?)"
-        elif len(fields) == 1:
-            problem = "names no utterance"
-        else:
-            models.setdefault(fields[0], []).extend(fields[1:])
-            continue
-        raise TrialError(
-            f"'{path}', line {number}: '{line}' {problem}; expected was "
-            "'MODEL UTTERANCE [UTTERANCE ...]'. Is it an enrolment list?"
-        )
+    if error := _not_text(path):
+        raise error
+    for number, line, fields in _lines(path, by_tabs=True):
+        if len(fields) == 1:  # no tabs between
+            fields = [name for name in fields[0].split(" ") if name]
+        if len(fields) == 1:
+            raise TrialError(
+                f"'{path}', line {number}: '{line}' names no utterance; "
+                "expected was 'MODEL UTTERANCE [UTTERANCE ...]'. Is it an "
+                "enrolment list?"
+            )
+        models.setdefault(fields[0], []).extend(fields[1:])
     if not models:
         raise TrialError(f"The enrolment list '{path}' is empty.")
     return {model: tuple(names) for model, names in models.items()}
@@ -345,7 +346,8 @@ def check_utterances(
             f"'{root}': {_first_ten(missing)}.{missing_hint(root, missing)} Is "
             "this the folder that the names in the list start from? "
             "verify_speakers.py adapts names from another machine with "
-            "--strip_prefix, of another audio format with --suffix."
+            "--strip_prefix, of another audio format with --suffix, and takes "
+            "Kaldi's utterances with --kaldi DIR."
         )
 
 
@@ -460,11 +462,16 @@ class FieldReader:
     def first_bad_line(self) -> TrialError:
         """The error that names the first line that is wrong."""
         template = " ".join(name.upper() for name in self.names)
-        for number, line, fields in _lines(self.path, self._by_tabs()):
-            if "\ufffd" in line or "\0" in line:
-                problem = "is not UTF-8 text (is it Latin-1 or UTF-16?)"
-            elif len(fields) != len(self.names):
+        if error := _not_text(self.path):
+            return error
+        tabs = self._by_tabs()
+        for number, line, fields in _lines(self.path, tabs):
+            if len(fields) != len(self.names):
                 problem = f"has {len(fields)} fields"
+                if tabs:
+                    problem += " between tabs, as in the first line"
+                elif len(fields) > len(self.names):
+                    problem += " (tabs must stand between names with spaces)"
             else:
                 problem = self.problem(
                     dict(zip(self.names, fields, strict=True))
@@ -493,6 +500,17 @@ def separator(names: Iterable[str]) -> str:
             "between names and a line for each trial. Rename the recording."
         )
     return "\t" if any(" " in name for name in names) else " "
+
+
+def _not_text(path: str | os.PathLike) -> TrialError | None:
+    """The error that says where a file is not text in UTF-8."""
+    try:
+        read_text(path)
+    except TextError as error:
+        return TrialError(str(error))
+    except OSError:
+        return None  # whoever reads the lines says so
+    return None
 
 
 def _holds_nul(path: str | os.PathLike) -> bool:
