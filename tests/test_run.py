@@ -24,6 +24,7 @@ from speechbrain_ram.training.run import (
     Run,
     RunError,
     learned_settings,
+    output_folder_of,
     read_run,
     sole_owner,
 )
@@ -453,6 +454,28 @@ def test_nothing_is_written_into_a_corpus(tiny_corpus, tmp_path):
         with pytest.raises(ManifestError, match="lies within the corpus"):
             run_recipe(tiny_corpus, corpus / "results")
         assert not (corpus / "results").exists()
+        for key in ("save_folder", "manifests"):
+            recipe = tmp_path / "recipe.yaml"
+            recipe.write_text(f"output_folder: out\ndata_root: {corpus}\n")
+            with pytest.raises(ManifestError, match="lies within the corpus"):
+                output_folder_of(recipe, {key: str(corpus / "new")})
+
+
+@pytest.mark.parametrize("place, refused", [("a/out", True), ("out", False)])
+def test_the_recordings_of_a_corpus_elsewhere(tmp_path, place, refused):
+    """As a Kaldi directory has them: its own folder, and that of the paths."""
+    (tmp_path / "kaldi").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    for root in ("a", "."):  # the second lies around all
+        recipe.write_text(
+            f"output_folder: {tmp_path / place}\n"
+            f"corpus: {tmp_path / 'kaldi'}\ndata_root: {tmp_path / root}\n"
+        )
+        if refused and root == "a":
+            with pytest.raises(ManifestError, match="lies within the corpus"):
+                output_folder_of(recipe, {})
+        else:
+            assert output_folder_of(recipe, {}) == tmp_path / place
 
 
 def test_a_place_that_cannot_be_written():

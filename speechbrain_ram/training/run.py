@@ -141,7 +141,8 @@ def output_folder_of(
     Raises
     ------
     ManifestError
-        The folder lies within the corpus that the recipe reads.
+        The folder, or that of checkpoints or manifests, lies within the
+        corpus that the recipe reads.
     """
     with open(hparams_file, encoding="utf-8") as file:
         resolved = resolve_references(file, overrides)
@@ -149,12 +150,24 @@ def output_folder_of(
     output = Path(recipe["output_folder"])
     if recipe.get("make_corpus") is None:  # else it lies where it is made
         keys = _CORPORA & set(recipe)
-        if os.path.isdir(str(recipe.get("corpus"))):
-            keys -= {"data_root", "trials_root"}  # a folder around it, perhaps
+        corpus = str(recipe.get("corpus"))
         for key in keys:
-            if isinstance(recipe[key], str):
-                check_outside(output, recipe[key])
+            if not isinstance(recipe[key], str):
+                continue
+            # The folder that paths start from may lie around the corpus.
+            around = key in ("data_root", "trials_root") and _is_below(
+                corpus, recipe[key]
+            )
+            for written in ("output_folder", "save_folder", "manifests"):
+                if isinstance(recipe.get(written), str) and not around:
+                    check_outside(recipe[written], recipe[key])
     return output
+
+
+def _is_below(corpus: str, folder: str) -> bool:
+    """Whether a corpus, if it is a folder, lies in another."""
+    real = Path(corpus).resolve()
+    return real.is_dir() and Path(folder).resolve() in real.parents
 
 
 def _neutral(value: Any) -> Any:
