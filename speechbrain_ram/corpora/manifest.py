@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.atomic import atomic_writer
@@ -170,7 +171,19 @@ def build_manifest(
 
 
 def check_speakers(speakers: Iterable[str], where: str | os.PathLike) -> None:
-    """Raise a ManifestError for two names that nobody can tell apart."""
+    """Raise a ManifestError for two names that nobody can tell apart.
+
+    And for one that SpeechBrain cannot read back from its label file.
+    """
+    speakers = dict.fromkeys(speakers)
+    arrow = CategoricalEncoder.VALUE_SEPARATOR
+    for name in speakers:
+        if arrow in name:
+            raise ManifestError(
+                f"The speaker {name!r} in '{where}' has {arrow!r} in the name, "
+                "which separates names from numbers in SpeechBrain's label "
+                "files. Rename the speaker."
+            )
     twins = alike(speakers)
     if twins:
         raise ManifestError(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.audio import AudioInfo, audio_info
+from speechbrain_ram.audio import AudioError, AudioInfo, audio_info
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside
 from speechbrain_ram.corpora.manifest import (
@@ -88,6 +88,12 @@ def prepare_own(
     if not corpus.is_dir():
         root = Path(data_root or corpus.parent)
         parts = _of_table(corpus)
+        near = [part for part in parts if not os.path.isabs(part.path)]
+        if root.is_file() and near:
+            raise ManifestError(
+                f"{near[0].place}: '{near[0].path}' is a relative path. Say "
+                "with --data_root which folder the table's paths start from."
+            )
     elif is_kaldi(corpus):
         check_outside(output_dir, corpus)
         parts = list(kaldi_parts(corpus, root).values())
@@ -365,8 +371,12 @@ def kaldi_parts(
         if start == 0 and end == -1:  # whole
             parts[utterance] = _Part(place, path, speaker)
             continue
-        if path not in headers:
-            headers[path] = audio_info(os.path.join(root, path))
+        try:
+            if path not in headers:
+                headers[path] = audio_info(os.path.join(root, path))
+        except AudioError:  # said, or left out, where recordings are read
+            parts[utterance] = _Part(place, path, speaker)
+            continue
         rate, frames = headers[path].sample_rate, headers[path].frames
         stop = frames if end == -1 else round(end * rate)
         if stop - frames < _KALDI_OVERSHOOT * rate:
@@ -420,7 +430,8 @@ def _cut(
             if not 0 <= part.start < part.stop <= row.stop:
                 raise ManifestError(
                     f"{part.place}: '{part.path}' has {row.stop} samples; "
-                    f"there is no part from {part.start} to {part.stop}."
+                    f"there is no part from {part.start} to {part.stop}. Are "
+                    "these samples at another rate, or of another recording?"
                 )
             duration = (part.stop - part.start) * row.duration / row.stop
             if duration < min_duration:
