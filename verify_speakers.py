@@ -51,7 +51,13 @@ from speechbrain_ram.metadata import (
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
-from speechbrain_ram.names import part_name, part_of
+from speechbrain_ram.names import (
+    TextError,
+    missing_hint,
+    part_name,
+    part_of,
+    read_text,
+)
 from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
@@ -305,11 +311,13 @@ def read_cohort(options) -> list[Utterance]:
             f"of the cohort '{options.cohort}'"
         )
     root = options.cohort_root or options.data_root
-    missing = [r.path(root) for r in rows if not os.path.isfile(r.path(root))]
+    paths = [row.path(root) for row in rows]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(rows)} recordings of the cohort are "
-            f"missing: {', '.join(missing[:10])}. Is --cohort_root right?"
+            f"missing: {', '.join(missing[:10])}.{missing_hint(root, missing)} "
+            "Is --cohort_root right?"
         )
     return rows
 
@@ -481,8 +489,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def in_yaml(parser, path: str) -> list[str]:
     """The options in a YAML as a command line, so that both are checked."""
     try:
-        with open(path, encoding="utf-8") as stream:
-            values = load_hyperpyyaml(stream)
+        values = load_hyperpyyaml(read_text(path))
+    except TextError as error:
+        parser.error(str(error))
     except Exception as error:  # it may call anything
         parser.error(f"'{path}' cannot be read: {error}")
     known = set(vars(parser.parse_args([]))) - {"hparams"}

@@ -21,12 +21,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.names import TextError, read_text
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,15 @@ class Calibration:
     def load(cls, path: str | os.PathLike) -> Calibration:
         """Read what :meth:`save` wrote; ValueError if it is anything else."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(read_text(path))
             return cls(
                 tuple(data["features"]),
                 tuple(map(float, data["weights"])),
                 float(data["bias"]),
                 float(data["p_target"]),
             )
+        except TextError:
+            raise  # names the file already
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{path}' is no calibration: {error!r}. Was it written by "

@@ -33,15 +33,30 @@ def read_text(path: str | os.PathLike) -> str:
     speechbrain_ram.names.TextError: '...list.txt', line 1: not text in UTF-8 \
 (byte 0xeb). Is it in Latin-1 or UTF-16? Save it as UTF-8.
     """
-    content = Path(path).read_bytes()
+    return _decode(Path(path).read_bytes(), path, 1)
+
+
+def check_text(path: str | os.PathLike) -> None:
+    """Raise as :func:`read_text` does, for files of any size."""
+    line = 1
+    with open(path, "rb") as file:
+        # to the end of a line, where no character is cut
+        while block := file.read(1 << 20) + file.readline():
+            _decode(block, path, line)
+            line += block.count(b"\n")
+
+
+def _decode(content: bytes, path: str | os.PathLike, line: int) -> str:
+    """The text of what begins at a line of a file."""
     try:
         text = content.decode("utf-8-sig")
         place, what = content.find(b"\0"), "a NUL byte"
     except UnicodeDecodeError as error:
-        text, place = "", error.start
-        what = f"byte 0x{content[place]:02x}"
+        # the decoder counts from behind a byte order mark
+        place = error.start + len(content) - len(error.object)
+        text, what = "", f"byte 0x{content[place]:02x}"
     if place >= 0:
-        line = content.count(b"\n", 0, place) + 1
+        line += content.count(b"\n", 0, place)
         raise TextError(
             f"'{path}', line {line}: not text in UTF-8 ({what}). Is it in "
             "Latin-1 or UTF-16? Save it as UTF-8."
@@ -88,12 +103,13 @@ def nearly(root: str | os.PathLike, name: str) -> str | None:
                 return None
             part = min(twins)
         found = os.path.join(found, part)
-    return found
+    return None if found == os.path.normpath(name) else found
 
 
 def missing_hint(root: str | os.PathLike, missing: list[str]) -> str:
     """What to add to a message about missing files."""
     for name in missing[:3]:
+        name = part_of(name)[0]
         twin = nearly(root, name)
         if twin is not None:
             return (

@@ -13,7 +13,8 @@ form           one line                     labels
 ``cnceleb``    ``ENROL TEST LABEL``         ``1`` / ``0``
 =============  ===========================  ======================
 
-Fields are separated by spaces or tabs. Utterances are named by their path
+Fields are separated by spaces or tabs; where names hold spaces, by tabs alone
+(:class:`FieldReader`). Utterances are named by their path
 relative to the corpus folder. Enrolment is an utterance or the name of a
 *model*, which stands for one or more utterances.
 """
@@ -26,12 +27,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 import pandas as pd
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.names import TextError, missing_hint, part_of, read_text
+from speechbrain_ram.names import (
+    TextError,
+    check_text,
+    missing_hint,
+    part_of,
+)
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -148,8 +155,8 @@ def read_trials(
     Arguments
     ---------
     path : path
-        Text file, one trial a line; blank lines are skipped. Where the first
-        line has its fields between tabs, names may hold spaces.
+        Text file, one trial a line; blank lines are skipped. Where tabs stand
+        between the fields, names may hold spaces.
     form : str
         `voxceleb`, `kaldi`, `sitw` or `cnceleb`.
     models : Mapping, optional
@@ -262,11 +269,8 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     {'id1': ('id1/a.wav', 'id1/b.wav')}
     """
     models: dict[str, list[str]] = {}
-    if error := _not_text(path):
-        raise error
+    _check_list(path)
     for number, line, fields in _lines(path, by_tabs=True):
-        if len(fields) == 1:  # no tabs between
-            fields = [name for name in fields[0].split(" ") if name]
         if len(fields) == 1:
             raise TrialError(
                 f"'{path}', line {number}: '{line}' names no utterance; "
@@ -382,7 +386,8 @@ class UniqueNames:
 class FieldReader:
     """Large text files of a fixed number of fields.
 
-    Whitespace separates them, or tabs alone where the first line shows so.
+    Spaces and tabs separate them. Where the tabs of any line give the right
+    number of fields, tabs alone separate every line that holds one.
 
     Reads fast, in chunks; only when something is wrong it reads again slowly,
     to say in which line.
@@ -419,19 +424,20 @@ class FieldReader:
             The file is missing or empty, or a line has too few or too many
             fields or is not UTF-8.
         """
+        _check_list(self.path)
+        if self._by_tabs:
+            yield from self._chunks_by_tabs()
+            return
         empty = True
-        if _holds_nul(self.path):
-            raise self.first_bad_line()
         try:
-            tabs = self._by_tabs()
-            _, _, first = next(_lines(self.path, tabs), (0, "", []))
+            _, _, first = next(_lines(self.path), (0, "", []))
             if len(first) > len(self.names):
                 raise self.first_bad_line()  # pandas only warns
             # dtype=object, because the category type would read the name
             # 00012 as the number 12; the extra column catches long lines
             with pd.read_csv(
                 self.path,
-                sep="\t" if tabs else r"\s+",
+                sep=r"\s+",
                 header=None,
                 names=[*self.names, "too many"],
                 index_col=False,
@@ -449,27 +455,38 @@ class FieldReader:
                     if too_short or (chunk["too many"] != "").any():
                         raise self.first_bad_line()
                     yield fields
-        except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        except pd.errors.ParserError as error:
             raise self.first_bad_line() from error
         if empty:
             raise TrialError(f"The file '{self.path}' holds no trials.")
 
+    @cached_property
     def _by_tabs(self) -> bool:
-        """Whether tabs alone separate the fields: names may hold spaces."""
-        _, _, fields = next(_lines(self.path, True), (0, "", []))
-        return len(fields) == len(self.names)
+        """Whether tabs are more than spaces here: names may hold spaces."""
+        if not (_holds(self.path, b"\t") and _holds(self.path, b" ")):
+            return False
+        return any(
+            "\t" in line and len(fields) == len(self.names)
+            for _, line, fields in _lines(self.path, True)
+        )
+
+    def _chunks_by_tabs(self) -> Iterator[dict[str, np.ndarray]]:
+        """As :meth:`chunks`; pandas knows one separator a file."""
+        rows = (fields for _, _, fields in _lines(self.path, True))
+        while chunk := list(islice(rows, _CHUNK)):
+            if any(len(fields) != len(self.names) for fields in chunk):
+                raise self.first_bad_line()
+            columns = np.array(chunk, dtype=object).T
+            yield dict(zip(self.names, columns, strict=True))
 
     def first_bad_line(self) -> TrialError:
         """The error that names the first line that is wrong."""
         template = " ".join(name.upper() for name in self.names)
-        if error := _not_text(self.path):
-            return error
-        tabs = self._by_tabs()
-        for number, line, fields in _lines(self.path, tabs):
+        for number, line, fields in _lines(self.path, self._by_tabs):
             if len(fields) != len(self.names):
                 problem = f"has {len(fields)} fields"
-                if tabs:
-                    problem += " between tabs, as in the first line"
+                if self._by_tabs and "\t" in line:
+                    problem += " between tabs"
                 elif len(fields) > len(self.names):
                     problem += " (tabs must stand between names with spaces)"
             else:
@@ -493,7 +510,7 @@ def separator(names: Iterable[str]) -> str:
     (' ', '\\t')
     """
     names = tuple(names)
-    bad = [n for n in names if not n or "\t" in n or "\n" in n]
+    bad = [n for n in names if not n or re.search(r"[\t\r\n]", n)]
     if bad:
         raise TrialError(
             f"{bad[0]!r} cannot stand in a list, which has tabs or spaces "
@@ -502,24 +519,24 @@ def separator(names: Iterable[str]) -> str:
     return "\t" if any(" " in name for name in names) else " "
 
 
-def _not_text(path: str | os.PathLike) -> TrialError | None:
-    """The error that says where a file is not text in UTF-8."""
+def _check_list(path: str | os.PathLike) -> None:
+    """Raise a TrialError for a list that is missing or no text."""
     try:
-        read_text(path)
+        check_text(path)
     except TextError as error:
-        return TrialError(str(error))
-    except OSError:
-        return None  # whoever reads the lines says so
-    return None
+        raise TrialError(str(error)) from error
+    except FileNotFoundError as error:
+        raise TrialError(f"The list '{path}' does not exist.") from error
+    except OSError as error:
+        raise TrialError(
+            f"The list '{path}' cannot be read: {error.strerror}."
+        ) from error
 
 
-def _holds_nul(path: str | os.PathLike) -> bool:
-    """Whether a file is UTF-16 or no text: pandas would cut names there."""
-    if not os.path.isfile(path):
-        return False
+def _holds(path: str | os.PathLike, byte: bytes) -> bool:
     with open(path, "rb") as file:
         return any(
-            b"\0" in block for block in iter(partial(file.read, 1 << 20), b"")
+            byte in block for block in iter(partial(file.read, 1 << 20), b"")
         )
 
 
@@ -528,18 +545,14 @@ def _lines(
 ) -> Iterator[tuple[int, str, list[str]]]:
     """Number, text and fields of each line that is not blank."""
     # as pandas splits; str.split would at any Unicode space
-    field = re.compile(r"[^\t\n]+" if by_tabs else r"[^ \t\n]+")
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip(" \t\n") and (fields := field.findall(line)):
-                    yield number, line.strip(), fields
-    except FileNotFoundError as error:
-        raise TrialError(f"The list '{path}' does not exist.") from error
-    except OSError as error:
-        raise TrialError(
-            f"The list '{path}' cannot be read: {error.strerror}."
-        ) from error
+    between_spaces = re.compile(r"[^ \t\n]+").findall
+    between_tabs = re.compile(r"[^\t\n]+").findall
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip(" \t\n"):
+                tabs = by_tabs and "\t" in line
+                split = between_tabs if tabs else between_spaces
+                yield number, line.strip(" \n"), split(line)
 
 
 class _Renamer:

@@ -375,6 +375,67 @@ def test_names_with_spaces_are_between_tabs(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0 a/1.wav c/1.wav",
+        "0\ta/1.wav\tc/1.wav",
+        "\t0\t\ta/1.wav\tc/1.wav\t\r",
+        "   \n\t\n0 a/1.wav c/1.wav\n \t ",
+    ],
+)
+@pytest.mark.parametrize("spaces", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_spaces_and_tabs_between_fields(tmp_path, line, spaces, first):
+    """In one list, in any order; more of them are no more fields."""
+    other = "anna b/1.wav" if spaces else "b/1.wav"
+    lines = [line, f"1\t{other}\tc/1.wav"]
+    expected = [("a/1.wav", "c/1.wav", 0), (other, "c/1.wav", 1)]
+    order = slice(None, None, 1 if first else -1)
+    path = write(tmp_path, "\n".join(lines[order]) + "\n")
+    assert rows(read_trials(path)) == expected[order]
+
+
+def test_long_lists_between_tabs(tmp_path, monkeypatch):
+    """In chunks as other lists; a bad line in a later one is found."""
+    monkeypatch.setattr("speechbrain_ram.trials._CHUNK", 3)
+    expected = [(f"a {i}.wav", f"b{i % 4}.wav", i % 2) for i in range(8)]
+    text = "".join(f"{y}\t{e}\t{t}\n" for e, t, y in expected)
+    assert rows(read_trials(write(tmp_path, text))) == expected
+    with pytest.raises(TrialError, match="line 9: .* has 2 fields"):
+        read_trials(write(tmp_path, text + "1\ta b.wav\n"))
+    with pytest.raises(TrialError, match="line 9: .* has the label '2'"):
+        read_trials(write(tmp_path, text + "2\ta b.wav\tc.wav\n"))
+
+
+@pytest.mark.parametrize("name", ["a b.wav", " a.wav", "a.wav ", "a\xa0b.wav"])
+def test_what_is_written_is_read_back(tmp_path, name):
+    trials = TrialList((name, "c"), ("c", name), [0, 1], [0, 1], [1, 0])
+    write_trials(trials, tmp_path / "trials.txt")
+    write_scores(trials, np.array([0.1, 1e-9]), tmp_path / "scores.txt")
+    again, scores = read_scores(tmp_path / "scores.txt")
+    assert rows(read_trials(tmp_path / "trials.txt")) == rows(trials)
+    assert rows(again) == rows(trials) and scores.tolist() == [0.1, 1e-9]
+
+
+def test_far_down_in_another_encoding(tmp_path):
+    """Beyond the first block, where a character may lie on its border."""
+    good = b"1 zo\xc3\xab/1.wav b/1.wav\n" * 60_000
+    assert len(good) > 1 << 20
+    path = write(tmp_path, b"\xef\xbb\xbf" + good)
+    assert len(read_trials(path)) == 60_000
+    for end in (b"1 zo\xeb/1.wav b\n", b"1 a\0/1.wav b\n"):
+        write(tmp_path, b"\xef\xbb\xbf" + good + end)
+        for read in (read_trials, read_scores, read_models):
+            with pytest.raises(TrialError, match="line 60001: not text in UTF"):
+                read(path)
+
+
+def test_a_replacement_character_is_a_character(tmp_path):
+    path = write(tmp_path, "m \ufffd.wav\n")
+    assert read_models(path) == {"m": ("\ufffd.wav",)}
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_lists_in_another_encoding(tmp_path, encoding):
     path = tmp_path / "trials.txt"
@@ -400,13 +461,21 @@ def test_a_missing_recording_that_is_nearly_there(tmp_path, there, asked):
     trials = TrialList((asked,), (asked,), [0], [0], [1])
     with pytest.raises(TrialError, match="is there: it differs from"):
         check_utterances(trials, tmp_path)
-    whole = str(tmp_path / asked)
-    trials = TrialList((whole,), (whole,), [0], [0], [1])
-    with pytest.raises(TrialError, match="is there: it differs from"):
-        check_utterances(trials, tmp_path / "elsewhere")
+    for name in (f"{asked}@0-100", str(tmp_path / asked)):
+        trials = TrialList((name,), (name,), [0], [0], [1])
+        with pytest.raises(TrialError, match="is there: it differs from"):
+            check_utterances(trials, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a\tb.wav", "a\nb.wav", ""])
+def test_a_folder_is_not_nearly_a_recording(tmp_path):
+    (tmp_path / "anna").mkdir()
+    trials = TrialList(("anna",), ("anna",), [0], [0], [1])
+    with pytest.raises(TrialError, match="1 of 1 recordings are miss") as error:
+        check_utterances(trials, tmp_path)
+    assert "is there" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a\tb.wav", "a\nb.wav", "a\rb.wav", ""])
 def test_names_that_no_list_can_hold(tmp_path, name):
     trials = TrialList((name,), ("b",), [0], [0], [1])
     with pytest.raises(TrialError, match="cannot stand in a list"):

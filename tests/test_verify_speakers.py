@@ -484,6 +484,24 @@ def test_lists_of_one_name_are_told_apart(verify):
         verify.list_names(["/a/x.txt", "/a/x.lst"])
 
 
+def test_a_cohort_that_is_nearly_there(verify, world, tmp_path):
+    (tmp_path / "S0").mkdir()
+    (tmp_path / "S0" / "0.wav").touch()
+    row = verify.Utterance("s0/0.wav", 1, "$data_root/s0/0.wav", 0, 16000, "s0")
+    write_manifest([row], tmp_path / "cohort.csv")
+    options = {"cohort": tmp_path / "cohort.csv", "cohort_root": tmp_path}
+    with pytest.raises(ValueError, match="1 of 1 .*S0/0.wav' is there: it di"):
+        verify.main(arguments(world, tmp_path / "out", **options))
+
+
+def test_options_in_another_encoding(verify, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("encoder: zo\u00eb\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        verify.parse([str(path)])
+    assert "options.yaml', line 1: not text in UTF" in capsys.readouterr().err
+
+
 def test_as_a_command_its_errors_are_one_line(world, tmp_path):
     command = [sys.executable, SCRIPT, *arguments(world, tmp_path)]
     command[command.index("--encoder") + 1] = str(tmp_path / "nowhere")
