@@ -56,7 +56,11 @@ from speechbrain_ram.training.run import (
     read_run,
     sole_owner,
 )
-from speechbrain_ram.trials import check_utterances, read_trials
+from speechbrain_ram.trials import (
+    check_utterances,
+    read_trials,
+    speakers_beside,
+)
 from speechbrain_ram.user_errors import one_line_errors
 
 
@@ -224,7 +228,9 @@ def verify(brain, trials, hparams, output):
     untrained = getattr(brain, "untrained", {}).get("EER")
     notes = verdict(untrained, rate)
     systems = {hparams["objective"]: System(scores)}
-    speakers = known_speakers(trials)
+    speakers = known_speakers(
+        trials, speaker_of=speakers_beside(hparams["trials"])
+    )
     if speakers:
         systems = with_intervals(systems, trials, speakers)
         after = systems[hparams["objective"]].intervals["EER"]

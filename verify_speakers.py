@@ -17,12 +17,12 @@ OUTPUT/LIST/ has each list's scores and report.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,6 @@ from speechbrain_ram.embeddings import extract
 from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metadata import (
-    FIRST_FOLDER,
     TrialSpeakers,
     check_speakers,
     known_speakers,
@@ -79,9 +78,10 @@ from speechbrain_ram.trials import (
     FORMS,
     TrialError,
     TrialList,
-    check_utterances,
+    check_recordings,
     read_models,
     read_trials,
+    speakers_beside,
 )
 from speechbrain_ram.user_errors import one_line_errors
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     output = Path(options.output)
     if not options.encoder:
         trials, systems = read_systems(options.scores)
-        known = about(options, trials)
+        known = about(options, trials, {})
         result = report(options, output, "Scores", trials, systems, *known)
         print(results_table(*result))
         return result[0]
@@ -112,9 +112,19 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     if options.calibrate_on:
         dev = [read_list(options, options.calibrate_on)]
     everything = [*dev, *lists.values()]
-    check_utterances(everything, options.data_root)
+    parts = {}
+    if options.kaldi:
+        parts = kaldi_parts(options.kaldi, options.data_root)
+    places = locate(options, everything, parts)
+    check_recordings(set(places.values()), options.data_root)
     cohort_rows = read_cohort(options)
-    known = {name: about(options, trials) for name, trials in lists.items()}
+    spoken_by = {name: part.speaker for name, part in parts.items()}
+    known = {
+        name: about(options, trials, spoken_by or speakers_beside(path))
+        for path, (name, trials) in zip(
+            options.trials, lists.items(), strict=True
+        )
+    }
     others = {}
     if options.scores:
         trials, others = read_systems(options.scores)
@@ -124,10 +134,12 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     embeddings = embed(
         options,
         encoder,
-        [name for trials in everything for name in trials.utterances],
+        list(places.values()),
         options.data_root,
         options.store or output / "embeddings.safetensors",
     )
+    if parts:
+        embeddings = embeddings.renamed(places)
     mean, cohort = embed_cohort(options, encoder, cohort_rows)
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
@@ -170,32 +182,19 @@ def main(argv: list[str] | None = None) -> dict[str, Metrics]:
     return results
 
 
-def by_path(trials: TrialList, kaldi: str, root: str) -> TrialList:
-    """Paths, and parts of recordings, in place of Kaldi's utterances."""
-    parts = kaldi_parts(kaldi, root)
-    unknown = [name for name in trials.utterances if name not in parts]
+def locate(options, lists: list[TrialList], parts) -> dict[str, str]:
+    """Where each utterance is: its own name, or as a Kaldi directory says."""
+    names = [name for trials in lists for name in trials.utterances]
+    if not options.kaldi:
+        return {name: name for name in names}
+    unknown = [name for name in dict.fromkeys(names) if name not in parts]
     if unknown:
         raise TrialError(
-            f"{len(unknown)} utterances of the list are not in '{kaldi}', "
-            f"for example '{unknown[0]}'. Do the two belong together?"
+            f"{len(unknown)} utterances of the list are not in "
+            f"'{options.kaldi}', for example '{unknown[0]}'. Do the two belong "
+            "together?"
         )
-
-    def path(name: str) -> str:
-        part = parts[name]
-        if part.stop is None:
-            return part.path
-        return part_name(part.path, part.start, part.stop)
-
-    models = trials.models and {
-        model: tuple(map(path, names)) for model, names in trials.models.items()
-    }
-    enrol = trials.enrol_ids if models else map(path, trials.enrol_ids)
-    return dataclasses.replace(
-        trials,
-        enrol_ids=tuple(enrol),
-        test_ids=tuple(map(path, trials.test_ids)),
-        models=models,
-    )
+    return {name: parts[name].name for name in names}
 
 
 def read_list(options: argparse.Namespace, path: str) -> TrialList:
@@ -209,8 +208,6 @@ def read_list(options: argparse.Namespace, path: str) -> TrialList:
         options.strip_prefix,
         options.suffix,
     )
-    if options.kaldi:
-        trials = by_path(trials, options.kaldi, options.data_root)
     targets = int(trials.labels.sum())
     if targets in (0, len(trials)):
         raise TrialError(
@@ -395,19 +392,19 @@ def measures(
 
 
 def about(
-    options, trials: TrialList
+    options, trials: TrialList, spoken_by: Mapping[str, str]
 ) -> tuple[TrialSpeakers | None, dict[str, np.ndarray]]:
     """Who speaks in a list, as far as it is known, and its groups."""
-    speakers = None
+    speakers, rule = None, (options.speaker_pattern, spoken_by)
     if options.bootstrap is None:
-        speakers = known_speakers(trials, options.speaker_pattern)
+        speakers = known_speakers(trials, *rule)
     elif options.bootstrap:
-        speakers = trial_speakers(trials, options.speaker_pattern)
+        speakers = trial_speakers(trials, *rule)
         check_speakers(trials, speakers)
     if not options.speakers:
         return speakers, {}
     table = read_speaker_table(options.speakers)
-    who = speakers or trial_speakers(trials, options.speaker_pattern)
+    who = speakers or trial_speakers(trials, *rule)
     return speakers, trial_groups(trials.labels, who, table, options.group_by)
 
 
@@ -473,7 +470,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
     add("--bootstrap", type=count_or_none, metavar="N", help=help)
     add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--speaker_pattern", default=FIRST_FOLDER, help="regular expression")
+    help = "regular expression (default: LIST.spk2utt, or the first folder)"
+    add("--speaker_pattern", help=help)
     add("--speakers", help="table of speakers, by which trials are grouped")
     add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
     add("--scores", nargs="*", default=[], metavar="NAME=FILE")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,13 @@ class EmbeddingSet:
     matrix: np.ndarray
     seconds: np.ndarray
     files: np.ndarray
+
+    def renamed(self, places: Mapping[str, str]) -> EmbeddingSet:
+        """Rows by other names: `places` gives each name's id here."""
+        rows = {name: row for row, name in enumerate(self.ids)}
+        index = [rows[place] for place in places.values()]
+        arrays = (self.matrix, self.seconds, self.files)
+        return EmbeddingSet(tuple(places), *(each[index] for each in arrays))
 
 
 class EmbeddingStore:

@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,9 @@ class TrialSpeakers:
 
 
 def trial_speakers(
-    trials: TrialList, pattern: str = FIRST_FOLDER
+    trials: TrialList,
+    pattern: str | None = None,
+    speaker_of: Mapping[str, str] | None = None,
 ) -> TrialSpeakers:
     """Find the speakers in the names of recordings and models.
 
@@ -55,10 +57,12 @@ def trial_speakers(
     ---------
     trials : TrialList
         N trials.
-    pattern : str
+    pattern : str, optional
         Regular expression, searched in every name; its first group, or all
         that it matches if it has none, is the speaker. ``id\\d{5}`` fits
-        VoxCeleb and CN-Celeb.
+        VoxCeleb and CN-Celeb. By default `speaker_of`, or the first folder.
+    speaker_of : mapping, optional
+        Speaker of each utterance, where that is known.
 
     Returns
     -------
@@ -77,6 +81,8 @@ def trial_speakers(
     >>> speakers.names, speakers.test.tolist()
     (('a', 'b'), [0, 1])
     """
+    known = {} if pattern or not speaker_of else speaker_of
+    pattern = pattern or FIRST_FOLDER
     try:
         search = re.compile(pattern).search
     except re.error as error:
@@ -85,7 +91,12 @@ def trial_speakers(
             f"{error}."
         ) from error
 
+    models = trials.models or {}
+
     def speaker(name: str) -> str:
+        first = models[name][0] if name in models else name
+        if first in known:
+            return known[first]
         match = search(name)
         if match is None:
             raise TrialError(
@@ -103,7 +114,9 @@ def trial_speakers(
 
 
 def known_speakers(
-    trials: TrialList, pattern: str = FIRST_FOLDER
+    trials: TrialList,
+    pattern: str | None = None,
+    speaker_of: Mapping[str, str] | None = None,
 ) -> TrialSpeakers | None:
     """As :func:`trial_speakers`, or None where names do not show speakers.
 
@@ -118,7 +131,7 @@ def known_speakers(
     ('a', 'b')
     """
     try:
-        speakers = trial_speakers(trials, pattern)
+        speakers = trial_speakers(trials, pattern, speaker_of)
         check_speakers(trials, speakers)
     except TrialError as error:
         logger.warning("Without intervals over speakers: %s", error)

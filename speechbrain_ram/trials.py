@@ -24,10 +24,18 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -319,6 +327,35 @@ def write_trials(trials: TrialList, path: str | os.PathLike) -> None:
             )
 
 
+def write_models(
+    models: Mapping[str, Iterable[str]], path: str | os.PathLike
+) -> None:
+    """Write what :func:`read_models` reads: a name and its utterances.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "enroll.models"
+    >>> write_models({"id1": ["id1/a.wav", "id1/b.wav"]}, path)
+    >>> path.read_text()
+    'id1 id1/a.wav id1/b.wav\\n'
+    """
+    lines = [(model, *names) for model, names in models.items()]
+    tab = separator(name for line in lines for name in line)
+    with atomic_writer(path) as file:
+        file.writelines(tab.join(line) + "\n" for line in lines)
+
+
+def speakers_beside(path: str | os.PathLike) -> dict[str, str]:
+    """Speaker of each utterance, of ``LIST.spk2utt`` beside a trial list.
+
+    Empty where there is no such file. Its form is Kaldi's: a speaker and the
+    speaker's utterances in each line.
+    """
+    path = Path(path).with_suffix(".spk2utt")
+    found = read_models(path) if path.is_file() else {}
+    return {name: speaker for speaker in found for name in found[speaker]}
+
+
 def check_utterances(
     trials: TrialList | Iterable[TrialList], root: str | os.PathLike
 ) -> None:
@@ -338,6 +375,11 @@ def check_utterances(
     """
     lists = [trials] if isinstance(trials, TrialList) else list(trials)
     names = dict.fromkeys(name for each in lists for name in each.utterances)
+    check_recordings(names, root)
+
+
+def check_recordings(names: Collection[str], root: str | os.PathLike) -> None:
+    """As :func:`check_utterances`, of recordings and parts of recordings."""
     root = os.fspath(root)
     missing = [
         name

@@ -216,3 +216,36 @@ def cnceleb(root, voices1, voices2, eval_voices):
     ):
         (lists / file).write_text("\n".join(lines) + "\n")
     return root
+
+
+def calls(root, voices):
+    """Two speakers in every recording: ``table.csv``, and ``kaldi``.
+
+    Two recordings of each pair of speakers, who take turns.
+    """
+    table, segments, speakers, recordings = [], [], [], []
+    for first in range(0, len(voices), 2):
+        pair = list(zip(voices[first], voices[first + 1], strict=True))
+        for part in range(2):
+            name, turns = f"call{first}{part}", []
+            for i, samples in enumerate(sum(pair[part::2], ())):
+                at = sum(map(len, turns))
+                end = at + len(samples)
+                speaker = f"s{first + i % 2}"
+                table.append(f"{name}.wav,{speaker},{at},{end}")
+                seconds = f"{at / RATE:.6f} {end / RATE:.6f}"
+                segments.append(f"{name}-{i} {name} {seconds}")
+                speakers.append(f"{name}-{i} {speaker}")
+                turns.append(samples)
+            write(root / f"{name}.wav", np.concatenate(turns))
+            recordings.append(f"{name} {name}.wav")
+    lists = {
+        "table.csv": ["wav,spk_id,start,stop", *table],
+        "kaldi/segments": segments,
+        "kaldi/utt2spk": speakers,
+        "kaldi/wav.scp": recordings,
+    }
+    (root / "kaldi").mkdir()
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root

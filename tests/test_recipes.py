@@ -415,6 +415,30 @@ def test_your_own_corpus(voxceleb, cnceleb, tmp_path):
     assert rows == [2, 4]  # two of each are held out
 
 
+@pytest.mark.parametrize("corpus", ["table.csv", "kaldi"])
+def test_your_own_corpus_of_parts(corpus, tmp_path):
+    """From recordings of two speakers each to a report on their turns."""
+    calls = miniature.calls(tmp_path / "calls", miniature.voices(6, 4))
+    recipe = "recipes/YourCorpus/hparams/ram_resnet34.yaml"
+    options = {"corpus": calls / corpus, "data_root": calls}
+    for epochs in (1, 2):  # the second goes on with the first
+        run = train(
+            recipe, tmp_path / "own", number_of_epochs=epochs, **options
+        )
+    report = (run / "report" / "results.md").read_text()
+    assert "Of 8 target trials, 8 pair" in report
+    assert "bootstrap over speakers" in report
+    for name, old, new in [
+        ("kaldi/segments", " 0.000000 ", " 0.100000 "),
+        ("table.csv", ",0,", ",1600,"),
+    ]:
+        text = (calls / name).read_text()
+        assert old in text
+        (calls / name).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match="only there"):
+        train(recipe, tmp_path / "own", number_of_epochs=2, **options)
+
+
 @pytest.fixture(scope="module")
 def real_voxceleb(speechocean, tmp_path_factory):
     """speechocean762 in VoxCeleb's clothes: m4a, converted; and SITW's."""

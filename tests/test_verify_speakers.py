@@ -365,6 +365,14 @@ def test_a_kaldi_list_of_parts(verify, world, tmp_path):
     kaldi = ["--form", "kaldi", "--kaldi", data]
     whole = scores("files", world / "wav")
     assert np.abs(scores("parts", data, *kaldi) - whole).max() < 1e-3
+    # The list's own names stay, and the directory knows who speaks.
+    listed, _ = read_scores(tmp_path / "parts" / "parts" / "scores.txt")
+    assert set(listed.utterances) == set(ids)
+    command = ["--encoder", world / "run" / "inference", "--data_root", data]
+    command += ["--trials", tmp_path / "parts.txt", "--bootstrap", 9, *kaldi]
+    verify.main([*map(str, command), "--output", str(tmp_path / "intervals")])
+    text = (tmp_path / "intervals" / "parts" / "results.md").read_text()
+    assert "bootstrap over speakers" in text
     # A cohort of the parts is the cohort of the files, too.
     norm = ["--normalise", "s-norm", "--cohort"]
     rows = [

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.corpora.find import find_recordings
 from speechbrain_ram.corpora.guards import check_outside, check_overlap
 from speechbrain_ram.corpora.join import join_short
@@ -35,6 +34,7 @@ from speechbrain_ram.trials import (
     check_utterances,
     read_models,
     read_trials,
+    write_models,
     write_trials,
 )
 
@@ -284,9 +284,10 @@ def _write_protocol(
     if trials.models is None:
         enrol_ids = below_root(enrol_ids)
     else:
-        with atomic_writer(output_dir / f"cnceleb-{name}.models") as file:
-            for model, utterances in trials.models.items():
-                file.write(" ".join((model, *below_root(utterances))) + "\n")
+        write_models(
+            {m: below_root(names) for m, names in trials.models.items()},
+            output_dir / f"cnceleb-{name}.models",
+        )
     write_trials(
         TrialList(
             enrol_ids,

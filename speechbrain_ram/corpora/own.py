@@ -30,7 +30,7 @@ from speechbrain_ram.corpora.manifest import (
 )
 from speechbrain_ram.corpora.split import split_by_utterance
 from speechbrain_ram.names import TextError, part_name, read_text, session_of
-from speechbrain_ram.trials import TrialList, write_trials
+from speechbrain_ram.trials import TrialList, write_models, write_trials
 
 logger = get_logger(__name__)
 
@@ -60,7 +60,8 @@ def prepare_own(
         absolute) and ``spk_id``, perhaps ``start`` and ``stop`` in samples.
     output_dir : path
         Takes ``train.csv``, ``valid.csv`` and ``dev_trials.txt``, whose paths
-        are relative to `data_root`.
+        are relative to `data_root`, and ``dev_trials.spk2utt``, which says
+        who speaks in the trials.
     data_root : path, optional
         By default the folder itself, or the one that the CSV file is in.
     dev_share : float
@@ -129,6 +130,11 @@ def prepare_own(
     write_manifest(train, train_csv)
     write_manifest(valid, valid_csv)
     write_trials(trials, output_dir / "dev_trials.txt")
+    held_out = defaultdict(list)
+    for row in rows:
+        if row.spk_id in dev:
+            held_out[row.spk_id].append(row.id)
+    write_models(held_out, output_dir / "dev_trials.spk2utt")
     logger.info(
         "%d speakers to train on, %d held out for %d trials",
         len({row.spk_id for row in train}),
@@ -258,6 +264,13 @@ class _Part(NamedTuple):
     speaker: str
     start: int | None = None
     stop: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What manifests and trial lists call it."""
+        if self.stop is None:
+            return self.path
+        return part_name(self.path, self.start, self.stop)
 
 
 def _of_table(path: Path) -> list[_Part]:
@@ -438,7 +451,7 @@ def _cut(
                 short.append(part)
                 continue
             utterance = Utterance(
-                part_name(part.path, part.start, part.stop),
+                part.name,
                 duration,
                 row.wav,
                 part.start,
@@ -446,9 +459,11 @@ def _cut(
                 part.speaker,
             )
         if utterance.id in cut:
+            hint = "Its start and stop are those of another row."
+            if part.stop is None:
+                hint = "Parts of a recording need the columns start and stop."
             raise ManifestError(
-                f"{part.place}: '{utterance.id}' is there twice. Parts of a "
-                "recording need the columns start and stop."
+                f"{part.place}: '{utterance.id}' is there twice. {hint}"
             )
         cut[utterance.id] = utterance
     if short:
