@@ -73,7 +73,7 @@ from speechbrain_ram.scoring import (
     trial_vectors,
     write_scores,
 )
-from speechbrain_ram.settings import SWITCH, check_device
+from speechbrain_ram.settings import check_device
 from speechbrain_ram.trials import (
     FORMS,
     TrialError,
@@ -83,7 +83,7 @@ from speechbrain_ram.trials import (
     read_trials,
     speakers_beside,
 )
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.user_errors import SWITCH, one_line_errors
 
 REPLICATES = 1000  # of the bootstrap
 QUALITIES = ("duration", "magnitude", "cohort_mean")

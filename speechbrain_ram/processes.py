@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-# Its functions take the group that exists when it is first imported as a
-# default, and then hold it: that must be before there is one.
-import torch.distributed.nn
-from speechbrain.utils.distributed import (
-    if_main_process,
-    is_distributed_initialized,
-)
-from torch.nn.parallel import DistributedDataParallel
+if TYPE_CHECKING:
+    import torch
 
 Result = TypeVar("Result")
 
@@ -31,9 +21,16 @@ def n_processes() -> int:
     >>> n_processes()
     1
     """
-    if not is_distributed_initialized():
-        return 1
-    return torch.distributed.get_world_size()
+    group = _group()
+    return group.get_world_size() if group else 1
+
+
+def _group():
+    """`torch.distributed` where there is a group; torch is not imported."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return None
+    return torch.distributed if torch.distributed.is_initialized() else None
 
 
 def gathered(mine: Any) -> list:
@@ -57,7 +54,7 @@ def gathered(mine: Any) -> list:
     if n_processes() == 1:
         return [mine]
     everything = [None] * n_processes()
-    torch.distributed.all_gather_object(everything, mine)
+    _group().all_gather_object(everything, mine)
     return everything
 
 
@@ -112,7 +109,9 @@ def of_rank_0(work: Callable[[], Result]) -> Result:
     >>> of_rank_0(lambda: "the first's word")
     "the first's word"
     """
-    return together(lambda: work() if if_main_process() else None)[0]
+    group = _group()
+    first = not group or group.get_rank() == 0
+    return together(lambda: work() if first else None)[0]
 
 
 def all_numbers(
@@ -139,74 +138,12 @@ def all_numbers(
     """
     if n_processes() == 1:
         return [mine]
+    import torch
+
     tensor = torch.tensor(mine, device=device)
     parts = [torch.empty_like(tensor) for _ in range(n_processes())]
     torch.distributed.all_gather(parts, tensor)
     return [tuple(part.tolist()) for part in parts]
-
-
-@dataclasses.dataclass
-class Tally:
-    """What the steps of an epoch add up to, on this process.
-
-    Arguments
-    ---------
-    n_right : int or torch.Tensor
-        Right answers; a tensor stays on its device until the end.
-    n_seen : int
-        Utterances.
-    loss_sum : float
-        Sum of their losses.
-    n_steps : int
-        Optimiser steps.
-    grad_norm : float
-        Sum of the gradients' norms, the same on all processes.
-    """
-
-    n_right: int | torch.Tensor = 0
-    n_seen: int = 0
-    loss_sum: float = 0.0
-    n_steps: int = 0
-    grad_norm: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """The mean of the losses, NaN where there is none."""
-        return self.loss_sum / self.n_seen if self.n_seen else math.nan
-
-    @property
-    def accuracy(self) -> float:
-        """Right answers in percent."""
-        return 100 * int(self.n_right) / max(self.n_seen, 1)
-
-    def joint(self) -> Tally:
-        """Give the sums over all processes, which must all call this."""
-        mine = dataclasses.replace(self, n_right=int(self.n_right))
-        total = Tally(n_steps=mine.n_steps, grad_norm=mine.grad_norm)
-        for each in gathered(mine):
-            total.n_right += each.n_right
-            total.n_seen += each.n_seen
-            total.loss_sum += each.loss_sum
-        return total
-
-
-@contextmanager
-def without_ddp(modules: torch.nn.ModuleDict) -> Iterator[None]:
-    """Call the modules inside DistributedDataParallel for a while.
-
-    The wrapper sends buffers in every forward pass, in evaluation too, and
-    would wait for processes that have nothing to evaluate.
-    """
-    wrapped = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, DistributedDataParallel)
-    }
-    modules.update({name: each.module for name, each in wrapped.items()})
-    try:
-        yield
-    finally:
-        modules.update(wrapped)
 
 
 def leave_group() -> None:
@@ -221,6 +158,6 @@ def leave_group() -> None:
     -------
     >>> leave_group()  # one process: nothing to let go of
     """
-    if is_distributed_initialized():
+    if group := _group():
         gc.collect()
-        torch.distributed.destroy_process_group()
+        group.destroy_process_group()

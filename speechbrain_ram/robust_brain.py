@@ -40,13 +40,7 @@ from speechbrain_ram.faults import (
     is_full_shared_memory,
 )
 from speechbrain_ram.joint_batches import JointBatchSampler, shared_batches
-from speechbrain_ram.processes import (
-    Tally,
-    all_numbers,
-    gathered,
-    n_processes,
-    without_ddp,
-)
+from speechbrain_ram.processes import all_numbers, gathered, n_processes
 from speechbrain_ram.random_state import random_state, restore_random_state
 from speechbrain_ram.stopping import (
     Interrupted,
@@ -55,6 +49,7 @@ from speechbrain_ram.stopping import (
     let_worker_outlive_signals,
 )
 from speechbrain_ram.sync_batch_norm import sync_batch_norm
+from speechbrain_ram.tally import Tally, without_ddp
 
 logger = get_logger(__name__)
 

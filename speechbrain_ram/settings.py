@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -161,23 +160,6 @@ NEEDED = (
     *("prepare", "resample", "scale", "seed", "speeds", "train_logger"),
     "verify_every",
 )
-
-
-def _truth(text: str) -> bool:
-    if text not in ("True", "False"):
-        raise ArgumentTypeError(f"True or False is needed, got {text}")
-    return text == "True"
-
-
-#: For `argparse`: a switch that is typed as in a training, ``--mixdown True``,
-#: or alone.
-SWITCH: dict[str, Any] = {
-    "nargs": "?",
-    "type": _truth,
-    "const": True,
-    "default": False,
-    "metavar": "True",
-}
 
 
 def check_settings(

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +45,8 @@ def n_threads(device: str | torch.device, asked: int | None = None) -> int:
     (1, 3)
     """
     if asked is None:
+        import torch
+
         on_cpu = torch.device(device).type == "cpu"
         return torch.get_num_threads() if on_cpu else 1
     if asked < 1:
@@ -79,6 +82,8 @@ def in_threads(
     if threads == 1:
         yield from map(work, items)
         return
+    import torch
+
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(
         threads, initializer=torch.set_num_threads, initargs=(1,)

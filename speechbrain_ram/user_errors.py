@@ -9,12 +9,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _CLASSES = (ValueError, OSError, ImportError, MemoryError)
 
 logger = logging.getLogger(__name__)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ArgumentTypeError(f"True or False is needed, got {text}")
+    return text == "True"
+
+
+#: For `argparse`: a switch that is typed as in a training, ``--mixdown True``,
+#: or alone.
+SWITCH: dict[str, Any] = {
+    "nargs": "?",
+    "type": _truth,
+    "const": True,
+    "default": False,
+    "metavar": "True",
+}
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ FLOORS = [
     # On one of those each.
     "advice bootstrap checkpoints corpora.headers decision embeddings "
     "fused metadata packed plots resnet "
-    "scoring video",
+    "scoring tally video",
     "corpora.manifest fast_audio faults folding model_card recordings report",
     # What stands on manifests, and what writes a folder.
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "

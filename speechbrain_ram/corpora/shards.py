@@ -39,8 +39,7 @@ from speechbrain_ram.corpora.manifest import (
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.settings import SWITCH
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.user_errors import SWITCH, one_line_errors
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
