@@ -19,7 +19,12 @@ from speechbrain_ram.corpora.manifest import (
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.corpora.own import kaldi_parts, make_trials, prepare_own
+from speechbrain_ram.corpora.own import (
+    corpus_name,
+    kaldi_parts,
+    make_trials,
+    prepare_own,
+)
 from speechbrain_ram.embeddings import extract
 from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.trials import check_utterances, read_trials
@@ -464,3 +469,11 @@ def test_a_recording_of_a_table_that_is_nearly_there(tmp_path, corpus):
     table.write_text("wav,spk_id\nZo\u00eb/day1/1.flac,a\n")
     with pytest.raises(ManifestError, match="is there: it differs from"):
         prepare_own(table, tmp_path / "out", data_root=corpus)
+
+
+def test_a_folder_keeps_the_dots_of_its_name(tmp_path):
+    folder, table = tmp_path / "voices.v2", tmp_path / "radio.v2.csv"
+    folder.mkdir()
+    table.touch()
+    assert corpus_name(folder) == "voices.v2"
+    assert corpus_name(table) == "radio.v2"

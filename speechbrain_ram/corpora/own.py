@@ -152,7 +152,8 @@ def corpus_name(corpus: str | os.PathLike) -> str:
     >>> corpus_name("/data/voices/"), corpus_name("tables/radio.csv")
     ('voices', 'radio')
     """
-    return Path(corpus).resolve().stem
+    path = Path(corpus).resolve()
+    return path.name if path.is_dir() else path.stem
 
 
 def make_trials(
