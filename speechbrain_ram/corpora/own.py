@@ -498,8 +498,8 @@ def _choose_speakers(
     if len(usable) < count or len(by_speaker) - count < 2:
         raise ManifestError(
             f"Of {len(by_speaker)} speakers, {len(usable)} have two utterances "
-            f"or more and {count} are to be held out "
-            "for trials, leaving two or more to train on. Are there more "
-            "speakers, or is a smaller --dev_share meant?"
+            f"or more and {count} are to be held out for trials, leaving two "
+            "or more to train on. Are there more speakers, or is a smaller "
+            "--dev_share meant?"
         )
     return set(generator.permutation(usable)[:count].tolist())
