@@ -22,7 +22,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from speechbrain_ram.advice import session_note, verdict
 from speechbrain_ram.brain import SpeakerBrain
-from speechbrain_ram.corpora.manifest import read_manifest
+from speechbrain_ram.corpora.manifest import embedding_names, read_manifest
 from speechbrain_ram.dataset import (
     original_speakers,
     speaker_datasets,
@@ -34,7 +34,6 @@ from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metadata import known_speakers
 from speechbrain_ram.metrics import eer
-from speechbrain_ram.names import part_name, part_of
 from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group, n_processes
 from speechbrain_ram.report import System, with_intervals, write_report
@@ -151,14 +150,8 @@ def _train(hparams_file, hparams, run_opts, overrides):
 
     # The best checkpoint becomes the folder that others load.
     brain.load_best()
-    some = read_manifest(valid_csv)[:1000]
-    names = []
-    for row in some:
-        name = row.path(hparams["data_root"])
-        if part_of(row.id)[2] is not None:
-            name = part_name(name, row.start, row.stop)
-        names.append(name)
-    embeddings = brain.embed(names, "")
+    some = embedding_names(read_manifest(valid_csv))[:1000]
+    embeddings = brain.embed(some, hparams["data_root"])
     decision, notes = None, []
     if trials is not None:
         decision, notes = verify(brain, trials, hparams, output)

@@ -32,8 +32,8 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain_ram.bootstrap import Interval
 from speechbrain_ram.calibration import fit_calibration, pair_quality
 from speechbrain_ram.corpora.manifest import (
-    ROOT_PREFIX,
     Utterance,
+    embedding_names,
     read_manifest,
 )
 from speechbrain_ram.corpora.own import kaldi_parts
@@ -50,13 +50,7 @@ from speechbrain_ram.metadata import (
     trial_speakers,
 )
 from speechbrain_ram.metrics import P_TARGETS, Metrics
-from speechbrain_ram.names import (
-    TextError,
-    missing_hint,
-    part_name,
-    part_of,
-    read_text,
-)
+from speechbrain_ram.names import TextError, missing_hint, read_text
 from speechbrain_ram.processes import leave_group
 from speechbrain_ram.report import (
     System,
@@ -325,18 +319,10 @@ def embed_cohort(
     """Mean to centre with, and one unit vector a training speaker."""
     if not rows:
         return None, None
-    uses = Counter(row.wav for row in rows)
-    names = []
-    for row in rows:
-        name = row.wav.removeprefix(ROOT_PREFIX)
-        named = part_of(row.id)[2] is not None
-        if named or row.start > 0 or uses[row.wav] > 1:
-            name = part_name(name, row.start, row.stop)
-        names.append(name)
     embeddings = embed(
         options,
         encoder,
-        names,
+        embedding_names(rows),
         options.cohort_root or options.data_root,
         Path(options.output) / "cohort.safetensors",
     )

@@ -15,6 +15,7 @@ from speechbrain_ram.corpora.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
+    embedding_names,
     read_manifest,
     write_manifest,
 )
@@ -176,6 +177,27 @@ def test_rows_keep_same_named_files_apart(tmp_path):
     assert {row[3:5] for row in rows} == {(0, 12000)}
     assert rows[0].wav == "$data_root/b/1.flac"
     assert rows[0].duration == 0.75
+
+
+def test_a_part_is_embedded_as_a_part():
+    """Whatever shows it: its ID, its start, or another row."""
+
+    def row(name, wav, start=0, stop=10):
+        return Utterance(name, 1.0, wav, start, stop, "s")
+
+    rows = [
+        row("a.wav", "$data_root/a.wav"),
+        row("b.wav@0-10", "/other/b.wav"),
+        row("later", "$data_root/c.wav", 5),
+        row("first", "$data_root/d.wav"),
+        row("second", "$data_root/d.wav", 10, 20),
+    ]
+    assert embedding_names(rows) == [
+        "a.wav",
+        "/other/b.wav@0-10",
+        "c.wav@5-10",
+        *("d.wav@0-10", "d.wav@10-20"),
+    ]
 
 
 def test_unusable_files_are_named_or_listed(tmp_path, caplog):

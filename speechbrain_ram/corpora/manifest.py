@@ -16,7 +16,8 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,14 @@ from speechbrain_ram.corpora.headers import (
     many_objects,
     read_headers,
 )
-from speechbrain_ram.names import TextError, alike, missing_hint, read_text
+from speechbrain_ram.names import (
+    TextError,
+    alike,
+    missing_hint,
+    part_name,
+    part_of,
+    read_text,
+)
 
 logger = get_logger(__name__)
 
@@ -80,6 +88,31 @@ class Utterance(NamedTuple):
         if self.wav.startswith(ROOT_PREFIX):
             return os.path.join(data_root, self.wav[len(ROOT_PREFIX) :])
         return self.wav
+
+
+def embedding_names(rows: Sequence[Utterance]) -> list[str]:
+    """What to embed for each row: its recording, or the part that it is.
+
+    A row is a part where its ID names one, where it begins later than its
+    recording, or where its recording has several rows.
+
+    Example
+    -------
+    >>> row = Utterance("a", 1.0, "$data_root/s/a.wav", 0, 16000, "s")
+    >>> embedding_names([row])
+    ['s/a.wav']
+    >>> embedding_names([row, row._replace(id="b", start=16000, stop=32000)])
+    ['s/a.wav@0-16000', 's/a.wav@16000-32000']
+    """
+    uses = Counter(row.wav for row in rows)
+    names = []
+    for row in rows:
+        name = row.wav.removeprefix(ROOT_PREFIX)
+        named = part_of(row.id)[2] is not None
+        if named or row.start > 0 or uses[row.wav] > 1:
+            name = part_name(name, row.start, row.stop)
+        names.append(name)
+    return names
 
 
 def build_manifest(
