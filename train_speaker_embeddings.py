@@ -18,7 +18,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_ram.advice import session_note, verdict
 from speechbrain_ram.brain import SpeakerBrain
@@ -35,7 +35,7 @@ from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.metadata import known_speakers
 from speechbrain_ram.metrics import eer
 from speechbrain_ram.pretrained import start_from
-from speechbrain_ram.processes import leave_group, n_processes
+from speechbrain_ram.processes import leave_group, n_processes, of_rank_0
 from speechbrain_ram.report import System, with_intervals, write_report
 from speechbrain_ram.scoring import score_trials, write_scores
 from speechbrain_ram.settings import check_device, check_settings
@@ -77,10 +77,8 @@ def train(hparams_file, run_opts, overrides):
 def _train(hparams_file, hparams, run_opts, overrides):
     stop = StopRequest(hparams["max_hours"])  # its clock starts here
     output = Path(hparams["output_folder"])
-    run, (train_csv, valid_csv) = ddp_broadcast(
-        find_run(hparams_file, hparams, run_opts, overrides)
-        if if_main_process()
-        else None
+    run, (train_csv, valid_csv) = of_rank_0(
+        lambda: find_run(hparams_file, hparams, run_opts, overrides)
     )
     # Not before: it writes the YAML of this command.
     sb.create_experiment_directory(

@@ -117,7 +117,7 @@ class RobustBrain(sb.Brain):
             try:
                 super().fit(*args, **kwargs)
             except Interrupted as leaving:
-                logger.warning("%s. %s", leaving.reason, self._how_to_go_on())
+                logger.warning("%s. %s", leaving, self._how_to_go_on())
                 raise
             except (OSError, RuntimeError) as error:
                 raise self._explained(error) from error

@@ -31,11 +31,8 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, reason: str):
-        super().__init__(INTERRUPTED)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
+        super().__init__(reason)  # not the status: a pickled copy has this
+        self.code = INTERRUPTED
 
 
 class StopRequest:

@@ -312,6 +312,15 @@ def test_validation_has_the_numbers_of_one_process(tiny_corpus, tmp_path):
         assert metas[1][name] == pytest.approx(metas[0][name], rel=1e-4), name
 
 
+def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    wrong = {**TOGETHER, "data_root": str(tmp_path / "nowhere")}
+    statuses = train_in_processes(tiny_corpus, run, 2, **wrong)
+    assert statuses == [1, 1], output_of(run)
+    said = re.findall("ManifestError: Rank 0 failed: .*nowhere", output_of(run))
+    assert len(said) == 2, output_of(run)
+
+
 def numbers(run, name):
     log = (run / "train_log.txt").read_text()
     return [float(each) for each in re.findall(f"{name}: ([^,\\s]*)", log)]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -515,6 +516,11 @@ def test_max_hours_leaves_with_a_checkpoint(tiny_corpus, tiny_run, tmp_path):
     assert not newest.meta["end-of-epoch"]
     run_recipe(tiny_corpus, tmp_path / "run")
     assert differences(tiny_run, tmp_path / "run") == set()
+
+
+def test_another_process_is_told_why():
+    told = pickle.loads(pickle.dumps(Interrupted("SIGTERM was received")))
+    assert (str(told), told.code) == ("SIGTERM was received", 75)
 
 
 def test_a_signal_that_arrives_twice_is_one(monkeypatch):
