@@ -253,7 +253,8 @@ def main(argv):
     try:
         train(hparams_file, run_opts, overrides)
     except Interrupted as asked:
-        print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
+        if not asked.told:  # was not training yet, or not any more
+            print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
         return asked.code
     finally:
         leave_group()

@@ -118,6 +118,7 @@ class RobustBrain(sb.Brain):
                 super().fit(*args, **kwargs)
             except Interrupted as leaving:
                 logger.warning("%s. %s", leaving, self._how_to_go_on())
+                leaving.told = True
                 raise
             except (OSError, RuntimeError) as error:
                 raise self._explained(error) from error

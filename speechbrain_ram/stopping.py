@@ -28,7 +28,10 @@ class Interrupted(SystemExit):
     """Training leaves early, with everything on the disk.
 
     A SystemExit with status 75, so that a script needs no handling of it.
+    `told` says that the log has the reason already.
     """
+
+    told = False
 
     def __init__(self, reason: str):
         super().__init__(reason)  # not the status: a pickled copy has this
