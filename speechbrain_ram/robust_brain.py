@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import os
 import zipfile
 
@@ -184,9 +183,6 @@ class RobustBrain(sb.Brain):
             f"{folder}/{name}_faults.txt" if if_main_process() else None,
             name,
         )
-        if stage == sb.Stage.TRAIN:
-            ids = "\n".join(dataset.data_ids).encode()
-            self.data_fingerprint = hashlib.blake2b(ids).hexdigest()[:16]
         if stage == sb.Stage.VALID and n_processes() > 1:
             size = kw.pop("batch_size", 1)
             kw["batch_sampler"] = shared_batches(
@@ -401,7 +397,6 @@ class RobustBrain(sb.Brain):
             "n_scaled_down": self.n_scaled_down,
             "faults": self.faults[sb.Stage.TRAIN].messages,
             "joint_batch": self.train_sampler.joint_size,
-            "data": self.data_fingerprint,
             "threads": torch.get_num_threads(),
             "random": gathered(random_state()),
             "kept": {
@@ -430,9 +425,9 @@ class RobustBrain(sb.Brain):
             "optimizer_step",
             "n_bad_steps",
             "bad_in_a_row",
+            "n_scaled_down",
         ):
             setattr(self, name, state[name])
-        self.n_scaled_down = state.get("n_scaled_down", 0)  # 0.1 has none
         for name, value in state["kept"].items():
             setattr(self, name, value)
         self.faults[sb.Stage.TRAIN].restore(state["faults"])
@@ -445,8 +440,7 @@ class RobustBrain(sb.Brain):
 
     def _check_same_threads(self, state: dict) -> None:
         """Sums in another order: on CPU the one thing left to the machine."""
-        now = torch.get_num_threads()
-        before = state.get("threads", now)  # the first release kept no count
+        before, now = state["threads"], torch.get_num_threads()
         if self.device_type == "cpu" and before != now:
             logger.warning(
                 "The run was begun with %d threads and goes on with %d: the "
@@ -465,12 +459,6 @@ class RobustBrain(sb.Brain):
                 "Keep (number of processes) x --batch_size, or delete "
                 f"'{os.path.dirname(path)}' to go on from the end of the "
                 "epoch before."
-            )
-        if state["data"] != self.data_fingerprint:
-            logger.warning(
-                "The training utterances are others than when the checkpoint "
-                "was written: the rest of this epoch may repeat some, or miss "
-                "some."
             )
 
     def _read_log(self) -> str | None:
