@@ -49,11 +49,13 @@ from speechbrain_ram.training.run import (
     check_files_of,
     check_settings_of,
     data_files,
-    learned_settings,
-    output_folder_of,
     prepare_data,
     read_run,
     sole_owner,
+)
+from speechbrain_ram.training.settings import (
+    learned_settings,
+    output_folder_of,
 )
 from speechbrain_ram.trials import (
     check_utterances,

@@ -27,7 +27,8 @@ FLOORS = [
     "corpora.find corpora.guards corpora.join corpora.split corpora.synthetic "
     "encoder_folder robust_brain",
     "augmentation corpora.convert corpora.folder corpora.shards corpora.sitw "
-    "dataset loading pretrained training.run",
+    "dataset loading pretrained "
+    "training.run training.settings",
     # The SpeechBrain runtime, and the corpora of the paper.
     "brain corpora.cnceleb corpora.own corpora.voxceleb inference onnx_export",
     # What people type.

@@ -23,10 +23,12 @@ from speechbrain_ram.training.run import (
     RUN_FILE,
     Run,
     RunError,
-    learned_settings,
-    output_folder_of,
     read_run,
     sole_owner,
+)
+from speechbrain_ram.training.settings import (
+    learned_settings,
+    output_folder_of,
 )
 from train_speaker_embeddings import train
 

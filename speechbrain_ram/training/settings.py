@@ -1,0 +1,170 @@
+"""The settings that a run learns from, as plain data, and where it writes.
+
+A recipe is read as it stands: nothing that it names is built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ruamel.yaml
+from hyperpyyaml import resolve_references
+
+from speechbrain_ram.corpora.guards import check_outside
+
+#: Where things lie: their content is compared, not their place.
+_PLACES = """
+output_folder save_folder manifests data_root data_folder corpus corpus_folder
+voxceleb1 voxceleb2 sitw sitw_overlap cnceleb cnceleb1 cnceleb2 lists
+lists_folder trials trials_root pretrained batch_size
+"""  # the last as that of all processes together
+
+#: Where nothing is written.
+_CORPORA = frozenset(
+    [
+        *("data_root", "data_folder", "corpus", "trials_root", "sitw"),
+        *("voxceleb1", "voxceleb2", "cnceleb", "cnceleb1", "cnceleb2"),
+    ]
+)
+
+#: How a run is run, and what it tells.
+_WAYS = """
+number_of_epochs num_workers precision channels_last tensorboard max_hours
+ckpt_interval_minutes max_fault_share max_bad_steps skip_bad verify_untrained
+margin_diagnostics license
+"""
+
+#: Options that may change from one command to the next.
+FREE = frozenset((_PLACES + _WAYS).split())
+
+#: Folders of noise: with or without matters, their place does not.
+_ADDED = frozenset(["musan", "rirs"])
+
+#: Objects that teach nothing, or that other parts of the identity describe.
+_NOT_LEARNED = frozenset(
+    [
+        *("prepare", "make_corpus", "modules", "epoch_counter", "facts"),
+        *("train_logger", "checkpointer", "corpus_name"),
+    ]
+)
+
+
+def learned_settings(
+    hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything in a recipe that changes what is learned, as plain data.
+
+    Nothing is built or executed. What may change freely (:data:`FREE`) is
+    left out wherever the recipe refers to it.
+
+    Arguments
+    ---------
+    hparams_file : path
+        A recipe in HyperPyYAML.
+    overrides : str or mapping
+        Of the command line.
+
+    Returns
+    -------
+    dict
+        From dotted names, such as ``opt_class.momentum``, to numbers, texts
+        and lists of them.
+    """
+    yaml = ruamel.yaml.YAML()
+    if isinstance(overrides, str):
+        overrides = yaml.load(overrides) or {}
+    recipe = {**yaml.load(Path(hparams_file)), **overrides}
+    neutral = {
+        key: _neutral(value) for key, value in recipe.items() if key in FREE
+    }
+    for key in _ADDED & set(recipe):
+        if recipe[key] is not None:
+            neutral[key] = "given"
+    resolved = _resolved(hparams_file, {**overrides, **neutral})
+    settings: dict[str, Any] = {}
+    for key, node in resolved.items():
+        if not (key in FREE or key in _NOT_LEARNED or key.startswith("__")):
+            _flatten(node, str(key), settings)
+    return settings
+
+
+def output_folder_of(
+    hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
+) -> Path:
+    """Where a recipe would write; loading it makes folders there already.
+
+    Raises
+    ------
+    ManifestError
+        The folder, or that of checkpoints or manifests, lies within the
+        corpus that the recipe reads.
+    """
+    recipe = _resolved(hparams_file, overrides)
+    output = Path(recipe["output_folder"])
+    if recipe.get("make_corpus") is None:  # else it lies where it is made
+        keys = _CORPORA & set(recipe)
+        corpus = str(recipe.get("corpus"))
+        for key in keys:
+            if not isinstance(recipe[key], str):
+                continue
+            # The folder that paths start from may lie around the corpus.
+            around = key in ("data_root", "trials_root") and _is_below(
+                corpus, recipe[key]
+            )
+            for written in ("output_folder", "save_folder", "manifests"):
+                if isinstance(recipe.get(written), str) and not around:
+                    check_outside(recipe[written], recipe[key])
+    return output
+
+
+def _resolved(
+    hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """A recipe with its overrides and without references."""
+    with open(hparams_file, encoding="utf-8") as file:
+        return ruamel.yaml.YAML().load(resolve_references(file, overrides))
+
+
+def _is_below(corpus: str, folder: str) -> bool:
+    """Whether a corpus, if it is a folder, lies in another."""
+    real = Path(corpus).resolve()
+    return real.is_dir() and Path(folder).resolve() in real.parents
+
+
+def _neutral(value: Any) -> Any:
+    """Something of the same kind that is the same in every command."""
+    if isinstance(value, bool):
+        return False
+    return 1 if isinstance(value, (int, float)) else "any"
+
+
+def _flatten(node: Any, name: str, settings: dict[str, Any]) -> None:
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag:
+        settings[name] = str(tag)
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            _flatten(value, f"{name}.{key}", settings)
+    elif isinstance(node, list):
+        plain = [_plain(each) for each in node]
+        settings[name] = [str(tag), *plain] if tag else plain
+    elif not tag:
+        settings[name] = _plain(node)
+    elif getattr(node, "value", None):
+        settings[name] = f"{tag} {node.value}"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    parts: dict[str, Any] = {}
+    _flatten(value, "", parts)
+    return parts
