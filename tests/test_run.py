@@ -480,6 +480,17 @@ def test_the_recordings_of_a_corpus_elsewhere(tmp_path, place, refused):
             assert output_folder_of(recipe, {}) == tmp_path / place
 
 
+def test_the_folders_of_cnceleb_lie_in_the_data_folder(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = f"data_folder: {tmp_path / 'data'}\n"
+    elsewhere = tmp_path / "elsewhere"
+    for name, output in (("CN-Celeb", "CN-Celeb/out"), (elsewhere, "out")):
+        recipe.write_text(f"{text}cnceleb1: {name}\noutput_folder: {output}\n")
+        assert output_folder_of(recipe, {}) == Path(output)
+    with pytest.raises(ManifestError, match="lies within the corpus"):
+        output_folder_of(recipe, {"output_folder": f"{elsewhere}/out"})
+
+
 def test_a_place_that_cannot_be_written():
     with (
         pytest.raises(RunError, match="--output_folder '/proc/a' cannot be"),

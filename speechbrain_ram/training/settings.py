@@ -18,7 +18,7 @@ from speechbrain_ram.corpora.guards import check_outside
 #: Where things lie: their content is compared, not their place.
 _PLACES = """
 output_folder save_folder manifests data_root data_folder corpus corpus_folder
-voxceleb1 voxceleb2 sitw sitw_overlap cnceleb cnceleb1 cnceleb2 lists
+voxceleb1 voxceleb2 sitw sitw_overlap cnceleb1 cnceleb2 lists
 lists_folder trials trials_root pretrained batch_size
 """  # the last as that of all processes together
 
@@ -26,7 +26,7 @@ lists_folder trials trials_root pretrained batch_size
 _CORPORA = frozenset(
     [
         *("data_root", "data_folder", "corpus", "trials_root", "sitw"),
-        *("voxceleb1", "voxceleb2", "cnceleb", "cnceleb1", "cnceleb2"),
+        *("voxceleb1", "voxceleb2", "cnceleb1", "cnceleb2"),
     ]
 )
 
@@ -105,18 +105,20 @@ def output_folder_of(
     recipe = _resolved(hparams_file, overrides)
     output = Path(recipe["output_folder"])
     if recipe.get("make_corpus") is None:  # else it lies where it is made
-        keys = _CORPORA & set(recipe)
         corpus = str(recipe.get("corpus"))
-        for key in keys:
+        for key in _CORPORA & set(recipe):
             if not isinstance(recipe[key], str):
                 continue
+            place = recipe[key]
+            if key.startswith("cnceleb"):  # absolute, or within data_folder
+                place = os.path.join(recipe.get("data_folder", ""), place)
             # The folder that paths start from may lie around the corpus.
             around = key in ("data_root", "trials_root") and _is_below(
-                corpus, recipe[key]
+                corpus, place
             )
             for written in ("output_folder", "save_folder", "manifests"):
                 if isinstance(recipe.get(written), str) and not around:
-                    check_outside(recipe[written], recipe[key])
+                    check_outside(recipe[written], place)
     return output
 
 
