@@ -160,6 +160,11 @@ def test_places_are_not_settings():
     assert learned_settings(OWN, "{corpus: /c, margin: 0.1}")["margin"] == 0.1
 
 
+def test_a_date_is_a_setting():
+    dated = "{corpus: /c, frontend: 2024-01-31}"
+    assert learned_settings(OWN, dated)["frontend"] == "2024-01-31"
+
+
 @pytest.mark.parametrize("name", ["VoxCeleb", "CNCeleb"])
 def test_noise_may_move_but_not_vanish(name):
     recipe = REPOSITORY / f"recipes/{name}/hparams/ram_resnet34_strong.yaml"

@@ -167,6 +167,8 @@ def _plain(value: Any) -> Any:
             return kind(value)
     if isinstance(value, list):
         return [_plain(each) for each in value]
+    if not hasattr(value, "tag"):  # a date
+        return str(value)
     parts: dict[str, Any] = {}
     _flatten(value, "", parts)
     return parts
