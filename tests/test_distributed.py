@@ -321,6 +321,26 @@ def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
     assert len(said) == 2, output_of(run)
 
 
+def signal_while_preparing(rank):
+    """Send SIGTERM to rank 0, which alone prepares data."""
+    import train_speaker_embeddings
+    from speechbrain_ram.stopping import leave_on_signals
+
+    def find_run(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train_speaker_embeddings.find_run = find_run
+    leave_on_signals()
+
+
+def test_a_signal_while_data_are_prepared(tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    statuses = train_in_processes(
+        tiny_corpus, run, 2, signal_while_preparing, **TOGETHER
+    )
+    assert statuses == [75, 75], output_of(run)
+
+
 def numbers(run, name):
     log = (run / "train_log.txt").read_text()
     return [float(each) for each in re.findall(f"{name}: ([^,\\s]*)", log)]
