@@ -485,6 +485,17 @@ def test_the_recordings_of_a_corpus_elsewhere(tmp_path, place, refused):
             assert output_folder_of(recipe, {}) == tmp_path / place
 
 
+def test_results_beside_a_table(tmp_path):
+    """A table names its recordings: nothing else in their folder is read."""
+    (tmp_path / "table.csv").touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output_folder: {tmp_path / 'results'}\ndata_root: {tmp_path}\n"
+        f"corpus: {tmp_path / 'table.csv'}\n"
+    )
+    assert output_folder_of(recipe, {}) == tmp_path / "results"
+
+
 def test_the_folders_of_cnceleb_lie_in_the_data_folder(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     text = f"data_folder: {tmp_path / 'data'}\n"

@@ -131,9 +131,9 @@ def _resolved(
 
 
 def _is_below(corpus: str, folder: str) -> bool:
-    """Whether a corpus, if it is a folder, lies in another."""
+    """Whether a corpus, a folder or a table, lies in a folder."""
     real = Path(corpus).resolve()
-    return real.is_dir() and Path(folder).resolve() in real.parents
+    return real.exists() and Path(folder).resolve() in real.parents
 
 
 def _neutral(value: Any) -> Any:
