@@ -11,6 +11,7 @@ same command continues an interrupted run. Exit status 75: asked to leave by a
 signal or --max_hours, with a checkpoint written (docs/robust-training.md).
 """
 
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -259,6 +260,8 @@ def main(argv):
             print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
         return asked.code
     finally:
+        # torchrun ends the others when one fails: let that hide no error
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave_group()
     return 0
 

@@ -537,7 +537,8 @@ def test_a_killed_rank_ends_the_job_and_the_rerun_goes_on(
     output = job.communicate(timeout=600)[0]
     assert time.monotonic() - killed < 60
     assert job.returncode != 0
-    assert "another process died" in output and "SIGKILL" in output
+    said = "another process died" in output and "SIGKILL" in output
+    assert said, output
     job = torchrun(tiny_corpus, folder)
     output = job.communicate(timeout=600)[0]
     assert job.returncode == 0, output
