@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
     package_data={"speechbrain_ram": ["py.typed", "*.html"]},
     entry_points={
-        "console_scripts": ["speechbrain-ram = speechbrain_ram.cli:main"]
+        "console_scripts": ["speechbrain-ram = speechbrain_ram.cli.main:main"]
     },
     # Ranges that were tried. A torch newer than torchaudio's last release
     # brings another CUDA and fails at import; constraints.txt pins one set.

@@ -21,30 +21,20 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_ram.advice import session_note, verdict
-from speechbrain_ram.brain import SpeakerBrain
-from speechbrain_ram.corpora.manifest import embedding_names, read_manifest
-from speechbrain_ram.dataset import (
+from speechbrain_ram.data.dataset import (
     original_speakers,
     speaker_datasets,
     speaker_labels,
 )
-from speechbrain_ram.decision import Decision
-from speechbrain_ram.encoder_folder import read_folder
+from speechbrain_ram.data.manifest import embedding_names, read_manifest
+from speechbrain_ram.export.folder import read_folder
+from speechbrain_ram.export.pretrained import start_from
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.memory import keep_freed_memory
-from speechbrain_ram.metadata import known_speakers
-from speechbrain_ram.metrics import eer
-from speechbrain_ram.pretrained import start_from
 from speechbrain_ram.processes import leave_group, n_processes, of_rank_0
-from speechbrain_ram.report import System, with_intervals, write_report
-from speechbrain_ram.scoring import score_trials, write_scores
-from speechbrain_ram.settings import check_device, check_settings
-from speechbrain_ram.stopping import (
-    Interrupted,
-    StopRequest,
-    leave_on_signals,
-)
+from speechbrain_ram.training.advice import session_note, verdict
+from speechbrain_ram.training.brain import SpeakerBrain
+from speechbrain_ram.training.options import check_device, check_settings
 from speechbrain_ram.training.run import (
     begin_run,
     check_files_of,
@@ -58,12 +48,26 @@ from speechbrain_ram.training.settings import (
     learned_settings,
     output_folder_of,
 )
-from speechbrain_ram.trials import (
+from speechbrain_ram.training.stopping import (
+    Interrupted,
+    StopRequest,
+    leave_on_signals,
+)
+from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.verification.decision import Decision
+from speechbrain_ram.verification.metrics import eer
+from speechbrain_ram.verification.report import (
+    System,
+    with_intervals,
+    write_report,
+)
+from speechbrain_ram.verification.scores import score_trials, write_scores
+from speechbrain_ram.verification.speakers import known_speakers
+from speechbrain_ram.verification.trials import (
     check_utterances,
     read_trials,
     speakers_beside,
 )
-from speechbrain_ram.user_errors import one_line_errors
 
 
 def train(hparams_file, run_opts, overrides):

@@ -29,19 +29,49 @@ import numpy as np
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram.bootstrap import Interval
-from speechbrain_ram.calibration import fit_calibration, pair_quality
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.corpora.own import kaldi_parts
+from speechbrain_ram.data.manifest import (
     Utterance,
     embedding_names,
     read_manifest,
 )
-from speechbrain_ram.corpora.own import kaldi_parts
-from speechbrain_ram.embedding_store import EmbeddingSet, EmbeddingStore
-from speechbrain_ram.embeddings import extract
+from speechbrain_ram.data.names import TextError, missing_hint, read_text
 from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.memory import keep_freed_memory
-from speechbrain_ram.metadata import (
+from speechbrain_ram.processes import leave_group
+from speechbrain_ram.training.options import check_device
+from speechbrain_ram.user_errors import SWITCH, one_line_errors
+from speechbrain_ram.verification.bootstrap import Interval
+from speechbrain_ram.verification.calibration import (
+    fit_calibration,
+    pair_quality,
+)
+from speechbrain_ram.verification.embedding_store import (
+    EmbeddingSet,
+    EmbeddingStore,
+)
+from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.metrics import P_TARGETS, Metrics
+from speechbrain_ram.verification.report import (
+    System,
+    file_name,
+    results_table,
+    with_intervals,
+    write_report,
+)
+from speechbrain_ram.verification.score_norm import (
+    METHODS,
+    cohort_statistics,
+    normalise,
+)
+from speechbrain_ram.verification.scores import (
+    TrialVectors,
+    read_scores,
+    speaker_means,
+    trial_vectors,
+    write_scores,
+)
+from speechbrain_ram.verification.speakers import (
     TrialSpeakers,
     check_speakers,
     known_speakers,
@@ -49,26 +79,7 @@ from speechbrain_ram.metadata import (
     trial_groups,
     trial_speakers,
 )
-from speechbrain_ram.metrics import P_TARGETS, Metrics
-from speechbrain_ram.names import TextError, missing_hint, read_text
-from speechbrain_ram.processes import leave_group
-from speechbrain_ram.report import (
-    System,
-    file_name,
-    results_table,
-    with_intervals,
-    write_report,
-)
-from speechbrain_ram.score_norm import METHODS, cohort_statistics, normalise
-from speechbrain_ram.scoring import (
-    TrialVectors,
-    read_scores,
-    speaker_means,
-    trial_vectors,
-    write_scores,
-)
-from speechbrain_ram.settings import check_device
-from speechbrain_ram.trials import (
+from speechbrain_ram.verification.trials import (
     FORMS,
     TrialError,
     TrialList,
@@ -77,7 +88,6 @@ from speechbrain_ram.trials import (
     read_trials,
     speakers_beside,
 )
-from speechbrain_ram.user_errors import SWITCH, one_line_errors
 
 REPLICATES = 1000  # of the bootstrap
 QUALITIES = ("duration", "magnitude", "cohort_mean")

@@ -17,9 +17,9 @@ from harness import Table, alternate
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 
-from speechbrain_ram.diagnostics import MarginDiagnostics
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.training.diagnostics import MarginDiagnostics
 
 # channels, classes, batch, rounds
 SIZES = [

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from harness import Table, alternate
 
-from speechbrain_ram.enrolment import EnrolmentDatabase
+from speechbrain_ram.verification.enrolment import EnrolmentDatabase
 
 DIM = 512
 

@@ -23,11 +23,11 @@ from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.embeddings import extract
+from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.folding import folded
 from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.verification.embeddings import extract
 
 CHANNELS = (16, 32, 64, 128)
 

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from harness import Table, alternate
 
-from speechbrain_ram.architecture import fingerprint
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.encoder_folder import EncoderFolder
-from speechbrain_ram.loading import LoadedEncoder, load_encoder
-from speechbrain_ram.metrics import eer, min_dcf
-from speechbrain_ram.onnx_export import export_waveform, quantise
+from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.export.architecture import fingerprint
+from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
+from speechbrain_ram.export.folder import EncoderFolder
+from speechbrain_ram.export.onnx import export_waveform, quantise
 from speechbrain_ram.resnet import ResNet34
-from speechbrain_ram.scoring import score_trials
-from speechbrain_ram.trials import TrialList, read_trials
+from speechbrain_ram.verification.metrics import eer, min_dcf
+from speechbrain_ram.verification.scores import score_trials
+from speechbrain_ram.verification.trials import TrialList, read_trials
 
 RATE = 16000
 

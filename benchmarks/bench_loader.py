@@ -26,11 +26,11 @@ from harness import Table, alternate
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataloader import make_dataloader
 
-from speechbrain_ram import dataset
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.corpora.manifest import Utterance, write_manifest
-from speechbrain_ram.corpora.shards import pack_shards
-from speechbrain_ram.faults import Batch, SkipUnreadable
+from speechbrain_ram.data import dataset
+from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.manifest import Utterance, write_manifest
+from speechbrain_ram.data.shards import pack_shards
+from speechbrain_ram.training.faults import Batch, SkipUnreadable
 
 BATCH, CROP, RATE = 32, 32_000, 16_000
 EPOCHS = 6  # with workers, so that starting them counts for little

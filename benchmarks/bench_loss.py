@@ -21,8 +21,8 @@ from harness import Table, alternate
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 
-from speechbrain_ram.fused import FusedMarginClassifier
 from speechbrain_ram.losses import make_objective
+from speechbrain_ram.training.fused import FusedMarginClassifier
 
 DIM, MARGIN, SCALE = 512, 0.2, 30.0
 

@@ -105,8 +105,8 @@ def _write(rows, output):
 
 def from_headers(root, output):
     """What this package does, with a cache beside the manifest."""
-    from speechbrain_ram.corpora.find import find_recordings
-    from speechbrain_ram.corpora.manifest import build_manifest, write_manifest
+    from speechbrain_ram.data.find import find_recordings
+    from speechbrain_ram.data.manifest import build_manifest, write_manifest
 
     names = find_recordings(root, (".wav",))
     rows = build_manifest(
@@ -128,7 +128,7 @@ def _measure(method, root, output):
     import torch
     from speechbrain.dataio import audio_io  # noqa: F401
 
-    import speechbrain_ram.corpora.manifest  # noqa: F401
+    import speechbrain_ram.data.manifest  # noqa: F401
 
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

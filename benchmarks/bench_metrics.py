@@ -20,7 +20,7 @@ import torch
 from harness import Table, alternate
 from speechbrain.utils.metric_stats import EER, minDCF
 
-from speechbrain_ram.metrics import error_curve, evaluate
+from speechbrain_ram.verification.metrics import error_curve, evaluate
 
 SIZES = [1_000, 3_000, 10_000, 37_611, 100_000, 600_000, 3_500_000, 10_000_000]
 TOGETHER = 10_000  # trials up to which SpeechBrain's are run

@@ -22,9 +22,13 @@ import numpy as np
 import torch
 from harness import Table, alternate
 
-from speechbrain_ram.score_norm import normalise
-from speechbrain_ram.scoring import score_trials, trial_vectors, unit_length
-from speechbrain_ram.trials import TrialList, read_trials
+from speechbrain_ram.verification.score_norm import normalise
+from speechbrain_ram.verification.scores import (
+    score_trials,
+    trial_vectors,
+    unit_length,
+)
+from speechbrain_ram.verification.trials import TrialList, read_trials
 
 DIM, TOP = 512, 300
 FULL = {"utterances": 145_000, "trials": 600_000, "cohort": 6_000}

@@ -25,9 +25,9 @@ from harness import Table
 from speechbrain.lobes.features import Fbank
 from tqdm import tqdm
 
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.fused import FusedMarginClassifier
+from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.losses import make_objective
+from speechbrain_ram.training.fused import FusedMarginClassifier
 
 SPEEDS = (1.0, 0.9, 1.1)
 CROPS, CROP_SAMPLES = 3, 32_000

@@ -23,9 +23,9 @@ import torch
 import yaml
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.metrics import eer
-from speechbrain_ram.scoring import read_scores
 from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.verification.metrics import eer
+from speechbrain_ram.verification.scores import read_scores
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,13 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_ram.architecture import EncoderError
-from speechbrain_ram.audio import AudioError, pad_waveforms
-from speechbrain_ram.decision import Decision
-from speechbrain_ram.embeddings import length_batches
-from speechbrain_ram.encoder_folder import encoder_section, export_inference
-from speechbrain_ram.loading import LoadedEncoder, load_encoder
-from speechbrain_ram.recordings import (
+from speechbrain_ram.data.audio import AudioError, pad_waveforms
+from speechbrain_ram.data.recordings import (
     Piece,
     Recording,
     Segment,
@@ -33,7 +28,12 @@ from speechbrain_ram.recordings import (
     split_into_pieces,
     warn_of_clipping,
 )
+from speechbrain_ram.export.architecture import EncoderError
+from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
+from speechbrain_ram.export.folder import encoder_section, export_inference
 from speechbrain_ram.threads import in_threads, n_threads
+from speechbrain_ram.verification.decision import Decision
+from speechbrain_ram.verification.embeddings import length_batches
 
 __all__ = [
     "Comparison",

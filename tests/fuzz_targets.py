@@ -16,17 +16,22 @@ import soundfile
 from safetensors.torch import load_file
 from small_encoder import export_small
 
-from speechbrain_ram.architecture import fingerprint
-from speechbrain_ram.audio import AudioError, audio_info, read_audio
-from speechbrain_ram.checkpoints import (
+from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.manifest import ManifestError, read_manifest
+from speechbrain_ram.export.architecture import fingerprint
+from speechbrain_ram.inference import EncoderError, load_encoder
+from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     SafeCheckpointer,
     read_checkpoint,
 )
-from speechbrain_ram.corpora.manifest import ManifestError, read_manifest
-from speechbrain_ram.inference import EncoderError, load_encoder
-from speechbrain_ram.scoring import read_scores
-from speechbrain_ram.trials import FORMS, TrialError, read_models, read_trials
+from speechbrain_ram.verification.scores import read_scores
+from speechbrain_ram.verification.trials import (
+    FORMS,
+    TrialError,
+    read_models,
+    read_trials,
+)
 
 
 class Target(NamedTuple):

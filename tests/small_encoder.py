@@ -7,9 +7,9 @@ import torch
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 
-from speechbrain_ram.decision import Decision
-from speechbrain_ram.encoder_folder import export_inference
+from speechbrain_ram.export.folder import export_inference
 from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.verification.decision import Decision
 
 DIM = 16
 CHANNELS = [4, 4, 4, 4]

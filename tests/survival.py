@@ -147,7 +147,7 @@ def _train(
 ):
     from conftest import run_recipe
 
-    from speechbrain_ram.stopping import leave_on_signals
+    from speechbrain_ram.training.stopping import leave_on_signals
 
     _print_to(folder)
     torch.set_num_threads(threads)
@@ -162,7 +162,7 @@ def _train(
 
 def let_random_numbers_matter():
     """Add noise from the global generator, as a dithered front-end does."""
-    from speechbrain_ram.brain import SpeakerBrain
+    from speechbrain_ram.training.brain import SpeakerBrain
 
     forward = SpeakerBrain.compute_forward
 
@@ -180,8 +180,8 @@ def count_events(events, kill_at=None, by=signal.SIGKILL, alone=False):
     from speechbrain.utils.train_logger import FileTrainLogger
 
     import train_speaker_embeddings
-    from speechbrain_ram.brain import SpeakerBrain
-    from speechbrain_ram.checkpoints import SafeCheckpointer
+    from speechbrain_ram.training.brain import SpeakerBrain
+    from speechbrain_ram.training.checkpoints import SafeCheckpointer
 
     owner = os.getpid()
     log = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

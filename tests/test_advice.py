@@ -8,8 +8,9 @@ import torch
 from conftest import REPOSITORY, run_recipe
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram import advice
-from speechbrain_ram.advice import (
+from speechbrain_ram.losses import FORMS, RealAdditiveMargin, make_objective
+from speechbrain_ram.training import advice
+from speechbrain_ram.training.advice import (
     at_the_end,
     margin_note,
     margin_warning,
@@ -17,8 +18,7 @@ from speechbrain_ram.advice import (
     schedule_warnings,
     verdict,
 )
-from speechbrain_ram.losses import FORMS, RealAdditiveMargin, make_objective
-from speechbrain_ram.schedules import MarginRise, WarmupDecay
+from speechbrain_ram.training.schedules import MarginRise, WarmupDecay
 
 # Classes of each corpus; a speed multiplies them.
 CLASSES = {
@@ -173,7 +173,7 @@ def test_training_says_so_at_the_start_and_at_the_end(
     tiny_corpus, tmp_path, monkeypatch, capsys
 ):
     """A margin of nothing, a warm-up without end, nothing learned."""
-    from speechbrain_ram import brain
+    from speechbrain_ram.training import brain
 
     monkeypatch.setattr(brain, "eer", lambda *_: 0.0)  # of the untrained
     run = run_recipe(

@@ -8,7 +8,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from small_encoder import YAML, small_network
 
-from speechbrain_ram.architecture import (
+from speechbrain_ram.export.architecture import (
     EncoderError,
     build,
     fingerprint,
@@ -103,7 +103,12 @@ def test_what_is_no_architecture(text, message):
 
 @pytest.mark.parametrize(
     "path",
-    ["os.system", "builtins.eval", "torch.load", "speechbrain_ram.audio.open"],
+    [
+        "os.system",
+        "builtins.eval",
+        "torch.load",
+        "speechbrain_ram.data.audio.open",
+    ],
 )
 def test_only_classes_on_the_list_are_built(path):
     architecture = read_architecture(KALDI)

@@ -6,14 +6,14 @@ import soundfile
 import torch
 from speechbrain.augment.time_domain import AddNoise
 
-from speechbrain_ram.augmentation import (
+from speechbrain_ram.data.augmentation import (
     MUSAN_SNR,
     NoiseBank,
     RandomAugmentation,
     Reverberation,
     musan_and_rirs,
 )
-from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.data.manifest import ManifestError
 
 RATE = 16000
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechbrain_ram.bootstrap import (
+from speechbrain_ram.verification.bootstrap import (
     Interval,
     _ends,
     _replicate,
@@ -11,7 +11,7 @@ from speechbrain_ram.bootstrap import (
     bootstrap,
     paired_bootstrap,
 )
-from speechbrain_ram.metrics import eer, evaluate, min_dcf
+from speechbrain_ram.verification.metrics import eer, evaluate, min_dcf
 
 
 def speaker_list(n=3000, speakers=20, effect=1.0, seed=0, decimals=None):

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from speechbrain_ram.calibration import (
+from speechbrain_ram.verification.calibration import (
     Calibration,
     fit_calibration,
     pair_quality,
 )
-from speechbrain_ram.metrics import act_dcf, cllr, eer, min_cllr, min_dcf
+from speechbrain_ram.verification.metrics import (
+    act_dcf,
+    cllr,
+    eer,
+    min_cllr,
+    min_dcf,
+)
 
 
 def known_ratios(n=40_000, seed=0, mean=3.0):

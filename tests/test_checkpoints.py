@@ -12,8 +12,8 @@ import torch
 import yaml
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_ram import checkpoints
-from speechbrain_ram.checkpoints import (
+from speechbrain_ram.training import checkpoints
+from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     DamagedCheckpoint,
     SafeCheckpointer,
@@ -131,7 +131,7 @@ KILLED_WHILE_WRITING = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from speechbrain_ram.checkpoints import SafeCheckpointer
+from speechbrain_ram.training.checkpoints import SafeCheckpointer
 
 model = torch.nn.Linear(30, 20)
 files = {f"part{i}": model for i in range(4)}
@@ -231,7 +231,7 @@ def test_nothing_is_pruned_before_the_new_one_is_there(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("speechbrain_ram.checkpoints._sync", full)
+    monkeypatch.setattr("speechbrain_ram.training.checkpoints._sync", full)
     with pytest.raises(CheckpointError, match="is intact"):
         checkpointer.save_and_keep_only(meta={"EER": 1.0}, min_keys=["EER"])
     assert metas(checkpointer, "EER") == before
@@ -270,7 +270,7 @@ def test_only_a_full_disk_is_called_full(checkpointer, monkeypatch, number):
     def fails(*_):
         raise OSError(number, "something else")
 
-    monkeypatch.setattr("speechbrain_ram.checkpoints._sync", fails)
+    monkeypatch.setattr("speechbrain_ram.training.checkpoints._sync", fails)
     with pytest.raises(CheckpointError, match="could not be written") as caught:
         checkpointer.save_checkpoint()
     assert "is full" not in str(caught.value)
@@ -283,7 +283,7 @@ def test_a_folder_that_is_deleted_meanwhile(checkpointer, monkeypatch):
         shutil.rmtree(folder)
         raise FileNotFoundError(errno.ENOENT, "No such file", str(folder))
 
-    monkeypatch.setattr("speechbrain_ram.checkpoints._sync", deleted)
+    monkeypatch.setattr("speechbrain_ram.training.checkpoints._sync", deleted)
     with pytest.raises(CheckpointError, match="Was it deleted or moved"):
         checkpointer.save_checkpoint()
 

@@ -12,8 +12,8 @@ import soundfile
 from click.testing import CliRunner
 from small_encoder import DIM, export_small, voice
 
-from speechbrain_ram import cli_common
-from speechbrain_ram.cli import main
+from speechbrain_ram.cli import common as cli_common
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import Segment, SpeakerEncoder
 
 
@@ -287,7 +287,7 @@ def test_an_export_that_computes_something_else_is_refused(
     run, tmp_path, monkeypatch
 ):
     pytest.importorskip("onnxruntime")
-    from speechbrain_ram import onnx_export
+    from speechbrain_ram.export import onnx as onnx_export
 
     session = onnx_export._session
 
@@ -313,7 +313,7 @@ def test_map(run, voices, tmp_path, ending):
 
 def test_help_reads_well_and_does_not_wait_for_pytorch():
     script = (
-        "import sys, speechbrain_ram.cli as cli\n"
+        "import sys, speechbrain_ram.cli.main as cli\n"
         "try: cli.main(['--help'], prog_name='speechbrain-ram')\n"
         "finally: assert 'torch' not in sys.modules\n"
     )

@@ -10,12 +10,12 @@ import soundfile
 
 from speechbrain_ram.corpora.cnceleb import prepare_cnceleb
 from speechbrain_ram.corpora.join import join_short
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.trials import (
+from speechbrain_ram.verification.trials import (
     TrialError,
     check_utterances,
     read_models,

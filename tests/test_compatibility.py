@@ -8,8 +8,8 @@ import pytest
 import torch
 from write_release import release_run, waveform
 
-from speechbrain_ram.checkpoints import SafeCheckpointer
 from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.run import RunError
 
 RELEASES = sorted((Path(__file__).parent / "data").glob("release_*"))

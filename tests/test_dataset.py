@@ -7,17 +7,17 @@ import torch
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram import dataset as dataset_module
-from speechbrain_ram.audio import AudioError, read_audio
-from speechbrain_ram.corpora.manifest import (
-    ManifestError,
-    Utterance,
-    write_manifest,
-)
-from speechbrain_ram.dataset import (
+from speechbrain_ram.data import dataset as dataset_module
+from speechbrain_ram.data.audio import AudioError, read_audio
+from speechbrain_ram.data.dataset import (
     CropDataset,
     original_speakers,
     speaker_datasets,
+)
+from speechbrain_ram.data.manifest import (
+    ManifestError,
+    Utterance,
+    write_manifest,
 )
 
 RATE = 16000

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small_encoder import dev_scores
 
-from speechbrain_ram.decision import BINS, Decision
-from speechbrain_ram.metrics import eer
+from speechbrain_ram.verification.decision import BINS, Decision
+from speechbrain_ram.verification.metrics import eer
 
 
 @pytest.fixture(scope="module")

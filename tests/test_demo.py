@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from small_encoder import export_small, voice
 
-from speechbrain_ram import demo
+from speechbrain_ram.cli import demo
 from speechbrain_ram.inference import SpeakerEncoder
 
 uvicorn = pytest.importorskip("uvicorn")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 
-from speechbrain_ram.diagnostics import (
+from speechbrain_ram.losses import make_objective
+from speechbrain_ram.training.diagnostics import (
     QUANTITIES,
     MarginDiagnostics,
     cosine_margins,
@@ -17,7 +18,6 @@ from speechbrain_ram.diagnostics import (
     satisfied_below,
     satisfied_share,
 )
-from speechbrain_ram.losses import make_objective
 
 OBJECTIVES = [
     ("softmax", "paper"),

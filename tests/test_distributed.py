@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from survival import differences, output_of, train_in_processes
 
-from speechbrain_ram.checkpoints import SafeCheckpointer
-from speechbrain_ram.joint_batches import JointBatchSampler
 from speechbrain_ram.processes import leave_group
-from speechbrain_ram.sync_batch_norm import sync_batch_norm
+from speechbrain_ram.training.checkpoints import SafeCheckpointer
+from speechbrain_ram.training.joint_batches import JointBatchSampler
+from speechbrain_ram.training.sync_batch_norm import sync_batch_norm
 
 
 @given(
@@ -154,7 +154,7 @@ def first_gradients(notes, rank):
     In single precision the first layer's would show the rounding of 34
     layers, 1e-3, and nothing else.
     """
-    from speechbrain_ram.brain import SpeakerBrain
+    from speechbrain_ram.training.brain import SpeakerBrain
 
     wrap = SpeakerBrain._wrap_distributed
 
@@ -186,7 +186,7 @@ def keep_names(notes, rank):
     """Note who is seen, and what is written."""
     import sys
 
-    from speechbrain_ram.brain import SpeakerBrain
+    from speechbrain_ram.training.brain import SpeakerBrain
 
     fit = SpeakerBrain.fit_batch
 
@@ -324,7 +324,7 @@ def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
 def signal_while_preparing(rank):
     """Send SIGTERM to rank 0, which alone prepares data."""
     import train_speaker_embeddings
-    from speechbrain_ram.stopping import leave_on_signals
+    from speechbrain_ram.training.stopping import leave_on_signals
 
     def find_run(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -348,9 +348,10 @@ def numbers(run, name):
 
 def lose_a_share(rank):
     """Rank 1 can read nothing of the validation set."""
-    from speechbrain_ram import dataset, robust_brain
-    from speechbrain_ram.audio import AudioError
-    from speechbrain_ram.faults import SkipUnreadable
+    from speechbrain_ram.data import dataset
+    from speechbrain_ram.data.audio import AudioError
+    from speechbrain_ram.training import robust_brain
+    from speechbrain_ram.training.faults import SkipUnreadable
 
     read = dataset.CropDataset._read_crop
 
@@ -381,7 +382,7 @@ def hide_from_the_second(listing_only, rank):
     """A shared disk whose news are late."""
     from pathlib import Path
 
-    from speechbrain_ram.checkpoints import SafeCheckpointer
+    from speechbrain_ram.training.checkpoints import SafeCheckpointer
 
     if rank == 0:
         return
@@ -412,7 +413,7 @@ def test_a_checkpoint_that_one_does_not_see(two, tiny_corpus, tmp_path):
 
 def signal_the_second(name, since, rank):
     """Send SIGTERM to rank 1 in its first call of a method since another."""
-    from speechbrain_ram.brain import SpeakerBrain
+    from speechbrain_ram.training.brain import SpeakerBrain
 
     called = set()
 

@@ -17,17 +17,17 @@ from speechbrain.processing.features import (
 )
 from survival import PROCESSES
 
-from speechbrain_ram import embeddings as module
-from speechbrain_ram.audio import AudioError, pad_waveforms
-from speechbrain_ram.embedding_store import (
+from speechbrain_ram.data.audio import AudioError, pad_waveforms
+from speechbrain_ram.processes import leave_group
+from speechbrain_ram.threads import ahead
+from speechbrain_ram.verification import embeddings as module
+from speechbrain_ram.verification.embedding_store import (
     EmbeddingSet,
     EmbeddingStore,
     StoreError,
     merge,
 )
-from speechbrain_ram.embeddings import extract, length_batches
-from speechbrain_ram.processes import leave_group
-from speechbrain_ram.threads import ahead
+from speechbrain_ram.verification.embeddings import extract, length_batches
 
 RATE = 16000
 

@@ -13,10 +13,10 @@ from small_encoder import DIM, SPEAKERS, export_small, voice
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 
-from speechbrain_ram import encoder_folder
-from speechbrain_ram.architecture import EncoderError
-from speechbrain_ram.encoder_folder import read_folder
-from speechbrain_ram.loading import LoadedEncoder, load_encoder
+from speechbrain_ram.export import folder as encoder_folder
+from speechbrain_ram.export.architecture import EncoderError
+from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
+from speechbrain_ram.export.folder import read_folder
 
 
 @pytest.fixture(scope="module", params=["fbank", "kaldi"])

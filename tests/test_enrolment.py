@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.enrolment import (
+from speechbrain_ram.verification.enrolment import (
     FORMAT,
     EnrolmentDatabase,
     EnrolmentError,

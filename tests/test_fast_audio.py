@@ -7,9 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_ram import fast_audio
-from speechbrain_ram.audio import AudioError, read_audio
-from speechbrain_ram.fast_audio import read_samples
+from speechbrain_ram.data import fast_audio
+from speechbrain_ram.data.audio import AudioError, read_audio
+from speechbrain_ram.data.fast_audio import read_samples
 
 RATE = 16000
 

@@ -17,12 +17,12 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import Checkpointer
 from survival import differences
 
-from speechbrain_ram import dataset as dataset_module
-from speechbrain_ram import robust_brain, stopping
-from speechbrain_ram.audio import AudioError
-from speechbrain_ram.brain import SpeakerBrain
-from speechbrain_ram.dataset import CropDataset
-from speechbrain_ram.faults import (
+from speechbrain_ram.data import dataset as dataset_module
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.dataset import CropDataset
+from speechbrain_ram.training import robust_brain, stopping
+from speechbrain_ram.training.brain import SpeakerBrain
+from speechbrain_ram.training.faults import (
     Batch,
     Fault,
     FaultError,
@@ -30,8 +30,8 @@ from speechbrain_ram.faults import (
     SkipUnreadable,
     is_full_shared_memory,
 )
-from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
-from speechbrain_ram.stopping import Interrupted
+from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.training.stopping import Interrupted
 
 
 class Flaky:
@@ -275,7 +275,7 @@ def test_errors_that_are_of_shared_memory(text, yes):
 
 SMALL_SHM = """
 import sys, torch
-from speechbrain_ram.faults import Batch, is_full_shared_memory
+from speechbrain_ram.training.faults import Batch, is_full_shared_memory
 class Set(torch.utils.data.Dataset):
     def __len__(self): return 8
     def __getitem__(self, i): return {"id": str(i), "sig": torch.ones(90000)}

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechbrain_ram.corpora.folder import prepare_folder
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.data.split import split_by_utterance
 
 
 def make_corpus(root, counts, seconds=0.2, **settings):

@@ -8,9 +8,12 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speechbrain_ram import fused_torch
-from speechbrain_ram.fused import FusedMarginClassifier, fused_margin_loss
 from speechbrain_ram.losses import FORMS, OBJECTIVES, make_objective
+from speechbrain_ram.training import fused_torch
+from speechbrain_ram.training.fused import (
+    FusedMarginClassifier,
+    fused_margin_loss,
+)
 
 CASES = [(name, "paper") for name in OBJECTIVES[:3]] + [
     (name, form) for name in OBJECTIVES[3:] for form in FORMS
@@ -247,7 +250,7 @@ def test_no_large_matrix_beside_the_weight_gradient(name, form):
 
 def test_yaml_drop_in():
     yaml = """
-classifier: !new:speechbrain_ram.fused.FusedMarginClassifier
+classifier: !new:speechbrain_ram.training.fused.FusedMarginClassifier
     input_size: 8
     out_neurons: 20
     loss_fn: !apply:speechbrain_ram.losses.make_objective

@@ -13,7 +13,7 @@ from fuzz_targets import mutate, targets, try_input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
 
 NAMES = [
     *("trials", "models", "scores", "manifest"),

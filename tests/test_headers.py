@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_ram.audio import AudioError
-from speechbrain_ram.corpora import headers
-from speechbrain_ram.corpora.headers import read_headers
+from speechbrain_ram.data import headers
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.headers import read_headers
 
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 8000)
 

@@ -7,7 +7,7 @@ import torch
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
-from speechbrain_ram.settings import NEEDED
+from speechbrain_ram.training.options import NEEDED
 
 FILES = sorted(
     [

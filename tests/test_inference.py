@@ -10,8 +10,8 @@ import torchaudio
 from small_encoder import DIM, export_small, voice
 from speechbrain.inference.classifiers import EncoderClassifier
 
-from speechbrain_ram.architecture import EncoderError
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.inference import (
     Comparison,
     Segment,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from speechbrain.dataio.dataset import DynamicItemDataset
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     build_manifest,

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from speechbrain_ram.metadata import (
+from speechbrain_ram.verification.speakers import (
     check_speakers,
     read_speaker_table,
     trial_groups,
     trial_speakers,
 )
-from speechbrain_ram.trials import TrialError, TrialList
+from speechbrain_ram.verification.trials import TrialError, TrialList
 
 
 def trial_list(pairs, models=None):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from speechbrain_ram import metrics
+from speechbrain_ram.verification import metrics
 
 
 def naive_rates(scores, labels):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from small_encoder import DIM, export_small, voice
 
-from speechbrain_ram.architecture import EncoderError
-from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.loading import load_encoder
-from speechbrain_ram.onnx_export import (
+from speechbrain_ram.export.architecture import EncoderError
+from speechbrain_ram.export.encoder import load_encoder
+from speechbrain_ram.export.onnx import (
     export_sherpa,
     export_waveform,
     quantise,
 )
+from speechbrain_ram.inference import SpeakerEncoder
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -12,22 +12,22 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.advice import session_note
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.corpora.manifest import (
-    ManifestError,
-    Utterance,
-    read_manifest,
-)
 from speechbrain_ram.corpora.own import (
     corpus_name,
     kaldi_parts,
     make_trials,
     prepare_own,
 )
-from speechbrain_ram.embeddings import extract
-from speechbrain_ram.names import part_name, part_of
-from speechbrain_ram.trials import check_utterances, read_trials
+from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.manifest import (
+    ManifestError,
+    Utterance,
+    read_manifest,
+)
+from speechbrain_ram.data.names import part_name, part_of
+from speechbrain_ram.training.advice import session_note
+from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.trials import check_utterances, read_trials
 
 VOICES = miniature.voices(6, 4)
 

@@ -17,11 +17,11 @@ from hyperpyyaml import resolve_references
 import train_speaker_embeddings
 import verify_speakers
 from speechbrain_ram.corpora import convert
-from speechbrain_ram.corpora.manifest import ManifestError
-from speechbrain_ram.encoder_folder import read_folder
+from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.losses import make_objective, paper_margin_for
-from speechbrain_ram.schedules import MarginRise
-from speechbrain_ram.scoring import read_scores
+from speechbrain_ram.training.schedules import MarginRise
+from speechbrain_ram.verification.scores import read_scores
 
 sys.path.insert(0, str(REPOSITORY / "recipes"))
 import sweep

@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 from scipy.spatial import KDTree
 
-from speechbrain_ram import plots
-from speechbrain_ram.bootstrap import bootstrap, paired_bootstrap
-from speechbrain_ram.metrics import det_points, evaluate
-from speechbrain_ram.plots import _bins, _det_range, det_plot, histogram
-from speechbrain_ram.report import (
+from speechbrain_ram.verification import plots
+from speechbrain_ram.verification.bootstrap import bootstrap, paired_bootstrap
+from speechbrain_ram.verification.metrics import det_points, evaluate
+from speechbrain_ram.verification.plots import (
+    _bins,
+    _det_range,
+    det_plot,
+    histogram,
+)
+from speechbrain_ram.verification.report import (
     System,
     file_name,
     metrics_table,
     worst_errors,
     write_report,
 )
-from speechbrain_ram.trials import TrialList
+from speechbrain_ram.verification.trials import TrialList
 
 PICTURES = ("det", "histogram_good", "histogram_bad_one")
 
@@ -288,7 +293,7 @@ def test_curves_are_thinned_but_not_moved(drawn):
 
 
 def test_the_eers_lie_within_the_det_axes():
-    from speechbrain_ram.metrics import error_curve
+    from speechbrain_ram.verification.metrics import error_curve
 
     for shift in (0.5, 2.0, 4.0, 6.0):
         trials, scores = scored_list(20_000, shift)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram.audio import pad_waveforms
+from speechbrain_ram.data.audio import pad_waveforms
 from speechbrain_ram.resnet import ResNet34
 
 NARROW = (4, 8, 8, 16)

@@ -17,8 +17,8 @@ from speechbrain import parse_arguments
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_ram.checkpoints import SafeCheckpointer
-from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.run import (
     RUN_FILE,
     Run,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from speechbrain_ram.schedules import MarginRise, WarmupDecay
+from speechbrain_ram.training.schedules import MarginRise, WarmupDecay
 
 
 def test_step_decay_is_that_of_the_papers_toolkit():

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
-from speechbrain_ram import score_norm
-from speechbrain_ram.score_norm import METHODS, cohort_statistics, normalise
-from speechbrain_ram.scoring import unit_length
+from speechbrain_ram.verification import score_norm
+from speechbrain_ram.verification.score_norm import (
+    METHODS,
+    cohort_statistics,
+    normalise,
+)
+from speechbrain_ram.verification.scores import unit_length
 
 
 def naive(score, e, t, cohort, method, top_n):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram import scoring
-from speechbrain_ram.scoring import (
+from speechbrain_ram.verification import scores as scoring
+from speechbrain_ram.verification.scores import (
     read_scores,
     score_trials,
     speaker_means,
@@ -17,7 +17,7 @@ from speechbrain_ram.scoring import (
     unit_length,
     write_scores,
 )
-from speechbrain_ram.trials import TrialError, TrialList
+from speechbrain_ram.verification.trials import TrialError, TrialList
 
 
 def naive_vector(name, embeddings, models, mean):
@@ -245,8 +245,8 @@ def test_agrees_with_speechbrains_cosine():
 @pytest.mark.real
 def test_official_list_scores_by_speaker_direction():
     """On VoxCeleb1-O, one direction a speaker separates all trials."""
-    from speechbrain_ram.metrics import eer
-    from speechbrain_ram.trials import read_trials
+    from speechbrain_ram.verification.metrics import eer
+    from speechbrain_ram.verification.trials import read_trials
 
     corpus = os.environ.get("SPEECHOCEAN762")
     path = Path(corpus or ".").parent / "trials" / "veri_test2.txt"

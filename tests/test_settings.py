@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml
 from test_hparams import FILES, IDS, TRAINING, placeholders
 
-from speechbrain_ram.settings import RULES, _Plain, check_settings
+from speechbrain_ram.training.options import RULES, _Plain, check_settings
 
 SYNTHETIC = REPOSITORY / "hparams" / "ram_resnet34.yaml"
 

@@ -10,17 +10,16 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataloader import make_dataloader
 
-from speechbrain_ram import dataset
-from speechbrain_ram.audio import AudioError, read_audio
-from speechbrain_ram.corpora import shards
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data import dataset, shards
+from speechbrain_ram.data.audio import AudioError, read_audio
+from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.corpora.shards import main, pack_shards
-from speechbrain_ram.packed import is_packed, read_packed
+from speechbrain_ram.data.packed import is_packed, read_packed
+from speechbrain_ram.data.shards import main, pack_shards
 
 
 @pytest.fixture
@@ -172,7 +171,7 @@ def test_truncated_shard(corpus):
 
 def test_yaml(corpus):
     yaml = f"""
-prepare: !name:speechbrain_ram.corpora.shards.prepare_shards
+prepare: !name:speechbrain_ram.data.shards.prepare_shards
     prepare: !name:speechbrain_ram.corpora.folder.prepare_folder
         data_root: {corpus}/corpus
         output_dir: {corpus}/manifests

@@ -5,9 +5,13 @@ import os
 import miniature
 import pytest
 
-from speechbrain_ram.corpora.manifest import ManifestError
 from speechbrain_ram.corpora.sitw import prepare_sitw
-from speechbrain_ram.trials import TrialError, check_utterances, read_trials
+from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.verification.trials import (
+    TrialError,
+    check_utterances,
+    read_trials,
+)
 
 VOICES = miniature.voices(4, 3)
 

@@ -11,7 +11,7 @@ import soundfile
 from conftest import REPOSITORY, run_recipe
 
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
-from speechbrain_ram.trials import check_utterances, read_trials
+from speechbrain_ram.verification.trials import check_utterances, read_trials
 
 RECIPE = REPOSITORY / "recipes" / "SpeechOcean762"
 

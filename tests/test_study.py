@@ -12,9 +12,9 @@ import yaml
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram.bootstrap import bootstrap, bootstrap_draws
-from speechbrain_ram.metrics import eer, min_dcf
-from speechbrain_ram.trials import read_trials
+from speechbrain_ram.verification.bootstrap import bootstrap, bootstrap_draws
+from speechbrain_ram.verification.metrics import eer, min_dcf
+from speechbrain_ram.verification.trials import read_trials
 from train_speaker_embeddings import train
 
 sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))

@@ -7,8 +7,11 @@ import torch
 from conftest import REPOSITORY
 from speechbrain.nnet.losses import AngularMargin, LogSoftmaxWrapper
 
-from speechbrain_ram.diagnostics import MarginDiagnostics, satisfied_below
 from speechbrain_ram.losses import RealAdditiveMargin
+from speechbrain_ram.training.diagnostics import (
+    MarginDiagnostics,
+    satisfied_below,
+)
 
 sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))
 from study_variants import HardestOnly, OfManyClasses, SoftEdgeMargin

@@ -12,9 +12,9 @@ import pytest
 import torch
 from survival import differences, output_of, train_in_process
 
-from speechbrain_ram import robust_brain
-from speechbrain_ram.checkpoints import SafeCheckpointer
-from speechbrain_ram.dataset import CropDataset
+from speechbrain_ram.data.dataset import CropDataset
+from speechbrain_ram.training import robust_brain
+from speechbrain_ram.training.checkpoints import SafeCheckpointer
 
 SEED = 6
 N_KILLS = 20

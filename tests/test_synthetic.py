@@ -12,9 +12,9 @@ from sklearn.metrics import roc_curve
 from speechbrain.lobes.features import Fbank
 
 from speechbrain_ram.corpora.folder import prepare_folder
-from speechbrain_ram.corpora.manifest import ManifestError, read_manifest
 from speechbrain_ram.corpora.synthetic import make_synthetic
-from speechbrain_ram.trials import check_utterances, read_trials
+from speechbrain_ram.data.manifest import ManifestError, read_manifest
+from speechbrain_ram.verification.trials import check_utterances, read_trials
 
 TINY = {
     "n_speakers": 3,

@@ -10,10 +10,10 @@ import torch
 from conftest import run_recipe
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_ram.audio import AudioError
-from speechbrain_ram.corpora.manifest import ManifestError
-from speechbrain_ram.scoring import read_scores
-from speechbrain_ram.trials import TrialError, read_trials
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.verification.scores import read_scores
+from speechbrain_ram.verification.trials import TrialError, read_trials
 
 
 def weights(run):
@@ -102,7 +102,7 @@ def test_one_seed_one_result(tiny_run, tiny_corpus, tmp_path):
 def test_an_interrupted_run_goes_on_where_it_was(
     tiny_run, tiny_corpus, tmp_path, monkeypatch
 ):
-    from speechbrain_ram.brain import SpeakerBrain
+    from speechbrain_ram.training.brain import SpeakerBrain
 
     step = SpeakerBrain.fit_batch
 
@@ -125,7 +125,7 @@ def test_trials_are_scored_by_the_best_epoch(
     tiny_corpus, tmp_path, monkeypatch, best, times
 ):
     """Which embeds the recordings once more, unless they were embedded last."""
-    from speechbrain_ram import brain
+    from speechbrain_ram.training import brain
 
     recordings = len(read_trials(tiny_corpus.trials).utterances)
     embedded, rates = [], []

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram import trials as module
-from speechbrain_ram.scoring import read_scores, write_scores
-from speechbrain_ram.trials import (
+from speechbrain_ram.verification import trials as module
+from speechbrain_ram.verification.scores import read_scores, write_scores
+from speechbrain_ram.verification.trials import (
     TrialError,
     TrialList,
     check_utterances,
@@ -314,7 +314,7 @@ def test_a_large_list_takes_little_memory(tmp_path):
     size = os.path.getsize(tmp_path / "big.lst")
     code = """
         import resource, sys
-        from speechbrain_ram.trials import read_trials
+        from speechbrain_ram.verification.trials import read_trials
         rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = rss()
         trials = read_trials(sys.argv[1], "cnceleb")
@@ -398,7 +398,7 @@ def test_spaces_and_tabs_between_fields(tmp_path, line, spaces, first):
 
 def test_long_lists_between_tabs(tmp_path, monkeypatch):
     """In chunks as other lists; a bad line in a later one is found."""
-    monkeypatch.setattr("speechbrain_ram.trials._CHUNK", 3)
+    monkeypatch.setattr("speechbrain_ram.verification.trials._CHUNK", 3)
     expected = [(f"a {i}.wav", f"b{i % 4}.wav", i % 2) for i in range(8)]
     text = "".join(f"{y}\t{e}\t{t}\n" for e, t, y in expected)
     assert rows(read_trials(write(tmp_path, text))) == expected

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import RECIPE, REPOSITORY
 
-from speechbrain_ram.audio import AudioError
-from speechbrain_ram.checkpoints import CheckpointError
-from speechbrain_ram.robust_brain import NonFiniteError, WorkerError
-from speechbrain_ram.stopping import Interrupted
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.training.checkpoints import CheckpointError
+from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.training.stopping import Interrupted
 from speechbrain_ram.user_errors import one_line_errors
 
 

@@ -13,16 +13,16 @@ import pytest
 import soundfile
 from small_encoder import export_small, voice
 
-from speechbrain_ram.audio import read_audio
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.manifest import (
     Utterance,
     build_manifest,
     write_manifest,
 )
 from speechbrain_ram.inference import load_encoder
-from speechbrain_ram.metrics import evaluate
-from speechbrain_ram.scoring import read_scores, write_scores
-from speechbrain_ram.trials import read_trials
+from speechbrain_ram.verification.metrics import evaluate
+from speechbrain_ram.verification.scores import read_scores, write_scores
+from speechbrain_ram.verification.trials import read_trials
 
 SCRIPT = Path(__file__).parent.parent / "verify_speakers.py"
 SPEAKERS = {f"s{i}": 90 + 25 * i for i in range(6)}

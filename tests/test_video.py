@@ -9,9 +9,9 @@ import torch
 import torchaudio
 from small_encoder import export_small, voice
 
-from speechbrain_ram.audio import AudioError
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.containers import is_video, read_video, video_info
 from speechbrain_ram.inference import Segment, SpeakerEncoder
-from speechbrain_ram.video import is_video, read_video, video_info
 
 RATE = 48000
 # Ending: codecs of sound and picture, and samples at 16 kHz by which the

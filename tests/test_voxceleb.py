@@ -6,13 +6,17 @@ import shutil
 import miniature
 import pytest
 
-from speechbrain_ram.corpora.manifest import ManifestError, read_manifest
 from speechbrain_ram.corpora.voxceleb import (
     LISTS,
     find_speaker_folders,
     prepare_voxceleb,
 )
-from speechbrain_ram.trials import TrialError, check_utterances, read_trials
+from speechbrain_ram.data.manifest import ManifestError, read_manifest
+from speechbrain_ram.verification.trials import (
+    TrialError,
+    check_utterances,
+    read_trials,
+)
 
 VOICES = miniature.voices(6, 4)
 

@@ -43,7 +43,7 @@ from study_plan import (
 from tqdm import tqdm
 
 import speechbrain_ram
-from speechbrain_ram.corpora.manifest import read_manifest
+from speechbrain_ram.data.manifest import read_manifest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from study_plan import HALVES, METRICS
 
-from speechbrain_ram.bootstrap import bootstrap_draws
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.metrics import eer, min_dcf
-from speechbrain_ram.scoring import read_scores
-from speechbrain_ram.trials import TrialList, write_trials
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.verification.bootstrap import bootstrap_draws
+from speechbrain_ram.verification.metrics import eer, min_dcf
+from speechbrain_ram.verification.scores import read_scores
+from speechbrain_ram.verification.trials import TrialList, write_trials
 
 
 def speaker_of(utterance: str) -> str:

@@ -19,17 +19,17 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.corpora.guards import check_outside, check_overlap
 from speechbrain_ram.corpora.join import join_short
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.guards import check_outside, check_overlap
+from speechbrain_ram.data.manifest import (
     ManifestError,
     build_manifest,
     write_manifest,
 )
-from speechbrain_ram.corpora.split import split_by_utterance
-from speechbrain_ram.names import read_text
-from speechbrain_ram.trials import (
+from speechbrain_ram.data.names import read_text
+from speechbrain_ram.data.split import split_by_utterance
+from speechbrain_ram.verification.trials import (
     TrialList,
     check_utterances,
     read_models,

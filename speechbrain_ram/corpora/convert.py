@@ -25,9 +25,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.corpora.guards import check_outside
-from speechbrain_ram.corpora.transcode import (
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.guards import check_outside
+from speechbrain_ram.data.transcode import (
     FORMATS,
     import_av,
     transcode_chunk,

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.audio import AUDIO_EXTENSIONS
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.corpora.guards import check_outside
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.audio import AUDIO_EXTENSIONS
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.guards import check_outside
+from speechbrain_ram.data.manifest import (
     ManifestError,
     build_manifest,
     write_manifest,
 )
-from speechbrain_ram.corpora.split import split_by_utterance
+from speechbrain_ram.data.split import split_by_utterance
 
 logger = get_logger(__name__)
 
@@ -83,7 +83,7 @@ def prepare_folder(
     Example
     -------
     >>> import numpy, soundfile
-    >>> from speechbrain_ram.corpora.manifest import read_manifest
+    >>> from speechbrain_ram.data.manifest import read_manifest
     >>> root = getfixture("tmp_path")
     >>> for name in ("anna/1", "anna/2", "ben/1", "ben/2"):
     ...     file = root / "corpus" / f"{name}.wav"

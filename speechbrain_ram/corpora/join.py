@@ -16,8 +16,8 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_ram.atomic import atomic_path
-from speechbrain_ram.audio import AudioError, audio_info, read_audio
-from speechbrain_ram.corpora.manifest import Utterance
+from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.manifest import Utterance
 
 
 def join_short(

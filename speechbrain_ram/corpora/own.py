@@ -18,19 +18,28 @@ from typing import NamedTuple
 import numpy as np
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.audio import AudioError, AudioInfo, audio_info
-from speechbrain_ram.corpora.find import find_recordings
-from speechbrain_ram.corpora.guards import check_outside
-from speechbrain_ram.corpora.manifest import (
+from speechbrain_ram.data.audio import AudioError, AudioInfo, audio_info
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.guards import check_outside
+from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
     check_speakers,
     write_manifest,
 )
-from speechbrain_ram.corpora.split import split_by_utterance
-from speechbrain_ram.names import TextError, part_name, read_text, session_of
-from speechbrain_ram.trials import TrialList, write_models, write_trials
+from speechbrain_ram.data.names import (
+    TextError,
+    part_name,
+    read_text,
+    session_of,
+)
+from speechbrain_ram.data.split import split_by_utterance
+from speechbrain_ram.verification.trials import (
+    TrialList,
+    write_models,
+    write_trials,
+)
 
 logger = get_logger(__name__)
 
@@ -163,7 +172,7 @@ def make_trials(
 
     Time and memory grow with `max_trials` and the number of utterances, not
     with the number of pairs. Of a speaker who has several sessions
-    (:func:`speechbrain_ram.names.session_of`), the target trials pair
+    (:func:`speechbrain_ram.data.names.session_of`), the target trials pair
     different ones.
 
     Arguments

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_ram.corpora.guards import check_outside
-from speechbrain_ram.corpora.manifest import ManifestError
-from speechbrain_ram.trials import (
+from speechbrain_ram.data.guards import check_outside
+from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.verification.trials import (
     TrialError,
     TrialList,
     check_utterances,

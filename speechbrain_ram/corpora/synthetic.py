@@ -31,7 +31,7 @@ import scipy.fft
 import soundfile
 from tqdm import tqdm
 
-from speechbrain_ram.corpora.manifest import ManifestError
+from speechbrain_ram.data.manifest import ManifestError
 
 SAMPLE_RATE = 16000
 

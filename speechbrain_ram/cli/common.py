@@ -1,0 +1,193 @@
+"""What the commands share: options, JSON or text, exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from speechbrain_ram.user_errors import is_user_error, one_line
+
+# PyTorch is imported where it is needed: --help must not wait for it.
+
+ERROR = 2
+INTERRUPTED = 130  # as shells have it
+
+
+def command(function: Callable) -> Callable:
+    """Add --json; print what a command returns; turn errors into exit 2.
+
+    The command returns (facts, text) or (facts, text, exit code).
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    @wraps(function)
+    def run(as_json: bool, **options: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                facts, text, *code = function(**options)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            mendable = is_user_error(error)
+            message = one_line(error) if mendable else repr(error)
+            if as_json:
+                _print_json({"error": message})
+            if mendable:
+                click.echo(f"Error: {message}", err=True)
+            else:
+                traceback.print_exc()
+            # Python would exit with 1, which says "another speaker".
+            sys.exit(ERROR)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        if as_json:
+            _print_json(facts)
+        else:
+            click.echo(text)
+        sys.exit(*code)
+
+    return run
+
+
+class JsonGroup(click.Group):
+    """Commands whose wrong use is an object on stdout too, with --json."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            if as_json:
+                _print_json({"error": error.format_message()})
+            raise
+
+
+def _print_json(value: Any) -> None:
+    """JSON has no infinity: a threshold that nothing reaches is null."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {str(key): plain(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(item) for item in part]
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        return part
+
+    click.echo(json.dumps(plain(value), allow_nan=False))
+
+
+encoder_option = click.option(
+    "-e",
+    "--encoder",
+    "folder",
+    required=True,
+    metavar="FOLDER",
+    envvar="SPEECHBRAIN_RAM_ENCODER",
+    show_envvar=True,
+    help="Exported folder, or a run's output folder.",
+)
+data_root_option = click.option(
+    "--data-root",
+    default=".",
+    show_default=True,
+    metavar="FOLDER",
+    help="What $data_root stands for in a manifest.",
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Such as cuda:0."
+)
+database_option = click.option(
+    "-d",
+    "--database",
+    required=True,
+    metavar="FILE",
+    envvar="SPEECHBRAIN_RAM_DATABASE",
+    show_envvar=True,
+    help="File of enrolled speakers; the first enrolment creates it.",
+)
+threshold_option = click.option(
+    "--threshold",
+    metavar="NUMBER|NAME",
+    help="Least score of one speaker: a number, EER or FAR=1%.  [default: EER]",
+)
+
+
+def load_encoder(folder: str, device: str = "cpu"):
+    from speechbrain_ram.inference import SpeakerEncoder
+
+    return SpeakerEncoder.from_folder(folder, device)
+
+
+def open_database(path: str, encoder):
+    from speechbrain_ram.verification.enrolment import EnrolmentDatabase
+
+    return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
+
+
+def check_output(path: str, *endings: str) -> None:
+    """Say before hours of work that the result cannot be written."""
+    if endings and not path.lower().endswith(endings):
+        raise ValueError(f"'{path}' does not end with {' or '.join(endings)}.")
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise ValueError(
+            f"'{parent}' is not a folder, so '{Path(path).name}' cannot be "
+            "written into it."
+        )
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"The folder '{parent}' is read-only.")
+
+
+def number_or_name(threshold: str | None) -> float | str | None:
+    try:
+        return float(threshold)
+    except (TypeError, ValueError):
+        return threshold
+
+
+def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
+    """Files, folders and manifests as recordings by unique names."""
+    from speechbrain_ram.data.manifest import read_manifest
+    from speechbrain_ram.inference import Segment
+
+    found: dict[str, Any] = {}
+    for item in inputs:
+        if os.path.isdir(item):
+            for name in recordings_below(item):
+                found[os.path.join(item, name)] = Path(item) / name
+        elif item.endswith(".csv"):
+            for row in read_manifest(item):
+                path = row.path(data_root)
+                found[row.id] = Segment(path, row.start, row.stop)
+        else:
+            found[item] = Path(item)
+    return found
+
+
+def recordings_below(folder: str | os.PathLike) -> list[str]:
+    """Sound and video files below a folder, relative to it, sorted."""
+    from speechbrain_ram.data.audio import AUDIO_EXTENSIONS
+    from speechbrain_ram.data.containers import VIDEO_EXTENSIONS
+    from speechbrain_ram.data.find import find_recordings
+
+    return find_recordings(folder, (*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS))
+
+
+def _show_warning(message, category, *_) -> None:
+    """Ours only: those of PyTorch are not for people at a command line."""
+    from speechbrain_ram.data.recordings import RecordingWarning
+
+    if issubclass(category, RecordingWarning):
+        click.echo(f"Warning: {message}", err=True)

@@ -1,0 +1,1 @@
+"""Recordings, manifests and what training reads of them."""

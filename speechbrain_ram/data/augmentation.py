@@ -1,0 +1,237 @@
+"""Noise and rooms for training crops, drawn for each utterance by itself.
+
+Runs in the workers that read the crops. What happens to an utterance is a
+function of (seed, epoch, utterance ID), like its crop: a resumed run, or one
+with other workers, hears the same. SpeechBrain's classes mix and convolve;
+the recordings come from local folders and only the piece that is needed is
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from speechbrain.augment.time_domain import AddNoise
+from speechbrain.processing.signal_processing import reverberate
+
+from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.manifest import build_manifest
+
+#: Signal-to-noise ratios in dB of MUSAN's parts, as WeSpeaker draws them.
+MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}
+
+
+class NoiseBank:
+    """Pieces of the recordings in a folder, drawn at random.
+
+    A ``noise_funct`` for SpeechBrain's ``AddNoise``.
+
+    Arguments
+    ---------
+    folder : path
+        Recordings, mono, of one sample rate.
+    sample_rate : int
+        In Hz.
+
+    Raises
+    ------
+    ManifestError
+        No folder, no recordings, another sample rate, several channels.
+
+    Example
+    -------
+    >>> import numpy, soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> soundfile.write(folder / "hum.wav", numpy.ones(8000) / 2, 16000)
+    >>> NoiseBank(folder)(torch.zeros(3, 12000)).shape
+    torch.Size([3, 12000])
+    """
+
+    def __init__(self, folder: str | os.PathLike, sample_rate: int = 16000):
+        names = [(name, "") for name in find_recordings(folder)]
+        rows = build_manifest(folder, names, sample_rate=sample_rate)
+        self.recordings = [(row.path(folder), row.stop) for row in rows]
+        self.sample_rate = sample_rate
+
+    def __len__(self) -> int:
+        return len(self.recordings)
+
+    def draw(self, length: int | None = None) -> torch.Tensor:
+        """Read a random recording.
+
+        Arguments
+        ---------
+        length : int, optional
+            A random piece of so many samples; shorter recordings are
+            repeated. By default all of it.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [samples].
+        """
+        path, frames = self.recordings[_randint(len(self.recordings))]
+        if length is None:
+            return read_audio(path, 0, frames, self.sample_rate)
+        start = _randint(max(frames - length, 0) + 1)
+        stop = min(start + length, frames)
+        piece = read_audio(path, start, stop, self.sample_rate)
+        return piece.repeat(math.ceil(length / len(piece)))[:length]
+
+    def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Draw one piece for each waveform.
+
+        Arguments
+        ---------
+        waveforms : torch.Tensor
+            Shape [B, T].
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [B, T].
+        """
+        pieces = [self.draw(waveforms.shape[1]) for _ in waveforms]
+        return torch.stack(pieces).to(waveforms)
+
+
+class Reverberation:
+    """A random room for each waveform, the direct sound kept in its place.
+
+    Arguments
+    ---------
+    rirs : NoiseBank
+        Room impulse responses.
+    """
+
+    def __init__(self, rirs: NoiseBank):
+        self.rirs = rirs
+
+    def __call__(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Convolve; [B, T] to [B, T], of the same mean amplitude."""
+        return torch.cat(
+            [reverberate(one[None], self.rirs.draw()) for one in waveforms]
+        )
+
+
+class RandomAugmentation:
+    """One of several augmentations, or none, for every utterance.
+
+    Arguments
+    ---------
+    choices : sequence of callable
+        Each maps (waveforms [1, T], lengths [1]) to waveforms [1, T], such as
+        SpeechBrain's ``AddNoise``; they draw from torch's random generator.
+    weights : sequence of float
+        How often each is chosen.
+    probability : float
+        Share of utterances that are changed, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        No choices, or numbers out of range.
+
+    Example
+    -------
+    >>> flip = RandomAugmentation([lambda x, lengths: -x], [1.0], 1.0)
+    >>> flip(torch.ones(3), "any key")
+    tensor([-1., -1., -1.])
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Callable],
+        weights: Sequence[float],
+        probability: float = 0.6,
+    ):
+        if not choices or len(choices) != len(weights) or min(weights) <= 0:
+            raise ValueError(
+                f"{len(choices)} augmentations with the weights "
+                f"{list(weights)}: one weight above 0 for each is needed."
+            )
+        if not 0 <= probability <= 1:
+            raise ValueError(
+                f"probability is {probability}, expected a share in [0, 1]."
+            )
+        self.choices = list(choices)
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.probability = probability
+
+    def __call__(self, waveform: torch.Tensor, key: str) -> torch.Tensor:
+        """Change one waveform, or not.
+
+        Arguments
+        ---------
+        waveform : torch.Tensor
+            Shape [T].
+        key : str
+            The same key gives the same change.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [T].
+        """
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest, "big"))
+            if torch.rand(()) >= self.probability:
+                return waveform
+            choice = self.choices[int(torch.multinomial(self.weights, 1))]
+            return choice(waveform[None], torch.ones(1))[0]
+
+
+def musan_and_rirs(
+    musan: str | os.PathLike,
+    rirs: str | os.PathLike,
+    probability: float = 0.6,
+    sample_rate: int = 16000,
+) -> RandomAugmentation:
+    """Reverberate, or add noise, music or speech: WeSpeaker's recipe.
+
+    Of the utterances that are changed, half get a room and half a recording
+    of MUSAN, any of its recordings as likely as any other.
+
+    Arguments
+    ---------
+    musan : path
+        OpenSLR 17 unpacked: ``noise``, ``music``, ``speech``.
+    rirs : path
+        Mono room impulse responses, such as ``RIRS_NOISES/simulated_rirs`` of
+        OpenSLR 28.
+    probability : float
+        Share of utterances that are changed.
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    RandomAugmentation
+
+    Raises
+    ------
+    ManifestError
+        A folder is missing or has no usable recordings.
+    """
+    choices: list[Callable] = [Reverberation(NoiseBank(rirs, sample_rate))]
+    sizes = []
+    for part, (low, high) in MUSAN_SNR.items():
+        bank = NoiseBank(Path(musan) / part, sample_rate)
+        choices.append(AddNoise(noise_funct=bank, snr_low=low, snr_high=high))
+        sizes.append(len(bank))
+    weights = [1.0, *(size / sum(sizes) for size in sizes)]
+    return RandomAugmentation(choices, weights, probability)
+
+
+def _randint(high: int) -> int:
+    """A whole number in [0, high), from torch's generator."""
+    return int(torch.randint(high, ()))

@@ -1,0 +1,369 @@
+"""From manifests to SpeechBrain datasets of fixed-length crops.
+
+Training sees a random crop of every utterance, validation its centre. Only
+the crop is read from the disk. Where a training crop begins is a function of
+(seed, epoch, utterance ID) and of nothing else: neither the number of workers
+or processes, nor the order of the batches, nor the point where a run was
+resumed changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torchaudio
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.encoder import CategoricalEncoder
+
+from speechbrain_ram.data.audio import audio_info
+from speechbrain_ram.data.fast_audio import read_samples
+from speechbrain_ram.data.manifest import (
+    ManifestError,
+    Utterance,
+    read_manifest,
+)
+from speechbrain_ram.data.packed import is_packed
+
+#: What each item of the datasets holds.
+OUTPUT_KEYS = ("id", "sig", "spk_id_encoded")
+
+
+class CropDataset(DynamicItemDataset):
+    """A SpeechBrain dataset whose `sig` is one crop of fixed length.
+
+    Items hold ``id`` (str), ``sig`` (float32 ``[crop_samples]``) and
+    ``spk_id_encoded`` (int64 ``[1]``).
+
+    The epoch lies in shared memory, so that :meth:`set_epoch` reaches
+    DataLoader workers that are running already (``persistent_workers``) as
+    well as those forked later. Call it before the epoch's iteration begins.
+
+    Arguments
+    ---------
+    rows : list of Utterance
+        The utterances.
+    data_root : path
+        The corpus folder.
+    label_encoder : CategoricalEncoder
+        Knows every speaker of `rows`.
+    crop_seconds : float
+        Length of every item; shorter utterances are repeated end to end.
+    sample_rate : int
+        In Hz, of the items.
+    random_crops : bool
+        Random crops that change with the epoch, or the centre always.
+    seed : int
+        Of the random crops.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are converted
+        while reading.
+    speeds : sequence of float
+        Play every utterance at each of these speeds. Pitch moves along, so
+        that all but 1.0 count as other utterances by other speakers.
+    augment : callable, optional
+        From a crop [crop_samples] and a key of seed, epoch and utterance to
+        a crop, such as
+        :class:`speechbrain_ram.data.augmentation.RandomAugmentation`. Random crops
+        only.
+
+    Example
+    -------
+    >>> import numpy, soundfile
+    >>> path = str(getfixture("tmp_path") / "a.wav")
+    >>> soundfile.write(path, numpy.zeros(24000), 16000)
+    >>> rows = [Utterance("a", 1.5, path, 0, 24000, "anna")]
+    >>> encoder = CategoricalEncoder()
+    >>> encoder.update_from_iterable(["anna"])
+    >>> item = CropDataset(rows, "/", encoder, crop_seconds=2.0)[0]
+    >>> item["sig"].shape, item["spk_id_encoded"]
+    (torch.Size([32000]), tensor([0]))
+    """
+
+    def __init__(
+        self,
+        rows: list[Utterance],
+        data_root: str | os.PathLike,
+        label_encoder: CategoricalEncoder,
+        crop_seconds: float = 2.0,
+        sample_rate: int = 16000,
+        random_crops: bool = True,
+        seed: int = 1986,
+        resample: bool = False,
+        mixdown: bool = False,
+        speeds: Sequence[float] = (1.0,),
+        augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+    ):
+        _check_speeds(speeds)
+        if not crop_seconds * sample_rate >= 1:
+            raise ValueError(
+                f"crop_seconds is {crop_seconds}: shorter than one sample. "
+                "Training usually takes crops of 2 seconds."
+            )
+        self.crop_samples = round(crop_seconds * sample_rate)
+        self.sample_rate = sample_rate
+        self.random_crops = random_crops
+        self.seed = seed
+        self.resample = resample
+        self.mixdown = mixdown
+        self.augment = augment if random_crops else None
+        paths = [row.path(data_root) for row in rows]
+        try:
+            self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        except RuntimeError as error:
+            raise OSError(
+                f"/dev/shm is full: {error}. Free some of it, or give it more "
+                "room (docker run --shm-size 8g)."
+            ) from error
+        items = {
+            at_speed(row.id, speed): {
+                "path": path,
+                "start": row.start,
+                "stop": row.stop,
+                "speed": speed,
+                "spk_id": at_speed(row.spk_id, speed),
+            }
+            for speed in speeds
+            for row, path in zip(rows, paths, strict=True)
+        }
+        labels = {
+            speaker: label_encoder.encode_label_torch(speaker).reshape(1)
+            for speaker in {item["spk_id"] for item in items.values()}
+        }
+        super().__init__(items)
+        self.add_dynamic_item(
+            self._read_crop,
+            ["id", "path", "start", "stop", "speed"],
+            "sig",
+        )
+        self.add_dynamic_item(labels.__getitem__, "spk_id", "spk_id_encoded")
+        self.set_output_keys(OUTPUT_KEYS)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose random crops are read."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random crops of an epoch.
+
+        Arguments
+        ---------
+        epoch : int
+            Counted as the training loop counts.
+        """
+        self._epoch.fill_(epoch)
+
+    def _read_crop(
+        self,
+        utterance_id: str,
+        path: str,
+        start: int,
+        stop: int,
+        speed: float,
+    ) -> torch.Tensor:
+        """Read one crop, [crop_samples]."""
+        rate = self.sample_rate
+        if self.resample and not is_packed(path):
+            rate = audio_info(path).sample_rate
+        wanted = math.ceil(self.crop_samples * speed * rate / self.sample_rate)
+        spare = stop - start - wanted
+        if spare > 0:
+            share = self._position(utterance_id) if self.random_crops else 0.5
+            start += int(share * (spare + 1))
+            stop = start + wanted
+        waveform = read_samples(
+            path,
+            start,
+            stop,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+        )
+        if speed != 1:
+            waveform = torchaudio.functional.resample(
+                waveform, round(speed * self.sample_rate), self.sample_rate
+            )
+        if len(waveform) < self.crop_samples:
+            repeats = math.ceil(self.crop_samples / len(waveform))
+            waveform = waveform.repeat(repeats)
+        crop = waveform[: self.crop_samples]
+        if self.augment is not None:
+            crop = self.augment(crop, f"{self._key(utterance_id)}/augment")
+        return crop
+
+    def _key(self, utterance_id: str) -> str:
+        """What everything random about a crop is a function of."""
+        return f"{self.seed}/{self.epoch}/{utterance_id}"
+
+    def _position(self, utterance_id: str) -> float:
+        """A number in [0, 1) from seed, epoch and utterance alone.
+
+        A hash, not a random generator: there is no state that workers could
+        share or that a checkpoint would have to keep.
+        """
+        key = self._key(utterance_id).encode()
+        digest = hashlib.blake2b(key, digest_size=6).digest()
+        return int.from_bytes(digest, "big") / 2**48
+
+
+def _check_speeds(speeds: Sequence[float]) -> None:
+    if not speeds or not all(0.5 <= speed <= 2 for speed in speeds):
+        raise ValueError(
+            f"speeds is {list(speeds)}, one or more numbers from 0.5 to 2 "
+            "are needed, such as [1.0, 0.9, 1.1]."
+        )
+
+
+def at_speed(name: str, speed: float) -> str:
+    """Name an utterance or a speaker who is played at another speed.
+
+    Example
+    -------
+    >>> at_speed("anna", 1.0), at_speed("anna", 0.9)
+    ('anna', 'anna@0.9')
+    """
+    return name if speed == 1 else f"{name}@{speed:g}"
+
+
+def original_speakers(
+    label_encoder: CategoricalEncoder, speeds: Sequence[float]
+) -> tuple[CategoricalEncoder, torch.Tensor]:
+    """Leave out the speakers that only a change of speed made.
+
+    Arguments
+    ---------
+    label_encoder : CategoricalEncoder
+        From :func:`speaker_datasets`.
+    speeds : sequence of float
+        That it was given.
+
+    Returns
+    -------
+    label_encoder : CategoricalEncoder
+        Of the real speakers, in the same order.
+    rows : torch.Tensor
+        Shape [number of real speakers], int64: their labels before.
+    """
+    known = label_encoder.lab2ind
+    made = {
+        at_speed(name, speed)
+        for name in known
+        for speed in speeds
+        if speed != 1
+    }
+    names = sorted(set(known) - made, key=known.get)
+    original = CategoricalEncoder()
+    original.update_from_iterable(names)
+    original.expect_len(len(names))
+    return original, torch.tensor([known[name] for name in names])
+
+
+def speaker_labels(
+    train_csv: str | os.PathLike, speeds: Sequence[float] = (1.0,)
+) -> CategoricalEncoder:
+    """Number the training speakers in sorted order, once for each speed.
+
+    Raises
+    ------
+    ManifestError
+        A bad manifest, or one speaker only.
+    """
+    _check_speeds(speeds)
+    speakers = sorted({row.spk_id for row in read_manifest(train_csv)})
+    if len(speakers) < 2:
+        raise ManifestError(
+            f"'{train_csv}' holds one speaker only, '{speakers[0]}'; training "
+            "needs two or more."
+        )
+    labels = CategoricalEncoder()
+    labels.update_from_iterable(
+        at_speed(speaker, speed) for speed in speeds for speaker in speakers
+    )
+    labels.expect_len(len(labels))
+    return labels
+
+
+def speaker_datasets(
+    train_csv: str | os.PathLike,
+    valid_csv: str | os.PathLike,
+    data_root: str | os.PathLike,
+    crop_seconds: float = 2.0,
+    sample_rate: int = 16000,
+    label_encoder: CategoricalEncoder | None = None,
+    seed: int = 1986,
+    resample: bool = False,
+    mixdown: bool = False,
+    speeds: Sequence[float] = (1.0,),
+    augment: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
+    """Make the training and validation datasets and the speaker labels.
+
+    Arguments
+    ---------
+    train_csv, valid_csv : path
+        Manifests.
+    data_root : path
+        The corpus folder.
+    crop_seconds : float
+        Length of every item.
+    sample_rate : int
+        In Hz.
+    label_encoder : CategoricalEncoder, optional
+        A fitted one, for example of the run that is continued. By default a
+        new one numbers the training speakers in sorted order. Its length is
+        the number of classes; ``label_encoder.save(path)`` writes it as text.
+    seed : int
+        Of the random crops.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are converted
+        while reading.
+    speeds : sequence of float
+        Of the training utterances: each but 1.0 adds as many speakers as
+        there are. :func:`original_speakers` drops them again.
+    augment : callable, optional
+        Of the training crops, see :class:`CropDataset`.
+
+    Returns
+    -------
+    train, valid : CropDataset
+    label_encoder : CategoricalEncoder
+
+    Raises
+    ------
+    ManifestError
+        A bad manifest, or speakers that the labels do not know.
+    """
+    _check_speeds(speeds)
+    train_rows, valid_rows = read_manifest(train_csv), read_manifest(valid_csv)
+    if label_encoder is None:
+        label_encoder = speaker_labels(train_csv, speeds)
+    for path, rows in ((train_csv, train_rows), (valid_csv, valid_rows)):
+        unknown = {row.spk_id for row in rows} - set(label_encoder.lab2ind)
+        if unknown:
+            raise ManifestError(
+                f"'{path}' has {len(unknown)} speakers that the "
+                f"{len(label_encoder)} labels do not know, for example "
+                f"'{min(unknown)}'. Do the manifests, and the run that is "
+                "continued, belong together?"
+            )
+    train, valid = (
+        CropDataset(
+            rows,
+            data_root,
+            label_encoder,
+            crop_seconds=crop_seconds,
+            sample_rate=sample_rate,
+            random_crops=random_crops,
+            seed=seed,
+            resample=resample,
+            mixdown=mixdown,
+            speeds=speeds if random_crops else (1.0,),
+            augment=augment,
+        )
+        for rows, random_crops in ((train_rows, True), (valid_rows, False))
+    )
+    return train, valid, label_encoder

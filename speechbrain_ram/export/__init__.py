@@ -1,0 +1,1 @@
+"""The folder that a trained encoder is shipped in."""

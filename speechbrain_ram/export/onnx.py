@@ -1,0 +1,328 @@
+"""Ship an encoder without PyTorch: ONNX for servers, phones and browsers.
+
+Two graphs, both with dynamic batch and length, float32 or int8:
+
+- :func:`export_waveform`: waveform [batch, samples] in, embedding out; the
+  front-end is inside. For servers: onnxruntime and ten lines of code.
+- :func:`export_sherpa`: Kaldi filterbank [batch, frames, 80] in, embedding
+  out, with the metadata that sherpa-onnx reads (Python, Android, iOS,
+  WebAssembly), which computes the filterbank itself. Such an encoder is
+  trained with ``--frontend kaldi``.
+
+All recordings of a batch must have one length: there is no padding mask.
+Needs the extra ``onnx``: ``pip install "speechbrain-ram[onnx]"``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speechbrain_ram.atomic import atomic_path
+from speechbrain_ram.export.architecture import EncoderError
+from speechbrain_ram.export.encoder import LoadedEncoder
+from speechbrain_ram.features import KaldiFbank
+
+#: Of the ONNX operators; onnxruntime 1.14 and later know it.
+OPSET = 18
+
+
+class _Chain(torch.nn.Module):
+    """The parts of an encoder one after the other, for equal lengths."""
+
+    def __init__(self, *parts: torch.nn.Module):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x.squeeze(1)
+
+
+def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
+    """Write waveform -> embedding.
+
+    The input is called ``waveform``, [batch, samples], float32 in [-1, 1];
+    the output ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint
+    and thresholds are in the metadata.
+
+    Arguments
+    ---------
+    encoder : LoadedEncoder
+        From :func:`speechbrain_ram.export.encoder.load_encoder`.
+    path : path
+        The file to write.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+    """
+    metadata = {
+        "sample_rate": encoder.sample_rate,
+        "output_dim": encoder.embedding_dim,
+        "fingerprint": encoder.fingerprint,
+    }
+    if encoder.decision is not None:
+        metadata["thresholds"] = json.dumps(encoder.decision.thresholds)
+    chain = _Chain(*(encoder.modules[part] for part in encoder.modules))
+    shape = (2, encoder.sample_rate)
+    return _export(chain, shape, ("waveform", "samples"), metadata, path)
+
+
+def export_sherpa(
+    encoder: LoadedEncoder,
+    path: str | os.PathLike,
+    language: str = "English",
+) -> Path:
+    """Write features -> embedding, for sherpa-onnx's extractor.
+
+    Arguments
+    ---------
+    encoder : LoadedEncoder
+        Trained on :class:`speechbrain_ram.features.KaldiFbank` with its
+        defaults, which are those of the client.
+    path : path
+        The file to write.
+    language : str
+        What the speakers speak; for people, it changes nothing.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    EncoderError
+        The encoder was trained on other features than the client computes.
+    """
+    front_end = encoder.modules["compute_features"]
+    reference = KaldiFbank(sample_rate=encoder.sample_rate)
+    settings = ("n_mels", "window", "hop", "low_freq", "high_freq")
+    settings += ("snip_edges", "preemphasis")
+    same = isinstance(front_end, KaldiFbank) and all(
+        getattr(front_end, name) == getattr(reference, name)
+        for name in settings
+    )
+    if not same or front_end.scale not in (1.0, 32768.0):
+        raise EncoderError(
+            "sherpa-onnx computes Kaldi's filterbank with its own settings, "
+            f"this encoder was trained on {type(front_end).__name__}, or with "
+            "other settings. Train one with --frontend kaldi."
+        )
+    metadata = {
+        "framework": "wespeaker",  # what its extractor calls this interface
+        "language": language,
+        "url": "https://pypi.org/project/speechbrain-ram",
+        "comment": f"speechbrain-ram, fingerprint {encoder.fingerprint}",
+        "sample_rate": encoder.sample_rate,
+        "output_dim": encoder.embedding_dim,
+        # 0 multiplies the client's samples in [-1, 1] by 32768 first
+        "normalize_samples": int(front_end.scale == 1.0),
+    }
+    chain = _Chain(
+        encoder.modules["mean_var_norm"], encoder.modules["embedding_model"]
+    )
+    shape = (2, 200, front_end.n_mels)
+    return _export(chain, shape, ("features", "frames"), metadata, path)
+
+
+def quantise(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    examples: Iterable[np.ndarray],
+) -> Path:
+    """Write an int8 variant of an exported file: faster, and smaller.
+
+    The convolutions are quantised (weights by channel, activations by ranges
+    seen on examples); front-end, normalisation and pooling stay float32.
+
+    Arguments
+    ---------
+    source : path
+        Written by one of the functions above.
+    path : path
+        The file to write.
+    examples : iterable of np.ndarray
+        What the graph will see, see :func:`graph_inputs`. A hundred
+        utterances of real speech are plenty.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+    """
+    name = _session(source).get_inputs()[0].name
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    feeds = ({name: np.asarray(e, np.float32)} for e in examples)
+
+    class Examples(CalibrationDataReader):
+        def get_next(self) -> Mapping[str, np.ndarray] | None:
+            return next(feeds, None)
+
+    with atomic_path(path) as temporary:
+        quantize_static(
+            str(source),
+            str(temporary),
+            Examples(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    return Path(path)
+
+
+#: Exporters by the client that the file is for.
+EXPORTS = {"server": export_waveform, "sherpa-onnx": export_sherpa}
+
+
+def graph_inputs(
+    encoder: LoadedEncoder,
+    path: str | os.PathLike,
+    waveforms: Iterable[np.ndarray],
+) -> Iterator[np.ndarray]:
+    """What an exported graph is fed for recordings, batches of one.
+
+    Arguments
+    ---------
+    encoder : LoadedEncoder
+        The encoder that was exported.
+    path : path
+        The exported file.
+    waveforms : iterable of np.ndarray
+        Shape [samples] each.
+
+    Yields
+    ------
+    np.ndarray
+        Shape [1, samples], or [1, frames, bands] where the client computes
+        the features.
+    """
+    takes_features = _session(path).get_inputs()[0].name == "features"
+    for waveform in waveforms:
+        batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
+        if takes_features:
+            front_end = encoder.modules["compute_features"]
+            batch = front_end(batch.to(encoder.device)).cpu()
+        yield batch.numpy()
+
+
+def agreement(
+    encoder: LoadedEncoder,
+    path: str | os.PathLike,
+    waveforms: Iterable[np.ndarray],
+) -> tuple[float, float]:
+    """Run an exported graph in onnxruntime and compare it with PyTorch.
+
+    Arguments
+    ---------
+    encoder, path, waveforms
+        As for :func:`graph_inputs`.
+
+    Returns
+    -------
+    tuple of float
+        The largest difference of any embedding's component, relative to the
+        largest component of that embedding where that is above 1; and the
+        least cosine of two embeddings of one recording.
+    """
+    waveforms = list(waveforms)
+    session = _session(path)
+    name = session.get_inputs()[0].name
+    worst, cosine = 0.0, 1.0
+    for waveform, fed in zip(
+        waveforms, graph_inputs(encoder, path, waveforms), strict=True
+    ):
+        (theirs,) = session.run(None, {name: fed})
+        batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
+        ours = encoder.encode(batch, torch.ones(1)).cpu().numpy()
+        error = np.abs(ours - theirs).max() / max(1, np.abs(ours).max())
+        worst = max(worst, float(error))
+        lengths = np.linalg.norm(ours) * np.linalg.norm(theirs)
+        cosine = min(cosine, float((ours * theirs).sum() / lengths))
+    return worst, cosine
+
+
+def signature(path: str | os.PathLike) -> str:
+    """What an exported graph takes and gives, and which runtime says so."""
+    session = _session(path)
+    sides = [
+        f"{end.name} [{', '.join(map(str, end.shape))}]"
+        for end in (*session.get_inputs(), *session.get_outputs())
+    ]
+    _, onnxruntime = _import_onnx()
+    return f"{' -> '.join(sides)} in onnxruntime {onnxruntime.__version__}"
+
+
+def _session(path: str | os.PathLike):
+    _, onnxruntime = _import_onnx()
+    return onnxruntime.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
+
+
+def _export(
+    chain: torch.nn.Module,
+    shape: tuple[int, ...],
+    names: tuple[str, str],
+    metadata: Mapping[str, object],
+    path: str | os.PathLike,
+) -> Path:
+    """Trace a chain on the CPU and write it with its metadata."""
+    onnx, _ = _import_onnx()
+    # The exporter logs what it cannot find of packages that nobody needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    device = next(chain.parameters()).device
+    name, axis = names
+    batch = torch.export.Dim("batch", min=1)
+    # A tenth of a second at least, in either unit.
+    length = torch.export.Dim(axis, min=shape[1] // 10)
+    try:
+        program = torch.onnx.export(
+            chain.cpu().eval(),
+            (torch.randn(shape),),
+            input_names=[name],
+            output_names=["embedding"],
+            dynamic_shapes=({0: batch, 1: length},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        chain.to(device)
+    model = program.model_proto
+    model.ir_version = min(model.ir_version, 9)  # older runtimes stop there
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=str(value))
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+    return Path(path)
+
+
+def _import_onnx():
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  used by the exporter
+    except ImportError as error:
+        raise ImportError(
+            f"'{error.name}' is missing, which ONNX export needs: "
+            'pip install "speechbrain-ram[onnx]"'
+        ) from error
+    return onnx, onnxruntime

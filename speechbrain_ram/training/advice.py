@@ -1,0 +1,244 @@
+"""What training says about itself: margins, schedules, results.
+
+Pure functions that return sentences. The Brain logs them when training
+starts; the script prints and writes the verdict when it ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+
+from speechbrain_ram.data.names import part_of, session_of
+from speechbrain_ram.losses import (
+    RealAdditiveAngularMargin,
+    equivalent_am_margin,
+    paper_margin_for,
+)
+from speechbrain_ram.training.diagnostics import loss_floor
+from speechbrain_ram.training.schedules import MarginRise, WarmupDecay
+from speechbrain_ram.verification.trials import TrialList
+
+#: A margin worth less than this to AM-Softmax is called next to none.
+LEAST_MARGIN = 0.05
+
+#: Part of the training above which a warm-up is called too long.
+LONGEST_WARMUP = 1 / 3
+
+
+def margin_worth(loss_fn: torch.nn.Module, n_classes: int) -> float | None:
+    """What the margin of form ``paper`` is worth to AM-Softmax.
+
+    See :func:`speechbrain_ram.losses.equivalent_am_margin`. An angular margin
+    counts as the greatest lead in cosine that it asks, 2 sin(m / 2), so that
+    its worth is an upper bound.
+
+    Arguments
+    ---------
+    loss_fn : torch.nn.Module
+        From :func:`speechbrain_ram.losses.make_objective`.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    float or None
+        None for softmax, trivial margins and the forms ``released`` and
+        ``hinge``: the number of classes takes nothing from them.
+
+    Example
+    -------
+    >>> from speechbrain_ram.losses import make_objective
+    >>> round(margin_worth(make_objective("ram", 0.2), 7205), 2)
+    -0.1
+    """
+    if getattr(loss_fn, "form", None) != "paper":
+        return None
+    return equivalent_am_margin(loss_fn.largest_lead, loss_fn.scale, n_classes)
+
+
+def margin_note(loss_fn: torch.nn.Module, n_classes: int) -> str:
+    """Number of classes, floor of the loss, worth of the margin; one line."""
+    floor = loss_floor(loss_fn, n_classes)
+    text = f"{n_classes:,} classes; the loss cannot go below {floor:.2f}"
+    worth = margin_worth(loss_fn, n_classes)
+    if worth is None:
+        return text + "."
+    angular = isinstance(loss_fn, RealAdditiveAngularMargin)
+    return (
+        f"{text} (ln C); margin {loss_fn.margin:g} of form paper is worth "
+        f"{'at most ' if angular else ''}{worth:.2f} to AM-Softmax."
+    )
+
+
+def margin_warning(loss_fn: torch.nn.Module, n_classes: int) -> str | None:
+    """What to do about a margin that is worth next to nothing, or None."""
+    worth = margin_worth(loss_fn, n_classes)
+    if worth is None or worth >= LEAST_MARGIN:
+        return None
+    angular = isinstance(loss_fn, RealAdditiveAngularMargin)
+    meant = loss_fn.largest_lead
+    if meant < LEAST_MARGIN:
+        meant = 0.2
+    needed = paper_margin_for(meant, loss_fn.scale, n_classes)
+    if angular:  # the angle whose greatest lead is `needed`
+        needed = 2 * math.asin(min(needed / 2, 1))
+    text = (
+        f"Margin {loss_fn.margin:g} of form paper (equation 12) is next to "
+        f"none: {n_classes:,} classes at scale {loss_fn.scale:g} leave "
+        f"{'at most ' if angular else ''}{worth:.2f} of it, in AM-Softmax's "
+        "terms. "
+    )
+    if needed <= loss_fn._largest_margin:
+        like = "AAM" if angular else "AM"
+        text += (
+            f"--margin {math.ceil(100 * needed - 1e-9) / 100:.2f} acts like "
+            f"{like}-Softmax's {loss_fn.margin or meant:g}"
+            f"{' (let it rise: margin_schedule)' if angular else ''}; "
+        )
+    return text + (
+        "--form released, as the authors' toolkit computes, loses nothing to "
+        "the number of classes. See docs/loss-analysis.md."
+    )
+
+
+def at_the_end(
+    loss_fn: torch.nn.Module, schedule: object | None
+) -> torch.nn.Module:
+    """The objective with the margin that a :class:`MarginRise` ends at."""
+    if not isinstance(schedule, MarginRise) or not hasattr(loss_fn, "form"):
+        return loss_fn
+    loss_fn = copy.copy(loss_fn)
+    loss_fn.margin = float(schedule.final)
+    return loss_fn
+
+
+def schedule_warnings(
+    rate: object,
+    schedule: object | None,
+    n_steps: int,
+    n_epochs: int,
+) -> list[str]:
+    """Where warm-up, decay or the margin's rise do not fit the training.
+
+    Arguments
+    ---------
+    rate : WarmupDecay
+        Another schedule is not judged.
+    schedule : MarginRise or None
+        Another one is not judged.
+    n_steps : int
+        Optimiser steps of the whole training.
+    n_epochs : int
+        Its epochs.
+
+    Returns
+    -------
+    list of str
+        Empty where all fit.
+
+    Example
+    -------
+    >>> schedule_warnings(WarmupDecay(0.1, warmup_steps=500), None, 9000, 51)
+    []
+    """
+    found = []
+    if isinstance(rate, WarmupDecay):
+        found += _rate_warnings(rate, n_steps, n_epochs)
+    if isinstance(schedule, MarginRise) and schedule.end > n_epochs:
+        found.append(
+            f"The margin rises until epoch {schedule.end:g}, but training has "
+            f"{n_epochs}: it ends at {schedule(n_epochs):.2f} instead of "
+            f"{schedule.final:g}. Raise --number_of_epochs, or let the rise "
+            f"end earlier (--margin_start 0 --margin_end {n_epochs / 2:g})."
+        )
+    return found
+
+
+def _rate_warnings(rate: WarmupDecay, n_steps: int, n_epochs: int):
+    if rate.warmup_steps > LONGEST_WARMUP * n_steps:
+        yield (
+            f"The warm-up of the learning rate takes {rate.warmup_steps} "
+            f"steps, but training has {n_steps} in all. Give "
+            f"--warmup_steps {n_steps // 10} or raise --number_of_epochs."
+        )
+    if rate.warmup_epochs > LONGEST_WARMUP * n_epochs:
+        yield (
+            f"The warm-up of the learning rate takes {rate.warmup_epochs:g} "
+            f"epochs, but training has {n_epochs} in all. Give "
+            f"--warmup_epochs {n_epochs / 10:g} or raise --number_of_epochs."
+        )
+    if rate.decay == "step":
+        if rate.every >= n_epochs:
+            yield (
+                f"The learning rate falls every {rate.every} epochs, but "
+                f"training has {n_epochs}: it never falls. Raise "
+                "--number_of_epochs or lower 'every' in the YAML."
+            )
+    elif rate.epochs != n_epochs:
+        yield (
+            f"The learning rate is planned for {rate.epochs} epochs, but "
+            f"training has {n_epochs}. Use the same number in the YAML."
+        )
+
+
+def verdict(before: float | None, after: float) -> list[str]:
+    """Say so where training has not made the encoder better.
+
+    Arguments
+    ---------
+    before, after : float
+        EER on the development trials, in percent: of the untrained encoder
+        (None: not known, ``verify_untrained`` is off) and of the trained one.
+
+    Returns
+    -------
+    list of str
+        Notes for the terminal, the report and the model card; mostly empty.
+
+    Example
+    -------
+    >>> verdict(23.3, 4.4)
+    []
+    >>> verdict(23.3, 36.7)[0][:52]
+    'This encoder is not better than an untrained one: EE'
+    """
+    if before is None or after < before:
+        return []
+    return [
+        f"This encoder is not better than an untrained one: EER {after:.2f} % "
+        f"after training, {before:.2f} % before. Training has failed; do not "
+        "use it."
+    ]
+
+
+def session_note(trials: TrialList) -> str:
+    """How many target trials pair recordings of two folders (sessions).
+
+    Example
+    -------
+    >>> names = ("a/1/x.wav", "a/2/x.wav", "b/1/x.wav")
+    >>> session_note(TrialList(names, names, [0, 0], [1, 2], [1, 0]))
+    'Of 1 target trials, 1 pair recordings of two folders (sessions).'
+    """
+    target = trials.labels == 1
+    names = (*trials.enrol_ids, *trials.test_ids)
+    sessions = {each: i for i, each in enumerate(set(map(session_of, names)))}
+    enrol, test = (
+        np.array([sessions[session_of(name)] for name in ids])
+        for ids in (trials.enrol_ids, trials.test_ids)
+    )
+    parts = any(part_of(name)[2] is not None for name in names)
+    apart = enrol[trials.enrol[target]] != test[trials.test[target]]
+    text = (
+        f"Of {target.sum():,} target trials, {apart.sum():,} pair recordings "
+        f"of two {'folders or files' if parts else 'folders'} (sessions)."
+    )
+    if apart.mean() < 0.5:
+        text += (
+            " Recordings of one session are easier to match than those of two."
+        )
+    return text

@@ -1,0 +1,420 @@
+"""SpeechBrain's Brain for speaker encoders, with what a long run must log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import average_checkpoints
+from speechbrain.utils.distributed import if_main_process, main_process_only
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.losses import make_objective
+from speechbrain_ram.processes import gathered, n_processes
+from speechbrain_ram.training.advice import (
+    at_the_end,
+    margin_note,
+    margin_warning,
+    schedule_warnings,
+)
+from speechbrain_ram.training.checkpoints import CheckpointError
+from speechbrain_ram.training.diagnostics import MarginDiagnostics
+from speechbrain_ram.training.robust_brain import RobustBrain
+from speechbrain_ram.verification.embedding_store import EmbeddingSet
+from speechbrain_ram.verification.embeddings import Padding, extract
+from speechbrain_ram.verification.metrics import eer, min_dcf
+from speechbrain_ram.verification.scores import score_trials
+from speechbrain_ram.verification.trials import TrialList
+
+logger = get_logger(__name__)
+
+
+class SpeakerBrain(RobustBrain):
+    """Trains front-end, encoder and classifier with any margin objective.
+
+    What it reads from the YAML, beside SpeechBrain's own run options and what
+    :class:`RobustBrain` reads:
+
+    ===================  ====================================================
+    modules              compute_features, mean_var_norm, embedding_model and
+                         classifier (which returns cosines)
+    compute_cost         (cosines [B, 1, C], targets [B, 1]) -> loss, such as
+                         SpeechBrain's LogSoftmaxWrapper
+    learning_rate        (optimiser steps, epochs done) -> rate, such as
+                         :class:`speechbrain_ram.training.schedules.WarmupDecay`
+    epoch_counter        SpeechBrain's
+    train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
+    verify_every         epochs between verifications of the dev trials
+    margin_schedule      optional: epochs done -> margin, such as
+                         :class:`speechbrain_ram.training.schedules.MarginRise`; then
+                         ``objective``, ``scale`` and ``form`` are read too
+    average_checkpoints  optional: the encoder of the end is the mean over so
+                         many last epochs, not the best one's
+    margin_diagnostics   False leaves them out of the log, see
+                         :mod:`speechbrain_ram.training.diagnostics`
+    ===================  ====================================================
+
+    Arguments
+    ---------
+    dev_trials : TrialList
+        Trials whose EER picks the best checkpoint; without them the
+        classification error on the validation set does.
+    dev_root : str
+        The folder that the trial list's paths are relative to.
+    read_options : dict
+        ``sample_rate``, ``resample`` and ``mixdown`` for the recordings.
+    *args, **kwargs
+        As for :class:`RobustBrain`.
+    """
+
+    kept_attributes = ("rate", "untrained", "diagnosed")
+
+    def __init__(
+        self,
+        *args,
+        dev_trials: TrialList | None = None,
+        dev_root: str | None = None,
+        read_options: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.dev_trials = dev_trials
+        self.dev_root = dev_root
+        self.read_options = read_options or {}
+        self.best_key = "error" if dev_trials is None else "EER"
+        self.dev_embeddings: EmbeddingSet | None = None
+        self.embedded_at: int | None = None  # epoch
+        self.steps_per_epoch = None
+        self.diagnostics = None
+        loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
+        if getattr(self.hparams, "margin_diagnostics", True) and hasattr(
+            loss_fn, "scale"
+        ):
+            self.diagnostics = MarginDiagnostics(loss_fn)
+        if getattr(self.hparams, "channels_last", False):
+            self._use_channels_last()
+        self.loggers = [self.hparams.train_logger]
+        if getattr(self.hparams, "tensorboard", False) and if_main_process():
+            self.loggers.append(
+                sb.utils.train_logger.TensorboardLogger(
+                    f"{self.hparams.output_folder}/tensorboard"
+                )
+            )
+
+    def _use_channels_last(self):
+        encoder = self.modules["embedding_model"]
+        if self.device_type == "cpu" and encoder.channels[0] < 16:
+            raise ValueError(
+                f"channels_last with {encoder.channels[0]} channels in the "
+                "first stage crashes torch's CPU backward pass. Use 16 or "
+                "more, or --channels_last False."
+            )
+        encoder.to(memory_format=torch.channels_last)
+
+    # -- the step ---------------------------------------------------------
+
+    def compute_forward(self, batch, stage):
+        """Waveforms to cosines [B, 1, C]; all crops have one length."""
+        batch = batch.to(self.device)
+        waveforms, lengths = batch.sig
+        feats = self.modules.compute_features(waveforms)
+        feats = self.modules.mean_var_norm(feats, lengths)
+        embeddings = self.modules.embedding_model(feats)
+        # A bfloat16 cosine near 0.5 is good to 0.004, 0.1 after the scale.
+        with torch.autocast(self.device_type, enabled=False):
+            return self.modules.classifier(embeddings.float())
+
+    def compute_objectives(self, cosines, batch, stage):
+        """Loss of the batch; counts the right answers on the way."""
+        targets = batch.spk_id_encoded.data.to(self.device)
+        right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
+        self.tally.n_right += right.sum()  # on the device: no waiting
+        self.tally.n_seen += len(right)
+        if stage == sb.Stage.TRAIN and self.diagnostics is not None:
+            self.diagnostics.watch(cosines, targets)
+        with torch.autocast(self.device_type, enabled=False):
+            return self.hparams.compute_cost(cosines, targets)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Set the learning rate of this step."""
+        epochs_done = self.hparams.epoch_counter.current - 1
+        epochs_done += (self.step - 1) / self.steps_per_epoch
+        if self.diagnostics is not None:
+            self.n_diagnosed = self.diagnostics.counts()
+        self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
+        schedule = getattr(self.hparams, "margin_schedule", None)
+        if schedule is not None:
+            self._set_margin(schedule(epochs_done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def _undo_forward(self):
+        super()._undo_forward()
+        if self.diagnostics is not None:
+            self.diagnostics.keep(*self.n_diagnosed)
+
+    def _set_margin(self, margin):
+        """Give the objective another margin; it stays the same object."""
+        hparams = self.hparams
+        fresh = make_objective(
+            hparams.objective, margin, hparams.scale, hparams.form
+        )
+        hparams.compute_cost.loss_fn.__dict__.update(fresh.__dict__)
+
+    def make_dataloader(self, dataset, stage, *args, **kwargs):
+        """RobustBrain's loader; notes the length of an epoch."""
+        loader = super().make_dataloader(dataset, stage, *args, **kwargs)
+        if stage == sb.Stage.TRAIN:
+            self.steps_per_epoch = len(loader)
+            self.train_set = dataset
+        return loader
+
+    # -- the epoch --------------------------------------------------------
+
+    def on_fit_start(self):
+        """Resume, if there is a checkpoint that fits; say what will not do."""
+        self._advise()
+        try:
+            super().on_fit_start()
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise ValueError(
+                "the checkpoints in "
+                f"'{self.checkpointer.checkpoints_dir}' are of another "
+                "architecture or another number of speakers. Use another "
+                f"--output_folder, or remove them. ({error})"
+            ) from error
+        if self.optimizer_step == 0 and getattr(
+            self.hparams, "verify_untrained", False
+        ):
+            self.untrained = self.verify()
+            self._log({"epoch": 0}, valid_stats=self.untrained)
+
+    def _advise(self):
+        """Log what the margin is worth, and what does not fit together."""
+        hparams = self.hparams
+        rise = getattr(hparams, "margin_schedule", None)
+        loss_fn = getattr(hparams.compute_cost, "loss_fn", None)
+        weight = getattr(self.modules["classifier"], "weight", None)
+        if hasattr(loss_fn, "scale") and weight is not None:
+            loss_fn = at_the_end(loss_fn, rise)
+            logger.info(margin_note(loss_fn, len(weight)))
+            warning = margin_warning(loss_fn, len(weight))
+            if warning:
+                logger.warning(warning)
+        n_epochs = hparams.epoch_counter.limit
+        n_steps = self.steps_per_epoch * n_epochs
+        for warning in schedule_warnings(
+            hparams.learning_rate,
+            rise,
+            n_steps // self.grad_accumulation_factor,
+            n_epochs,
+        ):
+            logger.warning(warning)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Choose the crops of the epoch, start the clock."""
+        goes_on = self._resumed is not None
+        super().on_stage_start(stage, epoch)
+        if stage == sb.Stage.TRAIN:
+            if self.diagnostics is not None and not goes_on:
+                self.diagnostics.reset()
+            self.train_set.set_epoch(epoch)
+            self.started = time.perf_counter()
+            self.seen_before = self.tally.n_seen  # by an interrupted run
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log; after a validation also verify, and save a checkpoint."""
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = self._training_stats()
+            super().on_stage_end(stage, stage_loss, epoch)
+            return
+        total = self.tally.joint()
+        stats = {"loss": total.loss, "error": 100 - total.accuracy}
+        if stage == sb.Stage.VALID:
+            last = epoch == self.hparams.epoch_counter.limit
+            if last or epoch % self.hparams.verify_every == 0:
+                stats.update(self.verify())
+                self.embedded_at = epoch
+            self._log(
+                {"epoch": epoch, "lr": self.rate}, self.train_stats, stats
+            )
+            self.checkpointer.save_and_keep_only(
+                meta={"epoch": epoch, **stats},
+                min_keys=[self.best_key],
+                num_to_keep=max(self.n_averaged, 1),
+            )
+
+    def _training_stats(self) -> dict[str, float]:
+        total = self.tally.joint()
+        seconds = time.perf_counter() - self.started
+        stats = {
+            "loss": total.loss,
+            "accuracy": total.accuracy,
+            "grad_norm": total.grad_norm / max(total.n_steps, 1),
+            "utterances/s": (total.n_seen - self.seen_before) / seconds,
+        }
+        if self.diagnostics is not None:
+            stats.update(self._joint_diagnostics().summary(stats["loss"]))
+        if self.n_bad_steps:
+            stats["skipped steps"] = self.n_bad_steps
+        if self.n_scaled_down:
+            stats["scaled down"] = self.n_scaled_down
+        if self.faults[sb.Stage.TRAIN].messages:
+            stats["unreadable"] = len(self.faults[sb.Stage.TRAIN].messages)
+        return stats
+
+    @main_process_only  # SpeechBrain's loggers talk to the other processes
+    def _log(self, meta, train_stats=None, valid_stats=None):
+        for one in self.loggers:
+            one.log_stats(
+                meta, train_stats=train_stats, valid_stats=valid_stats
+            )
+
+    def _joint_diagnostics(self) -> MarginDiagnostics:
+        joint = MarginDiagnostics(self.diagnostics.loss_fn)
+        joint.restore(*gathered(self.diagnostics.state()))
+        return joint
+
+    @property
+    def diagnosed(self) -> dict | None:
+        """The epoch's margin diagnostics so far, of all processes."""
+        if self.diagnostics is None:
+            return None
+        return self._joint_diagnostics().state()
+
+    @diagnosed.setter
+    def diagnosed(self, state: dict | None):
+        if self.diagnostics is not None and state is not None:
+            self.diagnostics.reset()
+            if if_main_process():  # as with the tally, it stands for all
+                self.diagnostics.restore(state)
+
+    # -- verification -----------------------------------------------------
+
+    @property
+    def pad(self) -> Padding | None:
+        """How the front-end batches waveforms; None is the host's way."""
+        return getattr(self.modules["compute_features"], "pad", None)
+
+    @torch.no_grad()
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Embed a padded batch.
+
+        Arguments
+        ---------
+        waveforms : torch.Tensor
+            Shape [B, samples].
+        lengths : torch.Tensor
+            Shape [B], relative.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [B, E], float32.
+        """
+        waveforms = waveforms.to(self.device)
+        lengths = lengths.to(self.device)
+        with self.evaluation_ctx:
+            feats = self.modules.compute_features(waveforms)
+            feats = self.modules.mean_var_norm(feats, lengths)
+            # Without wrappers: DDP would synchronise ranks that have unequal
+            # numbers of batches, a compiled graph would be compiled anew for
+            # each length.
+            encoder = _unwrapped(self.modules["embedding_model"])
+            return encoder(feats, lengths).squeeze(1).float()
+
+    @property
+    def n_averaged(self) -> int:
+        """Over how many epochs the encoder of the end is averaged."""
+        return getattr(self.hparams, "average_checkpoints", None) or 0
+
+    def load_best(self) -> None:
+        """Load the weights that training ends with: best, or averaged."""
+        self.modules.eval()  # a run that had been finished trains nothing
+        embedded, self.dev_embeddings = self.dev_embeddings, None
+        if self.n_averaged > 1:
+            newest = self.checkpointer.choose_checkpoints(
+                ckpt_predicate=lambda each: each.meta["end-of-epoch"],
+                max_num_checkpoints=self.n_averaged,
+            )
+            for name in ("embedding_model", "classifier"):
+                mean = average_checkpoints(newest, name)
+                self.checkpointer.recoverables[name].load_state_dict(mean)
+            return
+        best = self.checkpointer.choose_checkpoints(
+            min_key=self.best_key, max_num_checkpoints=1
+        )
+        if not best:
+            raise CheckpointError(
+                f"no checkpoint in '{self.checkpointer.checkpoints_dir}' says "
+                f"its {self.best_key}: there is no best one."
+            )
+        best = best[0]
+        self.checkpointer.load_modules(best)
+        if best.meta.get("epoch") == self.embedded_at:
+            self.dev_embeddings = embedded  # by these weights
+
+    def embed(self, utterances: Sequence[str], root: str) -> EmbeddingSet:
+        """Embed recordings, with all processes.
+
+        Arguments
+        ---------
+        utterances : sequence of str
+            Paths relative to `root`.
+        root : str
+            Their folder.
+
+        Returns
+        -------
+        EmbeddingSet
+        """
+        self.modules.eval()
+        with self.stop.listening():
+            embeddings = extract(
+                self.encode,
+                utterances,
+                root,
+                device=self.device,
+                progress=not self.noprogressbar,
+                pad=self.pad,
+                distributed=n_processes() > 1,
+                check=self.leave_if_asked,
+                **self.read_options,
+            )
+            self.leave_together()
+        return embeddings
+
+    def embed_dev(self) -> EmbeddingSet:
+        """Embed the dev trials' recordings, but not twice by the best epoch."""
+        if self.dev_embeddings is None:
+            self.dev_embeddings = self.embed(
+                self.dev_trials.utterances, self.dev_root
+            )
+        return self.dev_embeddings
+
+    def verify(self) -> dict[str, float]:
+        """Error rates on the dev trials, {} where there are none."""
+        if self.dev_trials is None:
+            return {}
+        self.dev_embeddings = None  # those of an earlier epoch
+        embeddings = self.embed_dev()
+        scores = score_trials(
+            self.dev_trials, embeddings.ids, embeddings.matrix
+        )
+        labels = self.dev_trials.labels
+        return {
+            "EER": eer(scores, labels),
+            "minDCF(0.01)": min_dcf(scores, labels, p_target=0.01),
+        }
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    module = getattr(module, "module", module)
+    return getattr(module, "_orig_mod", module)

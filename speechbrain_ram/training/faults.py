@@ -1,0 +1,260 @@
+"""Recordings that fail while training: try again, skip, count, stop.
+
+A disk that stutters must not end a run of days, and a disk that is gone must
+not train on what little is left. :class:`SkipUnreadable` stands around a
+dataset in the loader's workers; :class:`FaultList` counts in the main process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.data_utils import batch_pad_right
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.training.checkpoints import is_full_disk
+
+logger = get_logger(__name__)
+
+WAITS = (0.1, 0.5)  # seconds before the second and the third try
+
+#: Unreadable utterances that stop no training, whatever share they are, up to
+#: a quarter of the set: a share of 51 utterances is less than one of them.
+FEW = 5
+
+
+class FaultError(AudioError):
+    """Too many recordings cannot be read; the message names ten of them."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What stands in a batch for an utterance that could not be read.
+
+    Arguments
+    ---------
+    id : str
+        The utterance.
+    message : str
+        What was wrong in the last try.
+    """
+
+    id: str
+    message: str
+
+
+class SkipUnreadable(torch.utils.data.Dataset):
+    """A dataset whose unreadable items are :class:`Fault` objects.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        Raises AudioError or OSError for items that cannot be read.
+    waits : sequence of float
+        Seconds before each further try.
+    """
+
+    def __init__(self, dataset, waits: Sequence[float] = WAITS):
+        self.dataset = dataset
+        self.waits = waits
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        for wait in (*self.waits, None):
+            try:
+                return self.dataset[index]
+            except (AudioError, OSError) as error:
+                message = str(error)
+            if wait is not None:
+                time.sleep(wait)
+        return Fault(self.dataset.data_ids[index], message)
+
+
+class Batch:
+    """Collates what could be read, and carries what could not.
+
+    Arguments
+    ---------
+    items : list
+        Of a :class:`SkipUnreadable`.
+
+    Example
+    -------
+    >>> batch = Batch([{"id": "a"}, Fault("b", "gone")])
+    >>> batch.data.id, batch.faults
+    (['a'], [Fault(id='b', message='gone')])
+    >>> Batch([Fault("b", "gone")]).data is None
+    True
+    """
+
+    def __init__(self, items: list):
+        self.faults = [item for item in items if isinstance(item, Fault)]
+        good = [item for item in items if not isinstance(item, Fault)]
+        self.data = PaddedBatch(good, padding_func=stack) if good else None
+
+    def pin_memory(self) -> Batch:
+        """For the loader's `pin_memory`."""
+        if self.data is not None:
+            self.data.pin_memory()
+        return self
+
+
+def stack(values: Sequence[torch.Tensor], **padding):
+    """SpeechBrain's ``batch_pad_right``, 10 times faster where all are equal.
+
+    Arguments
+    ---------
+    values : sequence of torch.Tensor
+        Of the same number of dimensions.
+    **padding
+        As for ``batch_pad_right``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The batch, and relative lengths.
+    """
+    if len({value.shape for value in values}) > 1:
+        batch, lengths = batch_pad_right(values, **padding)
+    else:
+        batch, lengths = torch.stack(list(values)), torch.ones(len(values))
+    if torch.utils.data.get_worker_info() is not None:
+        # Here, where an error reaches the main process: left to the queue
+        # that sends it, it would be printed and the batch waited for.
+        batch.share_memory_()
+        lengths.share_memory_()
+    return batch, lengths
+
+
+def is_full_shared_memory(error: BaseException) -> bool:
+    """Whether /dev/shm has no room for the loader's workers.
+
+    Arguments
+    ---------
+    error : BaseException
+        Caught, with its traceback: a worker's batch that finds no room is a
+        RuntimeError of torch, or a bus error that ends the worker; a queue
+        that finds none is an OSError like that of a full disk.
+
+    Returns
+    -------
+    bool
+    """
+    text = str(error)
+    if "Too many open files" in text:
+        return False
+    if "shared memory" in text or "</torch_" in text:
+        return True
+    return is_full_disk(error) and any(
+        "multiprocessing" in frame.filename
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
+
+
+class FaultList:
+    """The utterances that could not be read, and when they are too many.
+
+    Arguments
+    ---------
+    total : int
+        Utterances of the set.
+    max_share : float
+        Share of them, in [0, 1], above which training stops; a few (`FEW`)
+        are always allowed, but none with 0.
+    path : path, optional
+        A text file that lists them, ``ID<tab>message``.
+    what : str
+        Names the set in messages.
+
+    Example
+    -------
+    >>> faults = FaultList(total=100, max_share=0.01)
+    >>> faults.add([Fault("a", "'a.wav' does not exist.")])
+    >>> faults.check()
+    >>> len(faults.messages)
+    1
+    """
+
+    def __init__(
+        self,
+        total: int,
+        max_share: float,
+        path: str | os.PathLike | None = None,
+        what: str = "training",
+    ):
+        if not 0 <= max_share <= 1:
+            raise ValueError(
+                f"--max_fault_share is {max_share}, allowed is 0 to 1: it is "
+                "the share of utterances that may fail, not percent."
+            )
+        self.total = total
+        self.max_share = max_share
+        self.path = None if path is None else Path(path)
+        self.what = what
+        self.messages: dict[str, str] = {}
+
+    @property
+    def allowed(self) -> int:
+        """How many utterances may fail."""
+        if self.max_share == 0:
+            return 0
+        few = min(FEW, self.total // 4)
+        return max(math.floor(self.max_share * self.total + 1e-9), few)
+
+    def add(self, faults: Sequence[Fault]) -> None:
+        """Note the faults of a batch.
+
+        Arguments
+        ---------
+        faults : sequence of Fault
+            One utterance counts once, however often it fails.
+        """
+        new = [fault for fault in faults if fault.id not in self.messages]
+        for fault in new:
+            self.messages[fault.id] = fault.message
+            logger.warning("Skipped '%s': %s", fault.id, fault.message)
+        if new:
+            self._write()
+
+    def check(self) -> None:
+        """Stop where too much is missing.
+
+        Raises
+        ------
+        FaultError
+            More than are allowed.
+        """
+        if len(self.messages) <= self.allowed:
+            return
+        examples = list(self.messages.values())[:10]
+        raise FaultError(
+            f"{len(self.messages)} of {self.total} {self.what} utterances "
+            f"could not be read; --max_fault_share {self.max_share} allows "
+            f"{self.allowed}. Is the disk there, and whole? If it is, a larger "
+            "share goes on without them.\n" + "\n".join(examples)
+        )
+
+    def restore(self, messages: dict[str, str]) -> None:
+        """Continue the list of an interrupted run."""
+        self.messages = dict(messages)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is not None and self.messages:
+            with atomic_writer(self.path) as file:
+                for name, message in self.messages.items():
+                    line = " ".join(message.split())
+                    file.write(f"{name}\t{line}\n")

@@ -1,0 +1,356 @@
+r"""Classifier and margin loss in one, for very many speakers.
+
+The plain way to train on C speakers makes the cosines [N, C], their one-hot
+targets, logits, log-probabilities and the gradients of each: at N = 512 and
+C = 10^6 every one of these takes 2 GB. Here the classes pass by in chunks,
+forward and again backward, and what is kept is O(N E + C).
+
+In the notation of :mod:`speechbrain_ram.losses`, every objective is
+
+    loss_i = log(1 + e^{L_i}),   L_i = log sum_{j != y} e^{g(z_ij)}
+
+with z_ij = s c_ij - a_i and a_i the target's logit after its margin:
+
+============  =========================================  ==================
+objective     g(z)                                       d loss / d z_j
+============  =========================================  ==================
+trivial       z                                          e^{z - loss}
+``paper``     max(0, z)                                  e^{z - loss}, z > 0
+``released``  z where z > 0, else -a                     e^{z - loss}, z > 0
+``hinge``     log(e^{max(0, z)} - 1)                     e^{z - loss}, z > 0
+============  =========================================  ==================
+
+so L is a running log-sum-exp, and one number per sample is all that the
+backward pass needs to know of the other chunks. The real margins add that a
+class which no sample of the batch violates has exactly no gradient; the
+forward pass marks the others, the backward pass visits only those.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from speechbrain.nnet.losses import AngularMargin
+from torch.autograd.function import once_differentiable
+
+from speechbrain_ram.losses import RealAdditiveMargin
+from speechbrain_ram.training import fused_torch
+
+#: Chunk times N or E, the larger: 8 MB a float32 matrix, a few at a time.
+_CHUNK_ELEMENTS = 2**21
+
+# Above this share of violated classes, plain slices are faster than gathering.
+_DENSE = 0.5
+
+_NORM_FLOOR = 1e-12  # F.normalize's, so that a zero row means the same here
+
+
+class FusedMarginClassifier(torch.nn.Module):
+    """SpeechBrain's cosine ``Classifier`` that can return the loss itself.
+
+    ``classifier(embeddings, targets)`` equals
+    ``LogSoftmaxWrapper(loss_fn)(classifier(embeddings), targets)`` and its
+    gradients, to rounding, without a matrix [N, C]. Without targets it
+    returns the cosines, as SpeechBrain's class does; the parameters have the
+    same name and shape, so that their checkpoints fit each other.
+
+    Arguments
+    ---------
+    input_size : int
+        Embedding dimension E.
+    out_neurons : int
+        Number of classes C, 2 or more.
+    loss_fn : torch.nn.Module
+        What ``LogSoftmaxWrapper`` would take: SpeechBrain's
+        ``AngularMargin``, ``AdditiveAngularMargin``, or this package's
+        ``RealAdditiveMargin``, ``RealAdditiveAngularMargin``.
+    chunk_size : int
+        Classes at a time; by default, as many as make 8 MB of cosines.
+
+    Raises
+    ------
+    TypeError
+        A loss_fn that is none of these.
+    ValueError
+        An impossible size; in ``forward``, wrong shapes or labels.
+
+    Example
+    -------
+    >>> loss_fn = RealAdditiveMargin(margin=0.2, scale=30)
+    >>> classifier = FusedMarginClassifier(8, 1000, loss_fn)
+    >>> embeddings = torch.randn(4, 1, 8)  # [N, 1, E]
+    >>> classifier(embeddings, torch.tensor([[1], [0], [999], [1]])).shape
+    torch.Size([])
+    >>> classifier(embeddings).shape  # cosines
+    torch.Size([4, 1, 1000])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        out_neurons: int,
+        loss_fn: torch.nn.Module,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        _check_loss_fn(loss_fn)
+        if input_size < 1 or out_neurons < 2:
+            raise ValueError(
+                f"input_size is {input_size} and out_neurons {out_neurons}; "
+                "allowed are 1 or more, and 2 or more classes. Is the label "
+                "encoder filled before the model is built?"
+            )
+        self.loss_fn = loss_fn
+        self.chunk_size = chunk_size
+        self.weight = torch.nn.Parameter(torch.empty(out_neurons, input_size))
+        torch.nn.init.xavier_uniform_(self.weight)
+
+    def forward(
+        self, embeddings: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean loss, or without targets the cosines.
+
+        Arguments
+        ---------
+        embeddings : torch.Tensor
+            Shape [N, 1, E] or [N, E], of any length (normalised here).
+        targets : torch.Tensor
+            Class indices, shape [N, 1] or [N].
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar, float32 or wider, or cosines of shape [N, 1, C].
+        """
+        embeddings = (
+            embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
+        )
+        if targets is None:
+            weight = F.normalize(self.weight)
+            return F.linear(F.normalize(embeddings), weight).unsqueeze(1)
+        return fused_margin_loss(
+            embeddings,
+            self.weight,
+            targets.reshape(-1),
+            self.loss_fn,
+            self.chunk_size,
+        )
+
+
+def fused_margin_loss(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_fn: torch.nn.Module,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Mean margin loss of embeddings against class weights.
+
+    Equals, to rounding and with its gradients, ::
+
+        cosines = F.linear(F.normalize(embeddings), F.normalize(weight))
+        one_hot = F.one_hot(labels, len(weight))
+        F.cross_entropy(loss_fn(cosines, one_hot), labels)
+
+    Arguments
+    ---------
+    embeddings : torch.Tensor
+        Shape [N, E].
+    weight : torch.Tensor
+        Shape [C, E], one row a class.
+    labels : torch.Tensor
+        Class indices in [0, C), shape [N]. Their range is checked on CPU
+        only: on a GPU that would wait for the device in every step.
+    loss_fn : torch.nn.Module
+        See :class:`FusedMarginClassifier`.
+    chunk_size : int
+        Classes at a time; by default, as many as make 8 MB of cosines.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar. Computed in float32 under autocast; float64 stays float64.
+
+    Example
+    -------
+    >>> weight = torch.eye(3)
+    >>> loss_fn = RealAdditiveMargin(margin=0.2, scale=30, form="hinge")
+    >>> fused_margin_loss(weight, weight, torch.arange(3), loss_fn)
+    tensor(0.)
+    """
+    _check_loss_fn(loss_fn)
+    _check_shapes(embeddings, weight, labels)
+    if labels.device.type == "cpu":
+        _check_labels(labels, len(weight))
+    if chunk_size is None:
+        chunk_size = max(1, _CHUNK_ELEMENTS // max(embeddings.shape))
+    elif chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, allowed is 1 or more.")
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if embeddings.dtype != torch.float64:
+            embeddings = embeddings.float()
+        losses = _MarginLosses.apply(
+            F.normalize(embeddings),
+            weight,
+            labels.long(),
+            loss_fn,
+            min(chunk_size, len(weight)),
+        )
+        return losses.mean()
+
+
+class _MarginLosses(torch.autograd.Function):
+    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, loss_fn, chunk):
+        form, scale = _form(loss_fn), float(loss_fn.scale)
+        unit, _ = _targets(weight, labels, x.dtype)
+        cosine = (x * unit).sum(dim=1)
+        logit, slope = _target_logit(loss_fn, cosine)
+
+        norm = x.new_empty(len(weight))
+        violated = labels.new_empty(len(weight), dtype=torch.bool)
+        log_sums = []
+        for rows in _slices(len(weight), chunk):
+            w = weight[rows].to(x.dtype)
+            norm[rows] = torch.linalg.vector_norm(w, dim=1).clamp(
+                min=_NORM_FLOOR
+            )
+            own = _own_column(_class_ids(rows, labels), labels)
+            log_sum, violated[rows] = fused_torch.log_sum_exp(
+                x, w, norm[rows], own, logit, scale, form
+            )
+            log_sums.append(log_sum)
+        log_sum = torch.stack(log_sums).logsumexp(dim=0)
+        loss = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
+
+        ctx.save_for_backward(
+            x, weight, labels, norm, violated, cosine, logit, slope, loss
+        )
+        ctx.settings = form, scale, chunk
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        with torch.autocast(grad_loss.device.type, enabled=False):
+            grads = _MarginLosses._gradients(ctx, grad_loss)
+        return (*grads, None, None, None)
+
+    @staticmethod
+    def _gradients(ctx, grad_loss):
+        form, scale, chunk = ctx.settings
+        x, weight, labels, norm, violated, cosine, logit, slope, loss = (
+            ctx.saved_tensors
+        )
+        blocks = _slices(len(weight), chunk)
+        grad_weight = torch.empty_like(weight)
+        if form != "trivial":
+            rows = violated.nonzero().squeeze(1)  # waits for a GPU, once
+            if len(rows) < _DENSE * len(weight):
+                blocks = rows.split(chunk) if len(rows) else ()
+                grad_weight.zero_()
+
+        grad_x = torch.zeros_like(x)
+        pull = torch.zeros_like(loss)  # - d loss / d logit, times grad_loss
+        for rows in blocks:
+            w = weight[rows].to(x.dtype)
+            own = _own_column(_class_ids(rows, labels), labels)
+            grad_dot, pull_here, radial = fused_torch.gradient(
+                x, w, norm[rows], own, logit, loss, grad_loss, scale, form
+            )
+            pull += pull_here
+            grad_x.addmm_(grad_dot, w)
+            # What a row's length would change is normalised away.
+            grad_w = torch.addcmul(
+                grad_dot.t() @ x,
+                w,
+                (radial / norm[rows]).unsqueeze(1),
+                value=-1,
+            )
+            grad_weight[rows] = grad_w.to(weight.dtype)
+
+        if form in ("trivial", "released"):  # every other class pulls
+            pull = -torch.expm1(-loss) * grad_loss
+        unit, target_norm = _targets(weight, labels, x.dtype)
+        grad_cosine = (-pull * slope).unsqueeze(1)
+        grad_x.addcmul_(grad_cosine, unit)
+        grad_target = grad_cosine * (x - cosine.unsqueeze(1) * unit)
+        grad_target = (grad_target / target_norm).to(weight.dtype)
+        grad_weight.index_add_(0, labels, grad_target)
+        return grad_x, grad_weight
+
+
+def _own_column(ids, labels):
+    """Where each label stands in the sorted class ids, -1 if nowhere."""
+    column = torch.searchsorted(ids, labels).clamp_(max=len(ids) - 1)
+    return torch.where(ids[column] == labels, column, -1)
+
+
+def _class_ids(rows, labels):
+    """Class indices of a block, which is a slice or already a tensor."""
+    if isinstance(rows, slice):
+        return torch.arange(rows.start, rows.stop, device=labels.device)
+    return rows
+
+
+def _slices(length, chunk):
+    return [
+        slice(start, min(start + chunk, length))
+        for start in range(0, length, chunk)
+    ]
+
+
+def _targets(weight, labels, dtype):
+    """Directions of the labels' rows, [N, E], and their lengths, [N, 1]."""
+    rows = weight[labels].to(dtype)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norm = norm.clamp(min=_NORM_FLOOR)
+    return rows / norm, norm
+
+
+def _target_logit(loss_fn, cosine):
+    """a(c_y) and its derivative: the loss_fn of a target without rivals."""
+    with torch.enable_grad():
+        cosine = cosine.detach().unsqueeze(1).requires_grad_()
+        logit = loss_fn(cosine, torch.ones_like(cosine))
+        (slope,) = torch.autograd.grad(logit.sum(), cosine)
+    return logit.detach().squeeze(1), slope.squeeze(1)
+
+
+def _form(loss_fn):
+    return (
+        loss_fn.form if isinstance(loss_fn, RealAdditiveMargin) else "trivial"
+    )
+
+
+def _check_loss_fn(loss_fn):
+    if not isinstance(loss_fn, (AngularMargin, RealAdditiveMargin)):
+        raise TypeError(
+            f"loss_fn is {type(loss_fn).__name__}, allowed are SpeechBrain's "
+            "AngularMargin and AdditiveAngularMargin, RealAdditiveMargin and "
+            "RealAdditiveAngularMargin. Is it already wrapped in "
+            "LogSoftmaxWrapper?"
+        )
+
+
+def _check_shapes(embeddings, weight, labels):
+    n, dim = embeddings.shape if embeddings.ndim == 2 else (-1, -1)
+    if n < 1 or labels.shape != (n,) or weight.shape[1:] != (dim,):
+        raise ValueError(
+            "embeddings [N, E], weight [C, E] and labels [N] are needed, "
+            f"N at least 1; got {tuple(embeddings.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(labels.shape)}. Is a singleton "
+            "time axis left to squeeze?"
+        )
+
+
+def _check_labels(labels, n_classes):
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(
+            f"labels run from {low} to {high}, allowed are 0 to "
+            f"{n_classes - 1}. Was the label encoder filled from another "
+            "manifest than the classifier's size?"
+        )

@@ -1,0 +1,1 @@
+"""From a trial list to a report."""

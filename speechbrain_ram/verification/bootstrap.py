@@ -1,0 +1,341 @@
+"""How sure is a number? Confidence intervals by resampling speakers.
+
+Trials that share a speaker are not independent: one unusual voice moves
+thousands of them. Resampling trials therefore gives intervals that are far
+too narrow. Here **speakers** are drawn with replacement (the vertex bootstrap
+of Snijders & Borgatti, 1999; for verification see Bolle et al., 2004). If
+speaker i was drawn w_i times, a target trial of i counts w_i times and a
+non-target trial of i and j counts w_i w_j times: what the list would hold if
+these had been its speakers.
+
+Intervals are basic bootstrap intervals (Davison & Hinkley, 1997, eq. 5.6),
+``2 value - percentiles``: a replicate repeats speakers, which makes minima
+such as minDCF look better than they are, and plain percentiles of minDCF miss
+the truth far too often (see the coverage test). They are widened, if need be,
+to hold the value, and cut off where the metric ends. They say how the number
+would vary over other speakers of this population, not over other trainings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from tqdm import tqdm
+
+from speechbrain_ram.verification.metrics import (
+    P_TARGETS,
+    ErrorCurve,
+    error_curve,
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the interval around it.
+
+    Arguments
+    ---------
+    value : float
+        On the list as it is.
+    low, high : float
+        Ends of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        low, high = format(self.low, spec), format(self.high, spec)
+        return f"{format(self.value, spec)} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """An interval of a difference, and how often chance alone explains it.
+
+    Arguments
+    ---------
+    value, low, high : float
+        First system minus second: negative where the first is better.
+    p_value : float
+        Two-sided: 1 - the level at which the interval would touch zero.
+    """
+
+    p_value: float
+
+
+def bootstrap(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speakers: ArrayLike,
+    test_speakers: ArrayLike,
+    p_targets: Sequence[float] = P_TARGETS,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Interval]:
+    """Confidence intervals of EER and minDCF over speakers.
+
+    Arguments
+    ---------
+    scores, labels : array
+        Shape [N], as for :func:`speechbrain_ram.verification.metrics.error_curve`.
+    enrol_speakers, test_speakers : array
+        Shape [N], whose voice each side is: names or numbers.
+    p_targets : sequence of float
+        Priors for minDCF.
+    replicates : int
+        How often the speakers are drawn.
+    level : float
+        Share of the replicates inside the interval.
+    seed : int
+        Of the draws: the same seed gives the same interval.
+    progress : bool
+        Whether to show a progress bar on stderr.
+
+    Returns
+    -------
+    dict
+        `{"EER": Interval, "minDCF(0.01)": Interval, ...}`, EER in percent.
+
+    Raises
+    ------
+    ValueError
+        As for `error_curve`; fewer than two speakers; a target trial of two
+        speakers, or a non-target trial of one.
+
+    Example
+    -------
+    >>> scores = [0.9, 0.8, 0.7, 0.2, 0.8, 0.1]
+    >>> labels = [1, 1, 1, 0, 0, 0]
+    >>> result = bootstrap(scores, labels, list("abcaab"), list("abcbcc"))
+    >>> print(f"{result['EER']:.1f}")
+    33.3 [0.0, 66.7]
+    """
+    system = _Resampled(scores, labels, enrol_speakers, test_speakers)
+    names, value, draws = _replicate(
+        [system], p_targets, replicates, seed, progress
+    )
+    low, high = _ends(value[0], draws[:, 0], level)
+    worst = np.where(np.array(names) == "EER", 100, 1)
+    low, high = np.clip(low, 0, worst), np.clip(high, 0, worst)
+    return {
+        name: Interval(float(value[0, i]), float(low[i]), float(high[i]))
+        for i, name in enumerate(names)
+    }
+
+
+def paired_bootstrap(
+    scores: ArrayLike,
+    other_scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speakers: ArrayLike,
+    test_speakers: ArrayLike,
+    p_targets: Sequence[float] = P_TARGETS,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Difference]:
+    """Is one system better than another on the same trials?
+
+    Both systems see the same draws of speakers, so that what makes a speaker
+    hard for both cancels.
+
+    Arguments
+    ---------
+    scores, other_scores : array
+        Shape [N], two systems' scores of the same trials.
+    labels, enrol_speakers, test_speakers, p_targets, replicates, level, seed
+        As for :func:`bootstrap`.
+    progress : bool
+        Whether to show a progress bar on stderr.
+
+    Returns
+    -------
+    dict
+        Differences by metric, `scores` minus `other_scores`.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`bootstrap`.
+    """
+    systems = [
+        _Resampled(each, labels, enrol_speakers, test_speakers)
+        for each in (scores, other_scores)
+    ]
+    names, value, draws = _replicate(
+        systems, p_targets, replicates, seed, progress
+    )
+    value, draws = value[0] - value[1], draws[:, 0] - draws[:, 1]
+    low, high = _ends(value, draws, level)
+    # A level at which the interval would end at 0. + 1: the list as it is
+    # counts as one replicate, so that p is never 0.
+    below = ((draws <= 2 * value).sum(axis=0) + 1) / (replicates + 1)
+    above = ((draws >= 2 * value).sum(axis=0) + 1) / (replicates + 1)
+    p_values = np.minimum(1, 2 * np.minimum(below, above))
+    return {
+        name: Difference(
+            float(value[i]), float(low[i]), float(high[i]), float(p_values[i])
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def bootstrap_draws(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speakers: ArrayLike,
+    test_speakers: ArrayLike,
+    p_targets: Sequence[float] = P_TARGETS,
+    replicates: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """EER and minDCF of each replicate, for statistics of one's own.
+
+    Calls with one seed, on trials of the same speakers, see the same draws of
+    speakers: replicate k of one belongs to replicate k of the other.
+
+    Arguments
+    ---------
+    scores, labels, enrol_speakers, test_speakers, p_targets, replicates, seed
+        As for :func:`bootstrap`.
+    progress : bool
+        Whether to show a progress bar on stderr.
+
+    Returns
+    -------
+    dict
+        Arrays of shape [replicates] by metric, EER in percent.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`bootstrap`.
+
+    Example
+    -------
+    >>> scores, labels = [0.9, 0.8, 0.7, 0.2, 0.8, 0.1], [1, 1, 1, 0, 0, 0]
+    >>> draws = bootstrap_draws(scores, labels, list("abcaab"), list("abcbcc"))
+    >>> draws["EER"].shape
+    (1000,)
+    """
+    system = _Resampled(scores, labels, enrol_speakers, test_speakers)
+    names, _, draws = _replicate(
+        [system], p_targets, replicates, seed, progress
+    )
+    return {name: draws[:, 0, i] for i, name in enumerate(names)}
+
+
+class _Resampled:
+    """One system's sorted trials; weights of speakers in, a curve out."""
+
+    def __init__(
+        self,
+        scores: ArrayLike,
+        labels: ArrayLike,
+        enrol_speakers: ArrayLike,
+        test_speakers: ArrayLike,
+    ):
+        self.curve = error_curve(scores, labels)
+        # EER and minDCF of every replicate are reached at these points too
+        self.corners = self.curve.corners()
+        scores, labels = np.asarray(scores), np.asarray(labels)
+        enrol, test = np.asarray(enrol_speakers), np.asarray(test_speakers)
+        if not enrol.shape == test.shape == scores.shape:
+            raise ValueError(
+                "one speaker a side of each trial is needed, got "
+                f"{enrol.shape} and {test.shape} for {scores.shape} scores."
+            )
+        names, codes = np.unique([enrol, test], return_inverse=True)
+        enrol, test = codes.reshape(2, -1)
+        self.speakers = len(names)
+        if self.speakers < 2:
+            raise ValueError("at least two speakers are needed.")
+        wrong = np.flatnonzero((enrol == test) != (labels == 1))
+        if wrong.size:
+            first = wrong[0]
+            raise ValueError(
+                f"{wrong.size} trials contradict their speakers, the first "
+                f"at index {first}: label {labels[first]}, speakers "
+                f"'{names[enrol[first]]}' and '{names[test[first]]}'. Is the "
+                "speaker another part of the utterance's name?"
+            )
+        target = np.flatnonzero(labels == 1)
+        nontarget = np.flatnonzero(labels == 0)
+        target = target[np.argsort(scores[target])]
+        nontarget = nontarget[np.argsort(scores[nontarget])]
+        self.target = enrol[target]
+        self.nontarget = enrol[nontarget], test[nontarget]
+
+    def replicate(self, weights: np.ndarray) -> ErrorCurve | None:
+        """The curve under these weights, None if a class is left empty."""
+        left, right = self.nontarget
+        target = np.cumsum(weights[self.target])
+        nontarget = np.cumsum(weights[left] * weights[right])
+        n_target, n_nontarget = int(target[-1]), int(nontarget[-1])
+        if not (n_target and n_nontarget):
+            return None
+        corners = self.corners
+        below = corners.n_nontarget - corners.false_alarms
+        return replace(
+            corners,
+            misses=np.append(0, target)[corners.misses],
+            false_alarms=n_nontarget - np.append(0, nontarget)[below],
+            n_target=n_target,
+            n_nontarget=n_nontarget,
+        )
+
+
+def _replicate(
+    systems: Sequence[_Resampled],
+    p_targets: Sequence[float],
+    replicates: int,
+    seed: int,
+    progress: bool,
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names [M], values [systems, M] and draws [replicates, systems, M]."""
+    measures: dict[str, Callable[[ErrorCurve], float]] = {
+        "EER": lambda curve: curve.eer()[0]
+    }
+    for p in p_targets:
+        measures[f"minDCF({p:g})"] = lambda curve, p=p: curve.min_dcf(p)[0]
+
+    def measure(curves: Sequence[ErrorCurve]) -> list[list[float]]:
+        return [[m(curve) for m in measures.values()] for curve in curves]
+
+    rng = np.random.default_rng(seed)
+    n = systems[0].speakers
+    draws = np.empty((replicates, len(systems), len(measures)))
+    for row in tqdm(draws, desc="bootstrap", disable=not progress):
+        curves: list[ErrorCurve | None] = [None]
+        while None in curves:  # only lists of very few speakers draw again
+            weights = rng.multinomial(n, np.full(n, 1 / n))
+            curves = [system.replicate(weights) for system in systems]
+        row[:] = measure(curves)
+    value = np.array(measure([system.curve for system in systems]))
+    return list(measures), value, draws
+
+
+def _ends(
+    value: np.ndarray, draws: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the basic interval, widened to hold the value."""
+    if not 0 < level < 1:
+        raise ValueError(
+            f"level must lie strictly between 0 and 1, got {level}. Was it "
+            "given in percent?"
+        )
+    tail = 50 * (1 - level)
+    low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
+    return (
+        np.minimum(2 * value - high, value),
+        np.maximum(2 * value - low, value),
+    )

@@ -1,0 +1,243 @@
+"""Calibration: scores and quality measures -> log-likelihood ratios.
+
+A weighted logistic regression fitted on one list (dev) and applied to another
+(eval): ``llr = w . x + b`` with x the score and, where given, quality measures
+of the two recordings. The weights make the classes count as if targets had
+the prior `p_target`; the log odds of that prior are taken off again, so that
+the result is a likelihood ratio (Brummer et al., "Fusion of heterogeneous
+speaker recognition systems", 2007).
+
+Quality measures (Thienpondt et al., "The IDLab VoxSRC-20 submission", ICASSP
+2021) are symmetric: the smaller and the larger value of the two sides.
+Usual ones are the log of the duration, the length of the embedding before it
+is scaled, and the mean score against a cohort.
+
+Needs scikit-learn: ``pip install "speechbrain-ram[calibration]"``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.data.names import TextError, read_text
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted map from score and qualities to log-likelihood ratio.
+
+    Arguments
+    ---------
+    features : tuple of str
+        "score" and the names of the quality measures.
+    weights : tuple of float
+        One a feature.
+    bias : float
+        What is added.
+    p_target : float
+        The prior that the fit was weighted for.
+    """
+
+    features: tuple[str, ...]
+    weights: tuple[float, ...]
+    bias: float
+    p_target: float
+
+    def apply(
+        self,
+        scores: ArrayLike,
+        qualities: Mapping[str, ArrayLike] | None = None,
+    ) -> np.ndarray:
+        """Calibrate scores.
+
+        Arguments
+        ---------
+        scores : array
+            Shape [N].
+        qualities : Mapping, optional
+            Measures by name, shape [N] each: the ones fitted with.
+
+        Returns
+        -------
+        np.ndarray
+            Shape [N] float64, natural logarithms of likelihood ratios.
+
+        Raises
+        ------
+        ValueError
+            Other qualities than in the fit, or of another length.
+        """
+        names = ("score", *(qualities or {}))
+        if names != self.features:
+            raise ValueError(
+                f"this calibration was fitted with {self.features}, got "
+                f"{names}. Were other quality measures asked for?"
+            )
+        columns = _columns(scores, qualities)
+        if len({column.shape for column in columns}) > 1:
+            raise ValueError(
+                "scores and qualities must have one length, got "
+                f"{[column.shape for column in columns]}."
+            )
+        llrs = np.full(len(columns[0]), self.bias)
+        for weight, column in zip(self.weights, columns, strict=True):
+            llrs += weight * column
+        return llrs
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write as JSON."""
+        with atomic_writer(path) as file:
+            file.write(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Calibration:
+        """Read what :meth:`save` wrote; ValueError if it is anything else."""
+        try:
+            data = json.loads(read_text(path))
+            return cls(
+                tuple(data["features"]),
+                tuple(map(float, data["weights"])),
+                float(data["bias"]),
+                float(data["p_target"]),
+            )
+        except TextError:
+            raise  # names the file already
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"'{path}' is no calibration: {error!r}. Was it written by "
+                "Calibration.save?"
+            ) from error
+
+
+def fit_calibration(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    qualities: Mapping[str, ArrayLike] | None = None,
+    p_target: float = 0.01,
+) -> Calibration:
+    """Fit on a development list.
+
+    Arguments
+    ---------
+    scores : array
+        Shape [N].
+    labels : array
+        Shape [N], 1 for a target trial, 0 for a non-target trial.
+    qualities : Mapping, optional
+        Measures by name, shape [N] each, see :func:`pair_quality`.
+    p_target : float
+        The prior at which the fit tries hardest.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    ValueError
+        A class is missing, a value is not finite, the prior is out of range.
+    ImportError
+        scikit-learn is not installed.
+
+    Example
+    -------
+    >>> scores = [-1.0, 0.1, 0.3, 0.0, 1.0, 2.0]
+    >>> calibration = fit_calibration(scores, [0, 0, 0, 1, 1, 1])
+    >>> calibration.apply([0.0, 1.0]).round(1)
+    array([-2.,  5.])
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "calibration needs scikit-learn: "
+            'pip install "speechbrain-ram[calibration]"'
+        ) from error
+    if not 0 < p_target < 1:
+        raise ValueError(
+            f"p_target must lie strictly between 0 and 1, got {p_target}."
+        )
+    labels = np.asarray(labels)
+    columns = _columns(scores, qualities)
+    if any(len(column) != len(labels) for column in columns):
+        raise ValueError(
+            "scores, qualities and labels must have one length, got "
+            f"{[len(column) for column in columns]} and {len(labels)}."
+        )
+    target = labels == 1
+    if not (target | (labels == 0)).all():
+        raise ValueError("labels must be 1 (target) or 0 (non-target).")
+    n_target, n = int(target.sum()), len(labels)
+    if n_target in (0, n):
+        raise ValueError(
+            "both target and non-target trials are needed, got "
+            f"{n_target} and {n - n_target}."
+        )
+    table = np.stack(columns, axis=1)
+    if not np.isfinite(table).all():
+        raise ValueError("scores and qualities must be finite.")
+    centre, scale = table.mean(axis=0), table.std(axis=0)
+    scale[scale == 0] = 1
+    weights = np.where(
+        target, n * p_target / n_target, n * (1 - p_target) / (n - n_target)
+    )
+    # Columns of variance 1 and a penalty that only matters where the classes
+    # do not overlap and the likelihood has no maximum.
+    model = LogisticRegression(C=1e4, tol=1e-8, max_iter=1000)
+    model.fit((table - centre) / scale, target, sample_weight=weights)
+    slopes = model.coef_[0] / scale
+    bias = model.intercept_[0] - slopes @ centre
+    bias -= np.log(p_target / (1 - p_target))
+    return Calibration(
+        ("score", *(qualities or {})),
+        tuple(float(slope) for slope in slopes),
+        float(bias),
+        float(p_target),
+    )
+
+
+def pair_quality(
+    name: str, values: ArrayLike, enrol: ArrayLike, test: ArrayLike
+) -> dict[str, np.ndarray]:
+    """Make a measure of recordings into two measures of trials.
+
+    Arguments
+    ---------
+    name : str
+        Of the measure.
+    values : array
+        Shape [V], one value a recording (or model).
+    enrol, test : array
+        Shape [N], the rows of each trial's sides.
+
+    Returns
+    -------
+    dict
+        The smaller and the larger value of each trial, shape [N] each.
+
+    Example
+    -------
+    >>> pair_quality("log_seconds", [1.0, 2.0], [0, 1], [1, 1])
+    {'min_log_seconds': array([1., 2.]), 'max_log_seconds': array([2., 2.])}
+    """
+    values = np.asarray(values, dtype=np.float64)
+    left, right = values[np.asarray(enrol)], values[np.asarray(test)]
+    return {
+        f"min_{name}": np.minimum(left, right),
+        f"max_{name}": np.maximum(left, right),
+    }
+
+
+def _columns(
+    scores: ArrayLike, qualities: Mapping[str, ArrayLike] | None
+) -> Sequence[np.ndarray]:
+    """Score and qualities as float64 arrays of one dimension."""
+    columns = [scores, *(qualities or {}).values()]
+    return [np.asarray(column, dtype=np.float64) for column in columns]

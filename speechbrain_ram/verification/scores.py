@@ -1,0 +1,363 @@
+"""From embeddings to scores: cosine similarity over a trial list.
+
+Embeddings come as one matrix [U, E] with the U names of its rows. Each row is
+optionally centred with the mean of the training set ("sub-mean"), then scaled
+to unit length; a model's vector is the mean of its utterances' unit vectors,
+scaled to unit length again. The score of a trial is the dot product of its
+two sides. Nothing of the size [trials, E] is ever built.
+
+A score file has one trial a line, ``ENROL TEST SCORE LABEL``, in the order of
+its trial list.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.verification.trials import (
+    FieldReader,
+    TrialList,
+    UniqueNames,
+    separator,
+)
+
+# Rows gathered at a time: two blocks of [4096, 512] float32 stay in the cache
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class TrialVectors:
+    """The two sides of every trial, as rows of one matrix.
+
+    Arguments
+    ---------
+    vectors : np.ndarray
+        Shape [V, E] float32, unit rows, one for each utterance or model.
+    enrol, test : np.ndarray
+        Shape [N] int32, the rows of each trial's two sides.
+    """
+
+    vectors: np.ndarray
+    enrol: np.ndarray
+    test: np.ndarray
+
+    def cosines(self) -> np.ndarray:
+        """Cosine score of every trial, shape [N] float32."""
+        scores = np.empty(len(self.enrol), dtype=np.float32)
+        for start in range(0, len(scores), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            left = self.vectors[self.enrol[part]]
+            right = self.vectors[self.test[part]]
+            np.einsum("ne,ne->n", left, right, out=scores[part])
+        return scores
+
+
+def score_trials(
+    trials: TrialList,
+    ids: Sequence[str],
+    matrix: np.ndarray,
+    mean: np.ndarray | None = None,
+) -> np.ndarray:
+    """Cosine score of every trial.
+
+    Arguments
+    ---------
+    trials : TrialList
+        N trials.
+    ids : sequence of str
+        Names of the rows of `matrix`, a superset of `trials.utterances`.
+    matrix : np.ndarray
+        Shape [U, E], one embedding an utterance.
+    mean : np.ndarray, optional
+        Shape [E], subtracted from every embedding first.
+
+    Returns
+    -------
+    np.ndarray
+        Shape [N] float32, in [-1, 1], in the order of `trials`.
+
+    Raises
+    ------
+    ValueError
+        An utterance has no row, or its embedding is zero, NaN or infinite.
+
+    Example
+    -------
+    >>> trials = TrialList(("a",), ("b", "c"), [0, 0], [0, 1], [1, 0])
+    >>> embeddings = np.array([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    >>> score_trials(trials, ["a", "b", "c"], embeddings).tolist()
+    [1.0, 0.0]
+    """
+    return trial_vectors(trials, ids, matrix, mean).cosines()
+
+
+def trial_vectors(
+    trials: TrialList,
+    ids: Sequence[str],
+    matrix: np.ndarray,
+    mean: np.ndarray | None = None,
+) -> TrialVectors:
+    """Unit vectors of the utterances and models that a list names.
+
+    Arguments
+    ---------
+    trials, ids, matrix, mean
+        As for :func:`score_trials`.
+
+    Returns
+    -------
+    TrialVectors
+        Utterances that are on both sides are there once.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`score_trials`.
+    """
+    known = {name: row for row, name in enumerate(ids)}
+    names = trials.utterances
+    lost = [name for name in names if name not in known]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(names)} utterances have no embedding: "
+            f"{', '.join(lost[:10])}. Were the embeddings extracted for "
+            "another list?"
+        )
+    picked = matrix[[known[name] for name in names]]
+    vectors = unit_length(picked, mean, names)
+    rows = {name: row for row, name in enumerate(names)}
+    test_rows = np.array([rows[n] for n in trials.test_ids], np.int32)
+    if trials.models is None:
+        enrol_rows = np.array([rows[n] for n in trials.enrol_ids], np.int32)
+    else:
+        models = np.stack(
+            [
+                vectors[[rows[name] for name in trials.models[model]]].mean(0)
+                for model in trials.enrol_ids
+            ]
+        )
+        enrol_rows = np.arange(len(models), dtype=np.int32) + len(vectors)
+        models = unit_length(models, names=trials.enrol_ids)
+        vectors = np.concatenate([vectors, models])
+    return TrialVectors(
+        vectors, enrol_rows[trials.enrol], test_rows[trials.test]
+    )
+
+
+def unit_length(
+    matrix: np.ndarray,
+    mean: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Centre rows and scale them to length 1.
+
+    Arguments
+    ---------
+    matrix : np.ndarray
+        Shape [U, E].
+    mean : np.ndarray, optional
+        Shape [E].
+    names : sequence of str, optional
+        What the rows are called in an error.
+
+    Returns
+    -------
+    np.ndarray
+        Shape [U, E] float32, a copy.
+
+    Raises
+    ------
+    ValueError
+        A row is zero, NaN or infinite, so that it has no direction.
+
+    Example
+    -------
+    >>> unit_length(np.array([[3.0, 4.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    matrix = np.array(matrix, dtype=np.float32)
+    if mean is not None:
+        matrix -= np.asarray(mean, dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ue,ue->u", matrix, matrix))
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if bad.size:
+        first = f"row {bad[0]}" if names is None else f"'{names[bad[0]]}'"
+        raise ValueError(
+            f"{bad.size} of {len(matrix)} embeddings are zero, NaN or "
+            f"infinite, the first is {first}. Is that recording silent, or "
+            "did training diverge?"
+        )
+    matrix /= lengths[:, None]
+    return matrix
+
+
+def speaker_means(
+    matrix: np.ndarray,
+    speakers: Sequence[str],
+    mean: np.ndarray | None = None,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """One unit vector a speaker: the usual cohort for score normalisation.
+
+    Arguments
+    ---------
+    matrix : np.ndarray
+        Shape [U, E], embeddings of a training set.
+    speakers : sequence of str
+        Shape [U], whose utterance each row is.
+    mean : np.ndarray, optional
+        Shape [E], subtracted from every embedding first.
+
+    Returns
+    -------
+    tuple
+        S speaker names in order of appearance, and [S, E] float32: the mean
+        of each speaker's unit vectors, scaled to unit length.
+
+    Raises
+    ------
+    ValueError
+        The lengths differ, or as for :func:`unit_length`.
+
+    Example
+    -------
+    >>> names, means = speaker_means(np.eye(2)[[0, 0, 1]], ["a", "a", "b"])
+    >>> names, means.tolist()
+    (('a', 'b'), [[1.0, 0.0], [0.0, 1.0]])
+    """
+    if len(matrix) != len(speakers):
+        raise ValueError(
+            f"one speaker an embedding is needed, got {len(matrix)} "
+            f"embeddings and {len(speakers)} speakers."
+        )
+    column = UniqueNames()
+    column.add(np.array(speakers, dtype=object))
+    names, codes = column.finish()
+    sums = np.zeros((len(names), matrix.shape[1]), dtype=np.float32)
+    np.add.at(sums, codes, unit_length(matrix, mean))
+    return names, unit_length(sums, names=names)
+
+
+def write_scores(
+    trials: TrialList, scores: np.ndarray, path: str | os.PathLike
+) -> None:
+    """Write ``ENROL TEST SCORE LABEL``, one trial a line.
+
+    Tabs stand between them where a name holds a space. Scores have the digits
+    that give the same number back when they are read.
+
+    Arguments
+    ---------
+    trials : TrialList
+        N trials.
+    scores : np.ndarray
+        Shape [N].
+    path : path
+        Written under a temporary name first, then renamed.
+
+    Raises
+    ------
+    ValueError
+        There is not one score a trial.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "scores.txt"
+    >>> trials = TrialList(("a",), ("b",), [0], [0], [1])
+    >>> write_scores(trials, np.float32([0.1]), path)
+    >>> path.read_text()
+    'a b 0.1 1\\n'
+    """
+    if len(scores) != len(trials):
+        raise ValueError(
+            f"one score a trial is needed, got {len(scores)} scores for "
+            f"{len(trials)} trials."
+        )
+    enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
+    tab = separator((*enrol_ids, *test_ids))
+    with atomic_writer(path) as file:
+        for start in range(0, len(trials), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            file.writelines(
+                f"{enrol_ids[e]}{tab}{test_ids[t]}{tab}{score}{tab}{label}\n"
+                for e, t, score, label in zip(
+                    trials.enrol[part].tolist(),
+                    trials.test[part].tolist(),
+                    scores[part].astype(str),  # shortest exact digits
+                    trials.labels[part].tolist(),
+                    strict=True,
+                )
+            )
+
+
+def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
+    """Read a score file back.
+
+    Arguments
+    ---------
+    path : path
+        ``ENROL TEST SCORE LABEL``, one trial a line.
+
+    Returns
+    -------
+    tuple
+        The trials, and their scores, shape [N] float64.
+
+    Raises
+    ------
+    TrialError
+        With file, line number, the line and what was expected.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "scores.txt"
+    >>> _ = path.write_text("a b 0.25 1\\n")
+    >>> trials, scores = read_scores(path)
+    >>> trials.enrol_ids, scores.tolist(), trials.labels.tolist()
+    (('a',), [0.25], [1])
+    """
+
+    def problem(fields: dict[str, str]) -> str | None:
+        try:
+            finite = np.isfinite(float(fields["score"]))
+        except ValueError:
+            finite = False
+        if not finite:
+            return f"has the score '{fields['score']}'"
+        if fields["label"] not in ("0", "1"):
+            return f"has the label '{fields['label']}'"
+        return None
+
+    lines = FieldReader(
+        path,
+        ("enrol", "test", "score", "label"),
+        problem,
+        "a finite number as SCORE and LABEL 1 or 0.",
+    )
+    enrol, test, label = UniqueNames(), UniqueNames(), UniqueNames()
+    scores = []
+    for chunk in lines.chunks():
+        for name, column in (
+            ("enrol", enrol),
+            ("test", test),
+            ("label", label),
+        ):
+            column.add(chunk[name])
+        try:
+            scores.append(chunk["score"].astype(np.float64))
+        except ValueError as error:
+            raise lines.first_bad_line() from error
+        if not (set(label.ids) <= {"0", "1"} and np.isfinite(scores[-1]).all()):
+            raise lines.first_bad_line()
+    label_ids, codes = label.finish()
+    labels = np.array([int(text) for text in label_ids], np.int8)[codes]
+    (enrol_ids, enrol_codes), (test_ids, test_codes) = (
+        enrol.finish(),
+        test.finish(),
+    )
+    trials = TrialList(enrol_ids, test_ids, enrol_codes, test_codes, labels)
+    return trials, np.concatenate(scores)
