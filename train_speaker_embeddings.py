@@ -27,13 +27,15 @@ from speechbrain_ram.data.dataset import (
     speaker_labels,
 )
 from speechbrain_ram.data.manifest import embedding_names, read_manifest
-from speechbrain_ram.export.folder import read_folder
-from speechbrain_ram.export.pretrained import start_from
+from speechbrain_ram.export.folder import read_folder, start_from
 from speechbrain_ram.inference import encoder_section, export_inference
-from speechbrain_ram.memory import keep_freed_memory
-from speechbrain_ram.processes import leave_group, n_processes, of_rank_0
 from speechbrain_ram.training.advice import session_note, verdict
 from speechbrain_ram.training.brain import SpeakerBrain
+from speechbrain_ram.training.faults import (
+    Interrupted,
+    StopRequest,
+    leave_on_signals,
+)
 from speechbrain_ram.training.options import check_device, check_settings
 from speechbrain_ram.training.run import (
     begin_run,
@@ -48,13 +50,14 @@ from speechbrain_ram.training.settings import (
     learned_settings,
     output_folder_of,
 )
-from speechbrain_ram.training.stopping import (
-    Interrupted,
-    StopRequest,
-    leave_on_signals,
+from speechbrain_ram.utils import (
+    keep_freed_memory,
+    leave_group,
+    n_processes,
+    of_rank_0,
+    one_line_errors,
 )
-from speechbrain_ram.user_errors import one_line_errors
-from speechbrain_ram.verification.decision import Decision
+from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.metrics import eer
 from speechbrain_ram.verification.report import (
     System,

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_ram.corpora.own import kaldi_parts
+from speechbrain_ram.corpora.folder import kaldi_parts
 from speechbrain_ram.data.manifest import (
     Utterance,
     embedding_names,
@@ -37,20 +37,23 @@ from speechbrain_ram.data.manifest import (
 )
 from speechbrain_ram.data.names import TextError, missing_hint, read_text
 from speechbrain_ram.inference import load_encoder
-from speechbrain_ram.memory import keep_freed_memory
-from speechbrain_ram.processes import leave_group
 from speechbrain_ram.training.options import check_device
-from speechbrain_ram.user_errors import SWITCH, one_line_errors
+from speechbrain_ram.utils import (
+    SWITCH,
+    keep_freed_memory,
+    leave_group,
+    one_line_errors,
+)
 from speechbrain_ram.verification.bootstrap import Interval
 from speechbrain_ram.verification.calibration import (
     fit_calibration,
     pair_quality,
 )
-from speechbrain_ram.verification.embedding_store import (
+from speechbrain_ram.verification.embeddings import (
     EmbeddingSet,
     EmbeddingStore,
+    extract,
 )
-from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.metrics import P_TARGETS, Metrics
 from speechbrain_ram.verification.report import (
     System,
@@ -59,13 +62,11 @@ from speechbrain_ram.verification.report import (
     with_intervals,
     write_report,
 )
-from speechbrain_ram.verification.score_norm import (
+from speechbrain_ram.verification.scores import (
     METHODS,
+    TrialVectors,
     cohort_statistics,
     normalise,
-)
-from speechbrain_ram.verification.scores import (
-    TrialVectors,
     read_scores,
     speaker_means,
     trial_vectors,

@@ -105,8 +105,11 @@ def _write(rows, output):
 
 def from_headers(root, output):
     """What this package does, with a cache beside the manifest."""
-    from speechbrain_ram.data.find import find_recordings
-    from speechbrain_ram.data.manifest import build_manifest, write_manifest
+    from speechbrain_ram.data.manifest import (
+        build_manifest,
+        find_recordings,
+        write_manifest,
+    )
 
     names = find_recordings(root, (".wav",))
     rows = build_manifest(

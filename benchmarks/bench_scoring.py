@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from harness import Table, alternate
 
-from speechbrain_ram.verification.score_norm import normalise
 from speechbrain_ram.verification.scores import (
+    normalise,
     score_trials,
     trial_vectors,
     unit_length,

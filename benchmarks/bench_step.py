@@ -28,9 +28,9 @@ from speechbrain.processing.features import InputNormalization
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_ram.losses import make_objective
-from speechbrain_ram.memory import keep_freed_memory
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.training.fused import FusedMarginClassifier
+from speechbrain_ram.utils import keep_freed_memory
 
 # What deterministic products on a GPU need, before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.utils import one_line_errors
 
 
 def read_log(log: Path) -> list[dict[str, float]]:

@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.utils import atomic_writer, one_line_errors
 from speechbrain_ram.verification.metrics import eer
 from speechbrain_ram.verification.scores import read_scores
 

@@ -31,8 +31,8 @@ from speechbrain_ram.data.recordings import (
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
 from speechbrain_ram.export.folder import encoder_section, export_inference
-from speechbrain_ram.threads import in_threads, n_threads
-from speechbrain_ram.verification.decision import Decision
+from speechbrain_ram.utils import in_threads, n_threads
+from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.embeddings import length_batches
 
 __all__ = [

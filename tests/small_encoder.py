@@ -9,7 +9,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 
 from speechbrain_ram.export.folder import export_inference
 from speechbrain_ram.resnet import ResNet34
-from speechbrain_ram.verification.decision import Decision
+from speechbrain_ram.verification.calibration import Decision
 
 DIM = 16
 CHANNELS = [4, 4, 4, 4]

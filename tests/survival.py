@@ -147,7 +147,7 @@ def _train(
 ):
     from conftest import run_recipe
 
-    from speechbrain_ram.training.stopping import leave_on_signals
+    from speechbrain_ram.training.faults import leave_on_signals
 
     _print_to(folder)
     torch.set_num_threads(threads)

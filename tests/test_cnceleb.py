@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_ram.corpora.cnceleb import prepare_cnceleb
-from speechbrain_ram.corpora.join import join_short
+from speechbrain_ram.corpora.cnceleb import join_short, prepare_cnceleb
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,

@@ -11,8 +11,8 @@ import soundfile
 
 from speechbrain_ram.corpora import convert
 from speechbrain_ram.corpora.convert import convert_tree, main
+from speechbrain_ram.data.containers import DecodeError, decode
 from speechbrain_ram.data.manifest import ManifestError
-from speechbrain_ram.data.transcode import DecodeError, decode
 
 pytest.importorskip("av", reason="the extra m4a is not installed")
 

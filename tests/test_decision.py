@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_encoder import dev_scores
 
-from speechbrain_ram.verification.decision import BINS, Decision
+from speechbrain_ram.verification.calibration import BINS, Decision
 from speechbrain_ram.verification.metrics import eer
 
 

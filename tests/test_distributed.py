@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from survival import differences, output_of, train_in_processes
 
-from speechbrain_ram.processes import leave_group
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
-from speechbrain_ram.training.joint_batches import JointBatchSampler
-from speechbrain_ram.training.sync_batch_norm import sync_batch_norm
+from speechbrain_ram.training.distributed import (
+    JointBatchSampler,
+    sync_batch_norm,
+)
+from speechbrain_ram.utils import leave_group
 
 
 @given(
@@ -324,7 +326,7 @@ def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
 def signal_while_preparing(rank):
     """Send SIGTERM to rank 0, which alone prepares data."""
     import train_speaker_embeddings
-    from speechbrain_ram.training.stopping import leave_on_signals
+    from speechbrain_ram.training.faults import leave_on_signals
 
     def find_run(*args):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -18,16 +18,16 @@ from speechbrain.processing.features import (
 from survival import PROCESSES
 
 from speechbrain_ram.data.audio import AudioError, pad_waveforms
-from speechbrain_ram.processes import leave_group
-from speechbrain_ram.threads import ahead
+from speechbrain_ram.utils import ahead, leave_group
 from speechbrain_ram.verification import embeddings as module
-from speechbrain_ram.verification.embedding_store import (
+from speechbrain_ram.verification.embeddings import (
     EmbeddingSet,
     EmbeddingStore,
     StoreError,
+    extract,
+    length_batches,
     merge,
 )
-from speechbrain_ram.verification.embeddings import extract, length_batches
 
 RATE = 16000
 

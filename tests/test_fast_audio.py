@@ -7,9 +7,8 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_ram.data import fast_audio
-from speechbrain_ram.data.audio import AudioError, read_audio
-from speechbrain_ram.data.fast_audio import read_samples
+from speechbrain_ram.data import audio as fast_audio
+from speechbrain_ram.data.audio import AudioError, read_audio, read_samples
 
 RATE = 16000
 

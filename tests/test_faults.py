@@ -27,11 +27,11 @@ from speechbrain_ram.training.faults import (
     Fault,
     FaultError,
     FaultList,
+    Interrupted,
     SkipUnreadable,
     is_full_shared_memory,
 )
 from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
-from speechbrain_ram.training.stopping import Interrupted
 
 
 class Flaky:

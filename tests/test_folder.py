@@ -14,8 +14,8 @@ from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
+    split_by_utterance,
 )
-from speechbrain_ram.data.split import split_by_utterance
 
 
 def make_corpus(root, counts, seconds=0.2, **settings):

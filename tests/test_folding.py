@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_ram.folding import folded
-from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.resnet import ResNet34, folded
 
 
 @pytest.fixture(scope="module")

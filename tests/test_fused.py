@@ -9,7 +9,7 @@ from speechbrain.nnet.losses import LogSoftmaxWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ram.losses import FORMS, OBJECTIVES, make_objective
-from speechbrain_ram.training import fused_torch
+from speechbrain_ram.training import fused as fused_torch
 from speechbrain_ram.training.fused import (
     FusedMarginClassifier,
     fused_margin_loss,

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speechbrain.dataio.dataset import DynamicItemDataset
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.data.find import find_recordings
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
     embedding_names,
+    find_recordings,
     read_manifest,
     write_manifest,
 )
+from speechbrain_ram.utils import atomic_writer
 
 HEADER = "ID,duration,wav,start,stop,spk_id\n"
 ROW = "a/1.wav,1.5,$data_root/a/1.wav,0,24000,a\n"

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from speechbrain_ram.memory import keep_freed_memory
+from speechbrain_ram.utils import keep_freed_memory
 
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -41,7 +41,7 @@ def test_freed_memory_is_not_asked_for_again():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    from speechbrain_ram import memory
+    from speechbrain_ram import utils as memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", None)

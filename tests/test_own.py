@@ -12,7 +12,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.corpora.own import (
+from speechbrain_ram.corpora.folder import (
     corpus_name,
     kaldi_parts,
     make_trials,

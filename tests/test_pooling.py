@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_ram.pooling import StatisticsPooling, valid_frames
+from speechbrain_ram.resnet import StatisticsPooling, valid_frames
 
 
 def test_equals_a_loop_over_the_utterances():

@@ -10,8 +10,11 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
 from speechbrain_ram.export.architecture import EncoderError
-from speechbrain_ram.export.folder import encoder_section, read_folder
-from speechbrain_ram.export.pretrained import start_from
+from speechbrain_ram.export.folder import (
+    encoder_section,
+    read_folder,
+    start_from,
+)
 
 
 def labels(*names):

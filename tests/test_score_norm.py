@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from speechbrain_ram.verification import score_norm
-from speechbrain_ram.verification.score_norm import (
+from speechbrain_ram.verification import scores as score_norm
+from speechbrain_ram.verification.scores import (
     METHODS,
     cohort_statistics,
     normalise,
+    unit_length,
 )
-from speechbrain_ram.verification.scores import unit_length
 
 
 def naive(score, e, t, cohort, method, top_n):

@@ -11,14 +11,18 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataloader import make_dataloader
 
 from speechbrain_ram.data import dataset, shards
-from speechbrain_ram.data.audio import AudioError, read_audio
+from speechbrain_ram.data.audio import (
+    AudioError,
+    is_packed,
+    read_audio,
+    read_packed,
+)
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.data.packed import is_packed, read_packed
 from speechbrain_ram.data.shards import main, pack_shards
 
 

@@ -5,7 +5,7 @@ import os
 import miniature
 import pytest
 
-from speechbrain_ram.corpora.sitw import prepare_sitw
+from speechbrain_ram.corpora.voxceleb import prepare_sitw
 from speechbrain_ram.data.manifest import ManifestError
 from speechbrain_ram.verification.trials import (
     TrialError,

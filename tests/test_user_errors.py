@@ -11,9 +11,9 @@ from conftest import RECIPE, REPOSITORY
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.training.checkpoints import CheckpointError
+from speechbrain_ram.training.faults import Interrupted
 from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
-from speechbrain_ram.training.stopping import Interrupted
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.utils import one_line_errors
 
 
 @pytest.mark.parametrize(

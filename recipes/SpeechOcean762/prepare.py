@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.utils import atomic_writer, one_line_errors
 
 HERE = Path(__file__).parent
 

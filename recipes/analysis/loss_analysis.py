@@ -29,7 +29,7 @@ from loss_numbers import (
     sample,
 )
 
-from speechbrain_ram.atomic import atomic_path
+from speechbrain_ram.utils import atomic_path
 
 # Told apart without colour: dashes, widths, markers.
 STYLES = {

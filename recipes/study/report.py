@@ -19,7 +19,7 @@ import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
 from study_results import difference, interval, table
 
-from speechbrain_ram.atomic import atomic_path
+from speechbrain_ram.utils import atomic_path
 
 # Told apart without colour.
 MARKERS = "os^vDP*X"

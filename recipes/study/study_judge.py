@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from study_plan import HALVES, METRICS
 
-from speechbrain_ram.data.find import find_recordings
+from speechbrain_ram.data.manifest import find_recordings
 from speechbrain_ram.verification.bootstrap import bootstrap_draws
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.scores import read_scores

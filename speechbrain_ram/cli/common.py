@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from speechbrain_ram.user_errors import is_user_error, one_line
+from speechbrain_ram.utils import is_user_error, one_line
 
 # PyTorch is imported where it is needed: --help must not wait for it.
 
@@ -180,7 +180,7 @@ def recordings_below(folder: str | os.PathLike) -> list[str]:
     """Sound and video files below a folder, relative to it, sorted."""
     from speechbrain_ram.data.audio import AUDIO_EXTENSIONS
     from speechbrain_ram.data.containers import VIDEO_EXTENSIONS
-    from speechbrain_ram.data.find import find_recordings
+    from speechbrain_ram.data.manifest import find_recordings
 
     return find_recordings(folder, (*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS))
 

@@ -14,7 +14,6 @@ import click
 import numpy as np
 
 import speechbrain_ram
-from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.cli.common import (
     JsonGroup,
     check_output,
@@ -30,7 +29,7 @@ from speechbrain_ram.cli.common import (
     recordings_below,
     threshold_option,
 )
-from speechbrain_ram.memory import keep_freed_memory
+from speechbrain_ram.utils import atomic_path, keep_freed_memory
 
 # Of an exported graph, in float32: about 1e-6 is usual.
 _LARGEST_DIFFERENCE = 1e-3
@@ -347,7 +346,7 @@ def draw(folder, source, output, data_root, device):
 
     SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
     """
-    from speechbrain_ram.cli import similarity_map
+    from speechbrain_ram.cli import demo as similarity_map
     from speechbrain_ram.data.manifest import read_manifest
 
     check_output(output, ".html", ".png", ".svg", ".pdf")
@@ -396,7 +395,7 @@ def demo(folder, host, port, device):
 @command
 def info(folder, database):
     """Show what an encoder is, and who is enrolled."""
-    from speechbrain_ram.export.model_card import FACTS
+    from speechbrain_ram.export.folder import FACTS
 
     encoder = load_encoder(folder)
     told = encoder.encoder.folder.facts

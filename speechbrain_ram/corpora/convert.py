@@ -24,15 +24,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.data.find import find_recordings
-from speechbrain_ram.data.guards import check_outside
-from speechbrain_ram.data.transcode import (
+from speechbrain_ram.data.containers import (
     FORMATS,
     import_av,
     transcode_chunk,
 )
-from speechbrain_ram.user_errors import one_line_errors
+from speechbrain_ram.data.manifest import check_outside, find_recordings
+from speechbrain_ram.utils import atomic_writer, one_line_errors
 
 _CHUNK = 64  # files a task
 

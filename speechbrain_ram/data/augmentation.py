@@ -20,8 +20,7 @@ from speechbrain.augment.time_domain import AddNoise
 from speechbrain.processing.signal_processing import reverberate
 
 from speechbrain_ram.data.audio import read_audio
-from speechbrain_ram.data.find import find_recordings
-from speechbrain_ram.data.manifest import build_manifest
+from speechbrain_ram.data.manifest import build_manifest, find_recordings
 
 #: Signal-to-noise ratios in dB of MUSAN's parts, as WeSpeaker draws them.
 MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}

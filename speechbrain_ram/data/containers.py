@@ -7,17 +7,25 @@ brings its own FFmpeg); nothing else is ever handed to FFmpeg.
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 
-from speechbrain_ram.data import transcode
+from speechbrain_ram.data import containers as transcode
 from speechbrain_ram.data.audio import (
     AudioError,
     AudioInfo,
     check_format,
     from_16_bit,
 )
+from speechbrain_ram.utils import atomic_path
 
 #: File name endings that are taken for recordings when a person's folder is
 #: searched; any other name is found by its content when it is given itself.
@@ -133,3 +141,247 @@ def _why(path: str | os.PathLike, error: Exception) -> str:
             'it needs PyAV: pip install "speechbrain-ram[m4a]"'
         )
     return str(error)
+
+
+# -- One recording at a time, from any codec to 16-bit mono FLAC or WAV -------
+#
+# Kept apart from :mod:`speechbrain_ram.corpora.convert`, and free of torch, so
+# that worker processes start within a moment.
+
+#: Ending of the new files -> libsndfile's name of the format.
+FORMATS = {"flac": "FLAC", "wav": "WAV"}
+
+# An encoder's padding aside, the decoded length is the container's; a file
+# that ends early misses more. 0.26 s is two AAC frames at 8 kHz.
+_TOLERANCE_SECONDS = 0.26
+
+# Decoding begins so much before a part: codecs need a moment to get going.
+_LEAD_SECONDS = 0.5
+
+
+class DecodeError(ValueError):
+    """A recording cannot be decoded; the message names it and says why."""
+
+
+def import_av():
+    """Import PyAV, or say how to get it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "Reading m4a and video files needs PyAV: "
+            "pip install 'speechbrain-ram[m4a]'"
+        ) from error
+    return av
+
+
+def transcode_chunk(task: tuple) -> list[str]:
+    """Convert some files.
+
+    Arguments
+    ---------
+    task : tuple
+        Source folder, destination folder, names relative to both, ending of
+        the new files, their sample rate.
+
+    Returns
+    -------
+    list of str
+        Of each file 'converted', 'skipped', or ``NAME: reason``.
+    """
+    source, destination, names, to, sample_rate = task
+    outcomes = []
+    for name in names:
+        path = os.path.join(source, name)
+        target = Path(destination, os.path.splitext(name)[0] + f".{to}")
+        if _is_complete(target, sample_rate):
+            outcomes.append("skipped")
+            continue
+        try:
+            samples = decode(path, sample_rate)
+        except DecodeError as error:
+            outcomes.append(f"{name}: {error}")
+            continue
+        _write_checked(target, samples, sample_rate, to)
+        outcomes.append("converted")
+    return outcomes
+
+
+def _is_complete(path: Path, sample_rate: int) -> bool:
+    """Whether an earlier run finished this file: it was renamed then."""
+    try:
+        return soundfile.info(str(path)).samplerate == sample_rate
+    except soundfile.SoundFileError:
+        return False
+
+
+def decode(
+    path: str | os.PathLike,
+    sample_rate: int = 16000,
+    start: int = 0,
+    stop: int | None = None,
+) -> np.ndarray:
+    """Decode a recording of any format that FFmpeg knows, or a part of it.
+
+    Arguments
+    ---------
+    path : path
+        The file.
+    sample_rate : int
+        In Hz, of the result.
+    start, stop : int
+        Samples at that rate, end exclusive; None is the end.
+
+    Returns
+    -------
+    np.ndarray
+        Shape [samples], int16, mono.
+
+    Raises
+    ------
+    DecodeError
+        Not audio, or damaged, or shorter than asked for or than its container
+        says.
+    """
+    av = import_av()
+    wanted = None if stop is None else stop - start
+    pieces, have = [], 0
+    with _opened(path) as (container, stream):
+        promised = stop and stop / sample_rate
+        if stop is None and stream.duration is not None:
+            promised = float(stream.duration * stream.time_base)
+        frames, begin = _frames_from(container, stream, start / sample_rate)
+        skip = start - round(begin * sample_rate)
+        resampler = av.AudioResampler("s16", "mono", sample_rate)
+        for frame in chain(frames, [None]):  # None: what is left inside
+            for part in resampler.resample(frame):
+                pieces.append(part.to_ndarray()[0])
+                have += len(pieces[-1])
+            if wanted is not None and have >= skip + wanted:
+                break
+    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
+    samples = samples[skip:][:wanted]
+    if len(samples) == 0:
+        raise DecodeError(f"'{path}' holds no samples.")
+    seconds = (start + len(samples)) / sample_rate
+    if promised is not None and seconds < promised - _TOLERANCE_SECONDS:
+        raise DecodeError(
+            f"'{path}' is truncated: {promised:.2f} s are promised, "
+            f"{seconds:.2f} s could be decoded."
+        )
+    return samples
+
+
+def sound_of(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Samples per channel, sample rate and channels, without decoding.
+
+    Arguments
+    ---------
+    path : path
+        A file of any format that FFmpeg knows. Where the format does not
+        hold the length of its sound, the file is read through.
+
+    Returns
+    -------
+    tuple of int
+
+    Raises
+    ------
+    DecodeError
+        Not audio, or damaged.
+    """
+    with _opened(path) as (container, stream):
+        end = stream.duration
+        if end is None:
+            end = _last_moment(path, container, stream)
+        samples = round(end * stream.time_base * stream.rate)
+        if samples <= 0:
+            raise DecodeError(f"'{path}' holds no samples.")
+        return samples, stream.rate, stream.channels
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple]:
+    """A container and its first audio stream; FFmpeg's errors in words."""
+    av = import_av()
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise DecodeError(f"'{path}' has no audio stream.")
+            yield container, container.streams.audio[0]
+    except (av.FFmpegError, OSError) as error:
+        raise DecodeError(f"'{path}' cannot be decoded: {error}") from error
+
+
+def _last_moment(path: str | os.PathLike, container, stream) -> int:
+    """Where the sound ends, in its unit of time, from all packets' times."""
+    ends = {stream: 0.0}
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = packet.pts + (packet.duration or 0)
+            last = ends.get(packet.stream, 0.0)
+            ends[packet.stream] = max(last, float(end * packet.time_base))
+    # A picture may go on after its sound, but something goes on to the end.
+    promised = (container.duration or 0) / 1e6  # microseconds
+    if max(ends.values()) < promised - 1:
+        raise DecodeError(
+            f"'{path}' is truncated: {promised:.2f} s are promised, "
+            f"{max(ends.values()):.2f} s are there."
+        )
+    return int(ends[stream] / stream.time_base) - (stream.start_time or 0)
+
+
+def _frames_from(container, stream, seconds: float) -> tuple[Iterator, float]:
+    """Decoded frames from `seconds` or earlier, and when they begin."""
+    if seconds > _LEAD_SECONDS:
+        unit, origin = stream.time_base, stream.start_time or 0
+        place = origin + int((seconds - _LEAD_SECONDS) / unit)
+        container.seek(place, stream=stream)
+        frames = _from_the_middle(container, stream)
+        first = next(frames, None)
+        if first is not None and first.pts is not None:
+            begin = float((first.pts - origin) * unit)
+            if begin <= seconds:
+                return chain([first], frames), begin
+        container.seek(origin, stream=stream)  # sought in vain: from the start
+    return container.decode(stream), 0.0
+
+
+def _from_the_middle(container, stream) -> Iterator:
+    """Frames after a seek, which may have led into the middle of one."""
+    begun = False
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except import_av().InvalidDataError:
+            if begun:
+                raise
+            continue
+        begun = begun or bool(frames)
+        yield from frames
+
+
+def _write_checked(
+    target: Path, samples: np.ndarray, sample_rate: int, to: str
+) -> None:
+    """Write, read the header back, rename; leave nothing half-written."""
+    with atomic_path(target) as temporary:
+        try:
+            soundfile.write(
+                temporary,
+                samples,
+                sample_rate,
+                format=FORMATS[to],
+                subtype="PCM_16",
+            )
+            complete = soundfile.info(str(temporary)).frames == len(samples)
+        except soundfile.SoundFileError:
+            complete = False  # libsndfile does not say why
+        if not complete:
+            raise OSError(
+                errno.ENOSPC,
+                "the file could not be written to its end, as when the disk "
+                "is full or a quota is used up. Make room and run again: "
+                "finished files are kept",
+                str(target),
+            )

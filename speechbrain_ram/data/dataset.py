@@ -19,14 +19,12 @@ import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.data.audio import audio_info
-from speechbrain_ram.data.fast_audio import read_samples
+from speechbrain_ram.data.audio import audio_info, is_packed, read_samples
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.data.packed import is_packed
 
 #: What each item of the datasets holds.
 OUTPUT_KEYS = ("id", "sig", "spk_id_encoded")

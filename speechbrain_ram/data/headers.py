@@ -21,8 +21,8 @@ from typing import NamedTuple
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.utils import atomic_writer
 
 logger = get_logger(__name__)
 

@@ -16,16 +16,20 @@ import csv
 import io
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.data.audio import AudioError, check_format
+from speechbrain_ram.data.audio import (
+    AUDIO_EXTENSIONS,
+    AudioError,
+    check_format,
+)
 from speechbrain_ram.data.headers import (
     many_objects,
     read_headers,
@@ -38,6 +42,7 @@ from speechbrain_ram.data.names import (
     part_of,
     read_text,
 )
+from speechbrain_ram.utils import atomic_writer
 
 logger = get_logger(__name__)
 
@@ -412,3 +417,226 @@ def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
             "under the corpus folder, or an absolute path."
         )
     return Utterance(record["ID"], duration, wav, start, stop, record["spk_id"])
+
+
+# -- Finding the recordings below a folder ------------------------------------
+
+
+def find_recordings(
+    data_root: str | os.PathLike,
+    extensions: Sequence[str] = AUDIO_EXTENSIONS,
+) -> list[str]:
+    """List the recordings below a folder, sorted, links to folders followed.
+
+    Hidden files and folders are passed over (``._00001.wav`` is a trace of a
+    macOS archive, not a recording).
+
+    Arguments
+    ---------
+    data_root : path
+        The corpus folder.
+    extensions : sequence of str
+        File name endings that count, in lower case with the dot; upper-case
+        endings in the corpus match too.
+
+    Returns
+    -------
+    list of str
+        Paths relative to `data_root`, with forward slashes.
+
+    Raises
+    ------
+    ManifestError
+        The folder is missing or holds no recording, or a file name cannot be
+        written into a manifest.
+    """
+    root = Path(data_root)
+    if not root.is_dir():
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise ManifestError(
+            f"The corpus folder '{root}' {state}. Is it spelled right, "
+            "and is the disk mounted?"
+        )
+    endings = tuple(extensions)
+    found = [
+        name
+        for name in _walk(root, "", set())
+        if name.lower().endswith(endings)
+    ]
+    if not found:
+        raise ManifestError(
+            f"'{root}' holds no recordings: no file below it ends in one of "
+            f"{', '.join(endings)}. Is the archive unpacked?"
+        )
+    for name in found:
+        if "$" in name or "\n" in name or not name.isprintable():
+            raise ManifestError(
+                f"The file name {name!r} under '{root}' cannot go into a "
+                "manifest: '$' and unprintable characters are not allowed "
+                "(SpeechBrain takes '$' for a variable). Rename the file."
+            )
+    return sorted(found)
+
+
+def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator:
+    """Yield relative file paths; `above` guards against loops of links."""
+    status = folder.stat()
+    key = (status.st_dev, status.st_ino)
+    if key in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(
+                    Path(entry.path), f"{prefix}{entry.name}/", above | {key}
+                )
+            else:
+                yield prefix + entry.name
+
+
+# -- Guards: nobody both trains and tests, nothing is written into a corpus ---
+
+
+def check_overlap(
+    train_speakers: Iterable[str],
+    test_speakers: Iterable[str],
+    test_name: str,
+    remedy: str = "Leave them out of training.",
+) -> None:
+    """Raise when a speaker is both trained on and tested on.
+
+    Arguments
+    ---------
+    train_speakers, test_speakers : iterable of str
+        Identities in one naming scheme.
+    test_name : str
+        What the test is called, for the message.
+    remedy : str
+        What to do about it.
+
+    Raises
+    ------
+    ManifestError
+        Names the first speakers and says how many there are.
+
+    Example
+    -------
+    >>> check_overlap(["id1", "id2"], ["id3"], "my test")
+    >>> check_overlap(["id1", "id3"], ["id3"], "my test")
+    Traceback (most recent call last):
+    ...
+    speechbrain_ram.data.manifest.ManifestError: 1 training speakers are \
+also in my test: id3. Its results would be worthless. Leave them out of \
+training.
+    """
+    both = sorted(set(train_speakers) & set(test_speakers))
+    if both:
+        more = ", ..." if len(both) > 5 else ""
+        raise ManifestError(
+            f"{len(both)} training speakers are also in {test_name}: "
+            f"{', '.join(both[:5])}{more}. Its results would be worthless. "
+            f"{remedy}"
+        )
+
+
+def check_outside(output: str | os.PathLike, corpus: str | os.PathLike) -> None:
+    """Raise when an output folder lies within a corpus.
+
+    Arguments
+    ---------
+    output, corpus : path
+        Folders, which need not exist.
+
+    Raises
+    ------
+    ManifestError
+        Names both.
+
+    Example
+    -------
+    >>> check_outside("results", "/data/corpus")
+    """
+    if Path(output).resolve().is_relative_to(Path(corpus).resolve()):
+        raise ManifestError(
+            f"The output folder '{output}' lies within the corpus "
+            f"'{corpus}', where nothing is ever written. Choose another."
+        )
+
+
+# -- Holding out utterances for validation ------------------------------------
+
+
+def split_by_utterance(
+    rows: Sequence[Utterance], valid_fraction: float, seed: int
+) -> tuple[list[Utterance], list[Utterance]]:
+    """Split utterances so that every speaker keeps one for training at least.
+
+    The held-out share is spread over the speakers as evenly as whole
+    utterances allow: speakers are put in a random order and each gives what
+    brings the running total to its share.
+
+    Arguments
+    ---------
+    rows : sequence of Utterance
+        Of two or more speakers.
+    valid_fraction : float
+        Share held out, in (0, 1).
+    seed : int
+        The same seed and rows give the same split.
+
+    Returns
+    -------
+    train, valid : list of Utterance
+        Each in the order of `rows`.
+
+    Raises
+    ------
+    ManifestError
+        One speaker only, no speaker with two utterances, or a share outside
+        of (0, 1).
+    """
+    if not 0 < valid_fraction < 1:
+        raise ManifestError(
+            f"valid_fraction is {valid_fraction}, expected a share between 0 "
+            "and 1, for example 0.1. Was a percentage meant?"
+        )
+    by_speaker = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_speaker[row.spk_id].append(index)
+    if len(by_speaker) < 2:
+        raise ManifestError(
+            f"There is one speaker only, '{next(iter(by_speaker), None)}'; "
+            "telling speakers apart needs two or more. Is the "
+            "corpus folder the one that holds the speakers' folders?"
+        )
+    single = [s for s, members in by_speaker.items() if len(members) == 1]
+    if len(single) == len(by_speaker):
+        raise ManifestError(
+            "No speaker has two utterances, so that none can be held out for "
+            "validation. Is the corpus folder one level too high or deep?"
+        )
+    if single:
+        logger.warning(
+            "%d speakers have one utterance each, which is kept for "
+            "training: %s",
+            len(single),
+            ", ".join(sorted(single)[:10]),
+        )
+
+    generator = np.random.default_rng(seed)
+    speakers = generator.permutation(sorted(by_speaker))
+    held_out, seen = set(), 0
+    for speaker in speakers:
+        members = by_speaker[speaker]
+        seen += len(members)
+        due = round(seen * valid_fraction) - len(held_out)
+        due = min(max(due, 0), len(members) - 1)
+        held_out.update(generator.permutation(members)[:due].tolist())
+    if not held_out:  # a share below one utterance in all
+        largest = max(by_speaker.values(), key=len)
+        held_out.add(int(generator.choice(largest)))
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    valid = [row for i, row in enumerate(rows) if i in held_out]
+    return train, valid

@@ -32,14 +32,14 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import read_audio
-from speechbrain_ram.data.guards import check_outside
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
+    check_outside,
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.user_errors import SWITCH, one_line_errors
+from speechbrain_ram.utils import SWITCH, one_line_errors
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4

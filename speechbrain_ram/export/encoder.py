@@ -19,7 +19,7 @@ from speechbrain_ram.export.folder import (
     EncoderFolder,
     read_folder,
 )
-from speechbrain_ram.folding import folded
+from speechbrain_ram.resnet import folded
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     SafeCheckpointer,

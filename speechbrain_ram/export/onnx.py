@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speechbrain_ram.atomic import atomic_path
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder
 from speechbrain_ram.features import KaldiFbank
+from speechbrain_ram.utils import atomic_path
 
 #: Of the ONNX operators; onnxruntime 1.14 and later know it.
 OPSET = 18

@@ -12,7 +12,6 @@ from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.losses import make_objective
-from speechbrain_ram.processes import gathered, n_processes
 from speechbrain_ram.training.advice import (
     at_the_end,
     margin_note,
@@ -22,8 +21,12 @@ from speechbrain_ram.training.advice import (
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics
 from speechbrain_ram.training.robust_brain import RobustBrain
-from speechbrain_ram.verification.embedding_store import EmbeddingSet
-from speechbrain_ram.verification.embeddings import Padding, extract
+from speechbrain_ram.utils import gathered, n_processes
+from speechbrain_ram.verification.embeddings import (
+    EmbeddingSet,
+    Padding,
+    extract,
+)
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.scores import score_trials
 from speechbrain_ram.verification.trials import TrialList

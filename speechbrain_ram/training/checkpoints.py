@@ -30,7 +30,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.processes import of_rank_0, together
+from speechbrain_ram.utils import of_rank_0, together
 
 logger = get_logger(__name__)
 

@@ -5,7 +5,7 @@ What :class:`RobustBrain` adds to its base class:
 - a checkpoint holds everything that decides how training goes on: random
   generators, the sums of the running epoch, the log, the list of faults;
 - signals and ``max_hours`` write a checkpoint and leave, see
-  :mod:`speechbrain_ram.training.stopping`;
+  :mod:`speechbrain_ram.training.faults`;
 - recordings that fail are skipped, see :mod:`speechbrain_ram.training.faults`;
 - a step whose loss or gradients are not finite leaves no trace;
 - a step of several processes is the step of one with the joint batch, and
@@ -30,31 +30,32 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.atomic import atomic_writer
-from speechbrain_ram.processes import all_numbers, gathered, n_processes
 from speechbrain_ram.training.checkpoints import CheckpointError, is_full_disk
-from speechbrain_ram.training.distributed import Tally, without_ddp
+from speechbrain_ram.training.distributed import (
+    JointBatchSampler,
+    Tally,
+    random_state,
+    restore_random_state,
+    shared_batches,
+    sync_batch_norm,
+    without_ddp,
+)
 from speechbrain_ram.training.faults import (
     Batch,
     FaultList,
-    SkipUnreadable,
-    is_full_shared_memory,
-)
-from speechbrain_ram.training.joint_batches import (
-    JointBatchSampler,
-    shared_batches,
-)
-from speechbrain_ram.training.random_state import (
-    random_state,
-    restore_random_state,
-)
-from speechbrain_ram.training.stopping import (
     Interrupted,
+    SkipUnreadable,
     StopRequest,
     ending_workers,
+    is_full_shared_memory,
     let_worker_outlive_signals,
 )
-from speechbrain_ram.training.sync_batch_norm import sync_batch_norm
+from speechbrain_ram.utils import (
+    all_numbers,
+    atomic_writer,
+    gathered,
+    n_processes,
+)
 
 logger = get_logger(__name__)
 

@@ -32,8 +32,8 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.data.manifest import read_manifest
+from speechbrain_ram.utils import atomic_writer
 
 logger = get_logger(__name__)
 logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt

@@ -13,7 +13,7 @@ from typing import Any
 import ruamel.yaml
 from hyperpyyaml import resolve_references
 
-from speechbrain_ram.data.guards import check_outside
+from speechbrain_ram.data.manifest import check_outside
 
 #: Where things lie: their content is compared, not their place.
 _PLACES = """

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import ndtri
 
-from speechbrain_ram.atomic import atomic_path
+from speechbrain_ram.utils import atomic_path
 from speechbrain_ram.verification.metrics import ErrorCurve, error_curve
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_ram.atomic import atomic_writer
+from speechbrain_ram.utils import atomic_writer
 from speechbrain_ram.verification.bootstrap import (
     Difference,
     Interval,

@@ -40,13 +40,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from speechbrain_ram.atomic import atomic_writer
 from speechbrain_ram.data.names import (
     TextError,
     check_text,
     missing_hint,
     part_of,
 )
+from speechbrain_ram.utils import atomic_writer
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
