@@ -12,7 +12,7 @@ from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.run import RunError
 
-RELEASES = sorted((Path(__file__).parent / "data").glob("release_*"))
+RELEASES = sorted((Path(__file__).parent / "releases").glob("release_*"))
 
 
 @pytest.fixture(params=RELEASES, ids=lambda folder: folder.name)

@@ -23,7 +23,7 @@ def test_every_field_is_explained_and_no_other(tiny_run):
 
 
 def test_the_values_are_those_of_the_records():
-    lines = (REPOSITORY / "recipes/study/records/cpu.jsonl").read_text()
+    lines = (REPOSITORY / "research/study/records/cpu.jsonl").read_text()
     sides = ([], [])
     for record in map(json.loads, lines.splitlines()):
         eer = sum(record["EER"].values()) / len(record["EER"])

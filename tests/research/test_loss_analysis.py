@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "recipes" / "analysis"))
+sys.path.insert(0, str(REPOSITORY / "research" / "analysis"))
 import loss_analysis
 import loss_numbers as numbers
 

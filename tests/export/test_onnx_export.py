@@ -2,11 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from small_encoder import DIM, export_small, voice
 
 from speechbrain_ram.export.architecture import EncoderError
@@ -166,7 +166,7 @@ def test_the_server_of_ten_lines(files, tmp_path):
 
     import soundfile
 
-    script = Path(__file__).parent.parent / "examples" / "serve_onnx.py"
+    script = REPOSITORY / "examples" / "serve_onnx.py"
     server = subprocess.Popen(
         [sys.executable, script, files["fbank"], "0"],
         stdout=subprocess.PIPE,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Table and figures of a study, from its lines of JSON alone.
 
-    python recipes/study/report.py recipes/study/records/cpu.jsonl \
-        [--grid recipes/study/cpu.yaml] [--output docs]
+    python research/study/report.py research/study/records/cpu.jsonl \
+        [--grid research/study/cpu.yaml] [--output docs]
 
 Prints the table, and writes OUTPUT/figures/study-*.png. Figures need the
 extra ``report`` (matplotlib).

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Section 2.2 of the paper as pictures and numbers; about a minute on a CPU.
 
-    python recipes/analysis/loss_analysis.py [--output docs]
+    python research/analysis/loss_analysis.py [--output docs]
 
 Prints the tables of docs/loss-analysis.md and writes its figures below
 OUTPUT/figures. Needs the extra ``report`` (matplotlib), no data.

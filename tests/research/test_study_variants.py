@@ -13,7 +13,7 @@ from speechbrain_ram.training.diagnostics import (
     satisfied_below,
 )
 
-sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))
+sys.path.insert(0, str(REPOSITORY / "research" / "study"))
 from study_variants import HardestOnly, OfManyClasses, SoftEdgeMargin
 
 N, C, MARGIN, SCALE = 6, 9, 0.2, 30.0

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train and evaluate what a grid names; one line of JSON for each run.
 
-    python recipes/study/run.py DATA_FOLDER [--grid recipes/study/cpu.yaml]
+    python research/study/run.py DATA_FOLDER [--grid research/study/cpu.yaml]
 
 DATA_FOLDER holds train/ and dev/, folders of speakers, and may hold
 speakers.tsv. The same command goes on where it was stopped.

@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import REPOSITORY
 from small_encoder import export_small, voice
 
 from speechbrain_ram.data.audio import read_audio
@@ -24,7 +24,7 @@ from speechbrain_ram.verification.metrics import evaluate
 from speechbrain_ram.verification.scores import read_scores, write_scores
 from speechbrain_ram.verification.trials import read_trials
 
-SCRIPT = Path(__file__).parent.parent / "verify_speakers.py"
+SCRIPT = REPOSITORY / "verify_speakers.py"
 SPEAKERS = {f"s{i}": 90 + 25 * i for i in range(6)}
 
 

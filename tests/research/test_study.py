@@ -17,14 +17,14 @@ from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.trials import read_trials
 from train_speaker_embeddings import train
 
-sys.path.insert(0, str(REPOSITORY / "recipes" / "study"))
+sys.path.insert(0, str(REPOSITORY / "research" / "study"))
 import report
 import run as study
 import study_judge
 import study_plan as plan
 import study_results as results
 
-STUDY = REPOSITORY / "recipes" / "study"
+STUDY = REPOSITORY / "research" / "study"
 REPLICATES = 40
 
 
