@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
-    package_data={"speechbrain_ram": ["py.typed", "*.html"]},
+    package_data={"speechbrain_ram": ["py.typed", "*/*.html"]},
     entry_points={
         "console_scripts": ["speechbrain-ram = speechbrain_ram.cli.main:main"]
     },

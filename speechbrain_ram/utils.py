@@ -1,4 +1,7 @@
-"""Files that are whole, threads, memory and errors: used by all, knows no speech."""
+"""What all parts use and what knows nothing of speech.
+
+Whole files, memory, threads, errors in one line, several processes.
+"""
 
 from __future__ import annotations
 
@@ -308,11 +311,6 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 # -- What several processes tell each other; with one, nothing is sent --------
-
-if TYPE_CHECKING:
-    import torch
-
-Result = TypeVar("Result")
 
 
 def n_processes() -> int:

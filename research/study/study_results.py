@@ -101,7 +101,7 @@ def result(
 
 
 def interval(value: float, draws: np.ndarray) -> tuple[float, float]:
-    """95 %, the basic bootstrap as in ``speechbrain_ram.verification.bootstrap``."""
+    """95 %, the basic bootstrap of verification/bootstrap.py."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return min(2 * value - high, value), max(2 * value - low, value)
 

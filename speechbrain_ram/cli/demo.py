@@ -67,7 +67,7 @@ def create_app(encoder: SpeakerEncoder):
             'pip install "speechbrain-ram[demo]"'
         ) from error
     encoder.threshold()  # says so now if there is none
-    page = (files("speechbrain_ram") / "demo.html").read_text("utf-8")
+    page = (files("speechbrain_ram.cli") / "demo.html").read_text("utf-8")
     one_at_a_time = threading.Lock()
 
     def compare(a: bytes, b: bytes, names: tuple[str, str]) -> dict[str, Any]:
@@ -342,7 +342,9 @@ def write_html(
             )
         ],
     }
-    page = (files("speechbrain_ram") / "similarity_map.html").read_text("utf-8")
+    page = (files("speechbrain_ram.cli") / "similarity_map.html").read_text(
+        "utf-8"
+    )
     # "</script>" in a file name must not end the script.
     text = json.dumps(data).replace("<", "\\u003c")
     page = page.replace("TITLE", html.escape(title)).replace("DATA", text)

@@ -158,7 +158,7 @@ def prepare_folder(
     return train_csv, valid_csv
 
 
-# -- Your own corpus: a folder of speakers, or a table, with trials of its own --
+# -- Your own corpus: folders or a table, with trials of its own --------------
 #
 # A share of the speakers is held out, and pairs of their utterances become the
 # trials that choose the best checkpoint and make the report.

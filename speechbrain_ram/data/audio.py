@@ -338,10 +338,9 @@ def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
 #
 # libsndfile takes 0.2 ms for a crop of 2 s from a WAV file, most of it to turn
 # integers into floats one by one; reading the bytes and converting them at once
-# takes 0.03 ms. :func:`read_samples` does that for plain WAV files and for packed
-# shards, and leaves everything else, errors included, to
-# :func:`speechbrain_ram.data.audio.read_audio`. The samples are the same to the last
-# bit.
+# takes 0.03 ms. :func:`read_samples` does that for plain WAV files and for
+# packed shards, and leaves everything else, errors included, to
+# :func:`read_audio`. The samples are the same to the last bit.
 
 _HEAD = 4096  # bytes; samples that begin later are left to libsndfile
 
@@ -359,8 +358,7 @@ def read_samples(
     Arguments
     ---------
     path, start, stop, sample_rate, resample, mixdown
-        As for :func:`speechbrain_ram.data.audio.read_audio`; `path` may also name
-        a packed recording.
+        As for :func:`read_audio`; `path` may also name a packed recording.
 
     Returns
     -------
@@ -431,7 +429,7 @@ def _plain_samples(head: bytes, sample_rate: int) -> tuple[int, int]:
     return 0, 0
 
 
-# -- Reading recordings out of tar shards, as :mod:`corpora.shards` packs them --
+# -- Recordings in tar shards, as data/shards.py packs them -------------------
 #
 # The path of a packed recording is ``SHARD.tar#BYTE``: the shard, and where its
 # 16-bit samples begin. A piece of it is one read of its bytes: no header, no

@@ -65,8 +65,8 @@ class CropDataset(DynamicItemDataset):
     augment : callable, optional
         From a crop [crop_samples] and a key of seed, epoch and utterance to
         a crop, such as
-        :class:`speechbrain_ram.data.augmentation.RandomAugmentation`. Random crops
-        only.
+        :class:`speechbrain_ram.data.augmentation.RandomAugmentation`. Random
+        crops only.
 
     Example
     -------

@@ -30,8 +30,8 @@ def read_text(path: str | os.PathLike) -> str:
     >>> read_text(path)
     Traceback (most recent call last):
     ...
-    speechbrain_ram.data.names.TextError: '...list.txt', line 1: not text in UTF-8 \
-(byte 0xeb). Is it in Latin-1 or UTF-16? Save it as UTF-8.
+    speechbrain_ram.data.names.TextError: '...list.txt', line 1: not text in \
+UTF-8 (byte 0xeb). Is it in Latin-1 or UTF-16? Save it as UTF-8.
     """
     return _decode(Path(path).read_bytes(), path, 1)
 

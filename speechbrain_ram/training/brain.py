@@ -51,8 +51,8 @@ class SpeakerBrain(RobustBrain):
     train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
     verify_every         epochs between verifications of the dev trials
     margin_schedule      optional: epochs done -> margin, such as
-                         :class:`speechbrain_ram.training.schedules.MarginRise`; then
-                         ``objective``, ``scale`` and ``form`` are read too
+                         :class:`.schedules.MarginRise`; then ``objective``,
+                         ``scale`` and ``form`` are read too
     average_checkpoints  optional: the encoder of the end is the mean over so
                          many last epochs, not the best one's
     margin_diagnostics   False leaves them out of the log, see

@@ -358,8 +358,8 @@ def _check_labels(labels, n_classes):
 
 # -- One chunk of classes of the fused loss, in plain PyTorch -----------------
 #
-# :mod:`speechbrain_ram.training.fused` walks over the classes and keeps the sums; what
-# happens inside a chunk is in these two functions. Both take
+# The functions above walk over the classes and keep the sums; what happens
+# inside a chunk is in these two functions. Both take
 #
 # x : [N, E]
 #     length-normalised embeddings

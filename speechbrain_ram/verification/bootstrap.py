@@ -84,7 +84,7 @@ def bootstrap(
     Arguments
     ---------
     scores, labels : array
-        Shape [N], as for :func:`speechbrain_ram.verification.metrics.error_curve`.
+        Shape [N], as for :func:`.metrics.error_curve`.
     enrol_speakers, test_speakers : array
         Shape [N], whose voice each side is: names or numbers.
     p_targets : sequence of float

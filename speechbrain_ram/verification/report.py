@@ -41,7 +41,7 @@ class System:
     scale : str
         What the axis of the histogram says.
     intervals : Mapping
-        From :func:`speechbrain_ram.verification.bootstrap.bootstrap`; may be empty.
+        From :func:`.bootstrap.bootstrap`; may be empty.
     differences : Mapping
         To the first system, from `paired_bootstrap`; may be empty.
     """
@@ -63,7 +63,7 @@ def with_intervals(
 ) -> dict[str, System]:
     """Add 95 % intervals, and the differences to the first system.
 
-    The arguments are those of :func:`speechbrain_ram.verification.bootstrap.bootstrap`.
+    The arguments are those of :func:`.bootstrap.bootstrap`.
     1000 replicates take half a second for 40,000 trials, 6 seconds for
     600,000.
     """
