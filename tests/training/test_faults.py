@@ -20,7 +20,7 @@ from survival import differences
 from speechbrain_ram.data import dataset as dataset_module
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.dataset import CropDataset
-from speechbrain_ram.training import robust_brain, stopping
+from speechbrain_ram.training import faults, robust_brain
 from speechbrain_ram.training.brain import SpeakerBrain
 from speechbrain_ram.training.faults import (
     Batch,
@@ -526,8 +526,8 @@ def test_another_process_is_told_why():
 def test_a_signal_that_arrives_twice_is_one(monkeypatch):
     """A scheduler's to all processes, and what torchrun makes of it."""
     now, ended = 100.0, []
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
-    stop = stopping.StopRequest()
+    monkeypatch.setattr(faults.time, "monotonic", lambda: now)
+    stop = faults.StopRequest()
     with stop.listening(), stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         now += 1
