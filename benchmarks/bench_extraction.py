@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.resnet import ResNet34, folded
 from speechbrain_ram.utils import keep_freed_memory
-from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.embeddings import Embedder, extract
 
 CHANNELS = (16, 32, 64, 128)
 
-LARGE = {"threads": 1, "max_frames_per_batch": 6000}
+LARGE = {"threads": 1, "batch_seconds": 60.0}
 CASES = {
     "one by one": {"one_by_one": True},
     "one by one, channels_last": {"one_by_one": True, "channels_last": True},
@@ -134,8 +134,10 @@ class Extraction:
         if one_by_one:
             self.run = partial(by_loop, encode, files, root)
         else:
-            options |= {"progress": False, "device": device}
-            self.run = lambda: extract(encode, files, root, **options).matrix
+            embedder = Embedder(encode, device=device, **options)
+            self.run = lambda: (
+                extract(embedder, files, root, progress=False).matrix
+            )
 
     def __call__(self) -> None:
         """Embed everything."""

@@ -22,9 +22,9 @@ from harness import Table, alternate
 
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.export.architecture import fingerprint
-from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
 from speechbrain_ram.export.folder import EncoderFolder
 from speechbrain_ram.export.onnx import export_waveform, quantise
+from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.scores import score_trials
@@ -33,7 +33,7 @@ from speechbrain_ram.verification.trials import TrialList, read_trials
 RATE = 16000
 
 
-def untrained() -> LoadedEncoder:
+def untrained() -> SpeakerEncoder:
     """The paper's encoder, before any training."""
     architecture = {
         "sample_rate": RATE,
@@ -53,7 +53,7 @@ def untrained() -> LoadedEncoder:
     }
     weights = ResNet34(80).state_dict()
     name = fingerprint(architecture, weights)
-    return LoadedEncoder(EncoderFolder(architecture, weights, name, None, {}))
+    return SpeakerEncoder(EncoderFolder(architecture, weights, name, None, {}))
 
 
 def session(path: Path):
@@ -78,7 +78,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     encoder = (
-        load_encoder(arguments.encoder) if arguments.encoder else untrained()
+        SpeakerEncoder.from_folder(arguments.encoder)
+        if arguments.encoder
+        else untrained()
     )
     channels = encoder.modules["embedding_model"].channels
     with tempfile.TemporaryDirectory() as folder:

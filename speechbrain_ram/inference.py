@@ -1,8 +1,7 @@
 """Use a trained encoder: embed, compare, decide.
 
-:class:`SpeakerEncoder` is for people: files in, embeddings and decisions out.
-:func:`load_encoder` is what it and the verification scripts stand on. Both
-load exported folders and the checkpoints of runs without executing anything
+:class:`SpeakerEncoder` takes files and gives embeddings and decisions. It
+loads exported folders and the checkpoints of runs without executing anything
 that is in them; SpeechBrain's own classes load the same folder, and execute
 its YAML.
 """
@@ -12,38 +11,34 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_ram.data.audio import AudioError, pad_waveforms
+from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.recordings import (
     Piece,
     Recording,
     Segment,
     describe,
-    is_silent,
-    split_into_pieces,
-    warn_of_clipping,
 )
 from speechbrain_ram.export.architecture import EncoderError
-from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
-from speechbrain_ram.export.folder import encoder_section, export_inference
-from speechbrain_ram.utils import in_threads, n_threads
-from speechbrain_ram.verification.calibration import Decision
-from speechbrain_ram.verification.embeddings import length_batches
+from speechbrain_ram.export.encoder import LoadedEncoder, read_encoder
+from speechbrain_ram.export.folder import (
+    EncoderFolder,
+    encoder_section,
+    export_inference,
+)
+from speechbrain_ram.verification.embeddings import Embedder
 
 __all__ = [
     "Comparison",
     "EncoderError",
-    "LoadedEncoder",
     "Segment",
     "SpeakerEncoder",
     "encoder_section",
     "export_inference",
-    "load_encoder",
 ]
 
 
@@ -75,51 +70,55 @@ class Comparison:
     nontargets_above: float | None = None
 
 
-class SpeakerEncoder:
+class SpeakerEncoder(LoadedEncoder):
     """Recordings in, embeddings and decisions out.
 
     Files of another sample rate are resampled and several channels averaged,
-    unless that is forbidden. A recording longer than `window_seconds` is cut
-    into equal windows, whose embeddings are averaged; silent windows are left
-    out. Recordings are batched by length, and every embedding is the one that
-    the recording has alone.
+    unless that is forbidden. A recording longer than 240 s is cut into equal
+    windows, whose embeddings are averaged; silent windows are left out.
+    Recordings are batched by length, and every embedding is the one that the
+    recording has alone, and in verification.
 
     Silence, recordings under 0.1 s and unreadable files raise an AudioError
     that names them; clipping gives a warning. No NaN is ever returned.
 
     Arguments
     ---------
-    encoder : LoadedEncoder
-        From :func:`load_encoder`.
+    folder : EncoderFolder
+        From :func:`speechbrain_ram.export.encoder.read_encoder`.
+    device : str
+        Such as 'cpu' or 'cuda:0'.
     resample, mixdown : bool
         Whether files of another rate, or of several channels, are converted.
-    window_seconds : float
-        Longest piece that is embedded at once.
     batch_seconds : float, optional
-        Bound on the audio of a batch, padding included. By default 60 on a
-        GPU, and 2 on a CPU, whose caches a larger batch does not fit.
+        As for :class:`speechbrain_ram.verification.embeddings.Embedder`.
     """
 
     def __init__(
         self,
-        encoder: LoadedEncoder,
+        folder: EncoderFolder,
+        device: str = "cpu",
         resample: bool = True,
         mixdown: bool = True,
-        window_seconds: float = 60.0,
         batch_seconds: float | None = None,
     ):
-        self.encoder = encoder
-        self.sample_rate = encoder.sample_rate
-        self.embedding_dim = encoder.embedding_dim
-        self.fingerprint = encoder.fingerprint
-        self.decision: Decision | None = encoder.decision
+        super().__init__(folder, device)
         self.resample = resample
         self.mixdown = mixdown
-        self.window_seconds = window_seconds
-        if batch_seconds is None:
-            on_cpu = torch.device(encoder.device).type == "cpu"
-            batch_seconds = 2.0 if on_cpu else 60.0
         self.batch_seconds = batch_seconds
+
+    @property
+    def embedder(self) -> Embedder:
+        """How this encoder embeds."""
+        return Embedder(
+            self.encode,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+            self.device,
+            self.pad,
+            self.batch_seconds,
+        )
 
     @classmethod
     def from_folder(
@@ -130,7 +129,8 @@ class SpeakerEncoder:
         Arguments
         ---------
         path : path
-            As for :func:`load_encoder`.
+            An exported folder; or a run's output folder, whose best
+            checkpoint is taken; or one checkpoint folder (``CKPT+...``).
         device : str
             Such as 'cpu' or 'cuda:0'.
         **options
@@ -139,8 +139,14 @@ class SpeakerEncoder:
         Returns
         -------
         SpeakerEncoder
+
+        Raises
+        ------
+        EncoderError
+            Nothing there, damaged, of another version, or weights of another
+            architecture.
         """
-        return cls(load_encoder(path, device), **options)
+        return cls(read_encoder(path), device, **options)
 
     def embed(
         self,
@@ -185,66 +191,37 @@ class SpeakerEncoder:
                 raise error
             bad[position] = str(error)
 
-        pieces: list[Piece] = []
-        options = (
-            self.sample_rate,
-            self.window_seconds,
-            self.resample,
-            self.mixdown,
-        )
+        embedder = self.embedder
+        planned: dict[int, list[Piece]] = {}
         for position, item in enumerate(items):
             try:
-                pieces += split_into_pieces(item, position, *options)
+                planned[position] = embedder.plan(item, position)
             except AudioError as error:
                 failed(position, error)
-        sums = np.zeros((len(items), self.embedding_dim))
-        counts = np.zeros((len(items), 1))
-        batches = length_batches(
-            [piece.samples for piece in pieces],
-            int(self.batch_seconds * self.sample_rate),
-        )
-        pad = self.encoder.pad or partial(
-            pad_waveforms, hop=self.sample_rate // 100
-        )
-
-        def embed_batch(batch: list[int]):
-            """Whose pieces were heard, their rows, and what failed."""
-            heard, wavs, failed_here = [], [], []
-            for piece in (pieces[index] for index in batch):
-                try:
-                    wav = piece.load()
-                    warn_of_clipping(wav, names[piece.recording])
-                except AudioError as error:
-                    failed_here.append((piece.recording, error))
-                    continue
-                if not is_silent(wav):
-                    heard.append(piece.recording)
-                    wavs.append(wav)
-            rows = self.encoder.encode(*pad(wavs)) if wavs else None
-            return heard, rows, failed_here
-
-        threads = n_threads(self.encoder.device)
-        with tqdm(
-            total=len(pieces), unit="piece", desc="embed", disable=not progress
-        ) as bar:
-            done = in_threads(embed_batch, batches, threads)
-            for batch, (heard, rows, failed_here) in zip(
-                batches, done, strict=True
-            ):
-                for recording, error in failed_here:
-                    failed(recording, error)
-                if heard:
-                    np.add.at(sums, heard, rows.double().cpu().numpy())
-                    np.add.at(counts, heard, 1)
+        order = list(planned)
+        samples = [sum(p.samples for p in planned[i]) for i in order]
+        batches = [
+            [order[i] for i in batch] for batch in embedder.batches(samples)
+        ]
+        embeddings = np.zeros((len(items), self.embedding_dim), np.float32)
+        with (
+            tqdm(
+                total=len(order), unit="rec", desc="embed", disable=not progress
+            ) as bar,
+            embedder.embedding(
+                batches, planned.pop, names.__getitem__, warn=True
+            ) as embedded,
+        ):
+            for batch, rows, errors in embedded:
+                for position, why in errors.items():
+                    failed(position, AudioError(why))
+                for position, row in rows.items():
+                    embeddings[position] = row
                 bar.update(len(batch))
-        for position, count in enumerate(counts):
-            if count == 0 and position not in bad:
-                why = "holds only silence. Was the microphone muted?"
-                failed(position, AudioError(f"{names[position]} {why}"))
         if failures is not None:
             failures.update(sorted(bad.items()))
         good = [i for i in range(len(items)) if i not in bad]
-        embeddings = (sums[good] / counts[good]).astype(np.float32)
+        embeddings = embeddings[good]
         # A zero embedding has no cosine with anything.
         if not (np.isfinite(embeddings).all() and embeddings.any(axis=1).all()):
             raise EncoderError(

@@ -19,7 +19,7 @@ from small_encoder import export_small
 from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
 from speechbrain_ram.data.manifest import ManifestError, read_manifest
 from speechbrain_ram.export.architecture import fingerprint
-from speechbrain_ram.inference import EncoderError, load_encoder
+from speechbrain_ram.inference import EncoderError, SpeakerEncoder
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     SafeCheckpointer,
@@ -102,12 +102,12 @@ def load_edited(encoder):
             description["architecture"], weights
         )
         file.write_text(json.dumps(description))
-    return load_encoder(encoder)
+    return SpeakerEncoder.from_folder(encoder)
 
 
 def trained_run(folder, encoder):
     """A run of which load_encoder takes the best checkpoint."""
-    model = load_encoder(encoder).modules["embedding_model"]
+    model = SpeakerEncoder.from_folder(encoder).modules["embedding_model"]
     saved = SafeCheckpointer(folder / "save", {"embedding_model": model})
     checkpoint = saved.save_checkpoint(meta={"EER": 3.5}).path
     text = (encoder / "hyperparams.yaml").read_text()
@@ -144,7 +144,7 @@ def targets(folder):
         found[name] = Target(read_recording, AudioError, good, place)
     for name in ("encoder.json", "encoder.safetensors"):
         found[name] = Target(
-            lambda _: load_encoder(encoder),
+            lambda _: SpeakerEncoder.from_folder(encoder),
             EncoderError,
             (encoder / name).read_bytes(),
             encoder / name,
@@ -161,7 +161,7 @@ def targets(folder):
     ):
         # The checkpoint's own folder: its checksums would refuse all changes.
         found[place.name] = Target(
-            lambda _: load_encoder(checkpoint),
+            lambda _: SpeakerEncoder.from_folder(checkpoint),
             EncoderError,
             place.read_bytes(),
             place,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from write_release import release_run, waveform
 
-from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.run import RunError
 
@@ -33,7 +33,7 @@ def test_checkpoints_are_whole_by_their_checksums(release):
 
 
 def test_exported_folder_gives_the_same_embedding(release):
-    encoder = load_encoder(release / "inference")
+    encoder = SpeakerEncoder.from_folder(release / "inference")
     embedding = encoder.encode(waveform(), torch.ones(1)).numpy()
     expected = np.load(release / "embedding.npy")
     np.testing.assert_allclose(embedding, expected, atol=1e-4)

@@ -18,7 +18,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from survival import OPTIONS
 
 from speechbrain_ram.corpora.synthetic import make_synthetic
-from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.inference import SpeakerEncoder
 
 CORPUS = {
     "n_speakers": 6,
@@ -61,7 +61,7 @@ def main(target):
             shutil.copytree(run / name, target / name)
     for old in Checkpointer(target / "save").find_checkpoints()[2:]:
         shutil.rmtree(old.path)
-    encoder = load_encoder(target / "inference")
+    encoder = SpeakerEncoder.from_folder(target / "inference")
     embedding = encoder.encode(waveform(), torch.ones(1))
     np.save(target / "embedding.npy", embedding.numpy())
 

@@ -93,7 +93,7 @@ def create_app(encoder: SpeakerEncoder):
     async def serve_encoder(request: Request) -> Response:
         decision = encoder.decision.to_dict()
         del decision["calibration"]
-        facts = encoder.encoder.folder.facts
+        facts = encoder.facts
         return JSONResponse({"decision": decision, "facts": facts})
 
     async def serve_comparison(request: Request) -> Response:
@@ -141,7 +141,7 @@ def envelope(encoder: SpeakerEncoder, path: Path) -> dict[str, Any]:
         ``seconds``, and ``peaks``, `BARS` numbers in [0, 1].
     """
     pieces = split_into_pieces(
-        path, 0, encoder.sample_rate, encoder.window_seconds, True, True
+        path, 0, encoder.sample_rate, True, True, longest=60.0
     )
     peaks = []
     for piece in pieces:

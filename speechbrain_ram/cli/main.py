@@ -292,10 +292,10 @@ def export(folder, output, client, examples):
     check_output(output, ".onnx")
     encoder = load_encoder(folder)
     rate = encoder.sample_rate
-    onnx_export.EXPORTS[client](encoder.encoder, output)
+    onnx_export.EXPORTS[client](encoder, output)
     noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)
     probes = [noise[:rate], noise]
-    error, cosine = onnx_export.agreement(encoder.encoder, output, probes)
+    error, cosine = onnx_export.agreement(encoder, output, probes)
     if not error < _LARGEST_DIFFERENCE:
         Path(output).unlink()
         raise ValueError(
@@ -316,9 +316,9 @@ def export(folder, output, client, examples):
             split_into_pieces(path, 0, rate, 10.0, True, True)[0].load()
             for path in some
         ]
-        fed = onnx_export.graph_inputs(encoder.encoder, output, wavs)
+        fed = onnx_export.graph_inputs(encoder, output, wavs)
         onnx_export.quantise(output, output, fed)
-        _, cosine = onnx_export.agreement(encoder.encoder, output, wavs)
+        _, cosine = onnx_export.agreement(encoder, output, wavs)
         facts["cosine"] = cosine
         text.append(
             f"Then quantised on {len(wavs)} files; their embeddings have a "
@@ -398,8 +398,8 @@ def info(folder, database):
     from speechbrain_ram.export.folder import FACTS
 
     encoder = load_encoder(folder)
-    told = encoder.encoder.folder.facts
-    network = encoder.encoder.modules["embedding_model"]
+    told = encoder.facts
+    network = encoder.modules["embedding_model"]
     facts = {
         "fingerprint": encoder.fingerprint,
         "sample_rate": encoder.sample_rate,

@@ -10,15 +10,24 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.audio import (
+    AudioError,
+    audio_info,
+    check_format,
+    read_audio,
+)
 from speechbrain_ram.data.containers import is_video, read_video, video_info
+
+#: Longer recordings are embedded in windows, in seconds. Whole is what
+#: VoxCeleb, SITW and CN-Celeb are scored on; 240 s take below 2 GB.
+WHOLE = 240.0
 
 #: Shorter recordings are refused, in seconds.
 SHORTEST = 0.1
@@ -83,9 +92,9 @@ def split_into_pieces(
     recording: Recording,
     position: int,
     sample_rate: int,
-    longest: float,
     resample: bool,
     mixdown: bool,
+    longest: float | None = None,
 ) -> list[Piece]:
     """Plan how a recording is read, from its header alone.
 
@@ -98,10 +107,11 @@ def split_into_pieces(
         Its place among the recordings.
     sample_rate : int
         In Hz, of the encoder.
-    longest : float
-        Seconds; a longer recording is cut into equal windows of at most that.
     resample, mixdown : bool
         As for :func:`speechbrain_ram.data.audio.read_audio`.
+    longest : float, optional
+        Seconds; a longer recording is cut into equal windows of at most that.
+        By default :data:`WHOLE`.
 
     Returns
     -------
@@ -115,7 +125,7 @@ def split_into_pieces(
     Example
     -------
     >>> minute = np.zeros(60 * 16000)
-    >>> pieces = split_into_pieces(minute, 0, 16000, 25.0, False, False)
+    >>> pieces = split_into_pieces(minute, 0, 16000, False, False, 25.0)
     >>> [piece.samples for piece in pieces]
     [320000, 320000, 320000]
     """
@@ -135,6 +145,16 @@ def split_into_pieces(
             resample=resample,
             mixdown=mixdown,
         )
+        part = (first, recording.stop) != (0, None)
+        if part and not 0 <= first < last <= info.frames:
+            raise AudioError(
+                f"{name} has {info.frames} samples; there is no part from "
+                f"{first} to {last}."
+            )
+        check_format(
+            *(recording.path, info.channels, rate),
+            *(sample_rate, resample, mixdown),
+        )
     else:
         waveform = _as_waveform(recording, name)
         rate, first, last = sample_rate, 0, len(waveform)
@@ -148,7 +168,7 @@ def split_into_pieces(
             f"{name} lasts {1000 * seconds:.0f} ms, at least "
             f"{1000 * SHORTEST:.0f} ms are needed to hear a speaker."
         )
-    windows = math.ceil(seconds / longest)
+    windows = math.ceil(seconds / (longest or WHOLE))
     cuts = [first + (last - first) * i // windows for i in range(windows + 1)]
     return [
         Piece(
@@ -160,13 +180,45 @@ def split_into_pieces(
     ]
 
 
+def audible(
+    pieces: list[Piece], name: str, warn: bool = True
+) -> Iterator[torch.Tensor]:
+    """Read pieces one by one, without the silent ones.
+
+    Arguments
+    ---------
+    pieces : list of Piece
+        Of one recording.
+    name : str
+        What it is called in a message.
+    warn : bool
+        Whether to warn of clipping.
+
+    Raises
+    ------
+    AudioError
+        All are silent, one cannot be read, or is no waveform in [-1, 1].
+    """
+    heard = False
+    for piece in pieces:
+        waveform = piece.load()
+        check_level(waveform, name, warn)
+        if not is_silent(waveform):
+            heard = True
+            yield waveform
+    if not heard:
+        raise AudioError(
+            f"{name} holds only silence. Was the microphone muted?"
+        )
+
+
 def is_silent(waveform: torch.Tensor) -> bool:
     """Whether nothing is there but at most a constant and rounding."""
     return float(waveform.std(unbiased=False)) <= SILENCE
 
 
-def warn_of_clipping(waveform: torch.Tensor, name: str) -> None:
-    """Warn where over 1 % of the samples are at full scale or beyond.
+def check_level(waveform: torch.Tensor, name: str, warn: bool) -> None:
+    """Warn, if asked, where over 1 % of the samples are at full scale.
 
     Raises
     ------
@@ -179,6 +231,8 @@ def warn_of_clipping(waveform: torch.Tensor, name: str) -> None:
             f"{name} has samples up to {loudest:g}, waveforms are in [-1, 1]. "
             "Are they 16-bit numbers? Divide by 32768, or pass them as int16."
         )
+    if not warn:
+        return
     share = float((waveform.abs() >= 0.999).float().mean())
     if share > 0.01:
         warnings.warn(

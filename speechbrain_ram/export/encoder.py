@@ -33,13 +33,15 @@ class LoadedEncoder:
     Arguments
     ---------
     folder : EncoderFolder
-        Architecture and weights.
+        From :func:`read_encoder`.
     device : str
         Where to compute.
     """
 
     def __init__(self, folder: EncoderFolder, device: str = "cpu"):
-        self.folder = folder
+        self.facts = folder.facts
+        self.architecture = folder.architecture
+        self.weights = folder.weights
         self.sample_rate = _size(folder.architecture, "sample_rate")
         self.embedding_dim = _size(folder.architecture, "embedding_dim")
         self.fingerprint = folder.fingerprint
@@ -78,20 +80,18 @@ class LoadedEncoder:
         return self._network(feats, lengths).squeeze(1)
 
 
-def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
-    """Load an encoder for verification; nothing in the folder is executed.
+def read_encoder(path: str | os.PathLike) -> EncoderFolder:
+    """Read an encoder; nothing in the folder is executed.
 
     Arguments
     ---------
     path : path
         An exported folder; or a run's output folder, whose best checkpoint
         is taken; or one checkpoint folder (``CKPT+...``) of a run.
-    device : str
-        Such as 'cpu' or 'cuda:0'.
 
     Returns
     -------
-    LoadedEncoder
+    EncoderFolder
 
     Raises
     ------
@@ -106,7 +106,7 @@ def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
             "output folder or one of its checkpoints."
         )
     if (path / DESCRIPTION).exists():
-        return LoadedEncoder(read_folder(path), device)
+        return read_folder(path)
     if not (path / "embedding_model.ckpt").is_file():
         path = _best_checkpoint(path)
     hyperparams = _folder_above(path, "hyperparams.yaml") / "hyperparams.yaml"
@@ -128,8 +128,7 @@ def load_encoder(path: str | os.PathLike, device: str = "cpu") -> LoadedEncoder:
             f"'{weights_file}' holds no plain weights: {error}"
         ) from error
     name = fingerprint(architecture, state)
-    folder = EncoderFolder(architecture, state, name, None, {})
-    return LoadedEncoder(folder, device)
+    return EncoderFolder(architecture, state, name, None, {})
 
 
 def _size(architecture: dict, key: str) -> int:

@@ -56,7 +56,7 @@ def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     Arguments
     ---------
     encoder : LoadedEncoder
-        From :func:`speechbrain_ram.export.encoder.load_encoder`.
+        From :class:`speechbrain_ram.inference.SpeakerEncoder`.
     path : path
         The file to write.
 

@@ -23,6 +23,7 @@ from speechbrain_ram.training.diagnostics import MarginDiagnostics
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.utils import gathered, n_processes
 from speechbrain_ram.verification.embeddings import (
+    Embedder,
     EmbeddingSet,
     Padding,
     extract,
@@ -380,15 +381,17 @@ class SpeakerBrain(RobustBrain):
         self.modules.eval()
         with self.stop.listening():
             embeddings = extract(
-                self.encode,
+                Embedder(
+                    self.encode,
+                    device=self.device,
+                    pad=self.pad,
+                    **self.read_options,
+                ),
                 utterances,
                 root,
-                device=self.device,
-                progress=not self.noprogressbar,
-                pad=self.pad,
                 distributed=n_processes() > 1,
+                progress=not self.noprogressbar,
                 check=self.leave_if_asked,
-                **self.read_options,
             )
             self.leave_together()
         return embeddings

@@ -1,7 +1,6 @@
 """One embedding per utterance: batches of like length, read ahead.
 
-The encoder is any callable ``encode(wavs [B, T], lens [B]) -> [B, E]``.
-Utterances are sorted by length and batched by the frames that a batch holds
+Utterances are sorted by length and batched by the seconds that a batch holds
 with its padding, so that memory is bounded and little is padded. The result
 is the same as one utterance at a time (to 1e-4), given an encoder that honours
 relative lengths.
@@ -14,13 +13,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from speechbrain_ram.data.audio import (
-    AudioError,
-    audio_info,
-    pad_waveforms,
-    read_audio,
-)
+from speechbrain_ram.data.audio import AudioError, pad_waveforms
 from speechbrain_ram.data.names import part_of
+from speechbrain_ram.data.recordings import (
+    Piece,
+    Recording,
+    Segment,
+    audible,
+    split_into_pieces,
+)
 from speechbrain_ram.utils import (
     ahead,
     all_numbers,
@@ -48,65 +50,192 @@ Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Padding = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 
 _THREADS = 4  # decode while the encoder computes
-_CPU_FRAMES, _DEVICE_FRAMES = 200, 6000
+_CPU_SECONDS, _DEVICE_SECONDS = 2.0, 60.0  # of a batch
 _SECONDS_BETWEEN_PARTS = 60
 
 
-def extract(
-    encode: Encoder,
-    utterances: Sequence[str],
-    root: str | os.PathLike,
-    sample_rate: int = 16000,
-    max_frames_per_batch: int | None = None,
-    hop: int | None = None,
-    resample: bool = False,
-    mixdown: bool = False,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    store: EmbeddingStore | None = None,
-    distributed: bool = False,
-    pad: Padding | None = None,
-    threads: int | None = None,
-    check: Callable[[], None] | None = None,
-) -> EmbeddingSet:
-    """Embed every utterance once.
+@dataclass(frozen=True)
+class Embedder:
+    """How recordings become embeddings; every way to one goes through here.
+
+    A recording of at most 240 s is embedded whole
+    (:data:`speechbrain_ram.data.recordings.WHOLE`). A longer one is cut into
+    equal windows of at most that, whose embeddings are averaged; silent
+    windows are left out.
 
     Arguments
     ---------
     encode : callable
         `encode(wavs, lens)` with waveforms [B, T] float32 and relative
         lengths [B], returns embeddings [B, E].
+    sample_rate : int
+        In Hz, what the encoder was trained on.
+    resample, mixdown : bool
+        As for :func:`speechbrain_ram.data.audio.read_audio`.
+    device : str or torch.device
+        Where `encode` wants its input.
+    pad : callable, optional
+        Batches waveforms; given by front-ends that do not frame as the host's
+        Fbank does (:meth:`speechbrain_ram.features.KaldiFbank.pad`).
+    batch_seconds : float, optional
+        Bound on the audio of a batch, padding included. A recording longer
+        than that is a batch of its own. By default 60 on a GPU, and 2 on a
+        CPU, whose caches a larger batch does not fit.
+    threads : int, optional
+        How many batches are encoded at once. By default, on a CPU as many as
+        PyTorch has threads, which then share nothing; on a GPU one. With 1,
+        `encode` is never called by two threads at once.
+    """
+
+    encode: Encoder
+    sample_rate: int = 16000
+    resample: bool = False
+    mixdown: bool = False
+    device: str | torch.device = "cpu"
+    pad: Padding | None = None
+    batch_seconds: float | None = None
+    threads: int | None = None
+
+    def plan(self, recording: Recording, position: int = 0) -> list[Piece]:
+        """Cut a recording into what is embedded at once, by its header.
+
+        Raises
+        ------
+        AudioError
+            It cannot be used.
+        """
+        return split_into_pieces(
+            recording, position, self.sample_rate, self.resample, self.mixdown
+        )
+
+    def batches(self, samples: Sequence[int]) -> list[list[int]]:
+        """Group recordings of so many samples each."""
+        seconds = self.batch_seconds
+        if seconds is None:
+            on_cpu = torch.device(self.device).type == "cpu"
+            seconds = _CPU_SECONDS if on_cpu else _DEVICE_SECONDS
+        return length_batches(samples, int(seconds * self.sample_rate))
+
+    @contextmanager
+    def embedding(
+        self,
+        batches: Iterable[list[int]],
+        pieces: Callable[[int], list[Piece]],
+        name: Callable[[int], str],
+        warn: bool = False,
+    ) -> Iterator[Iterator[Embedded]]:
+        """Embed batches, in order, the next ones being read meanwhile.
+
+        Arguments
+        ---------
+        batches : iterable of list of int
+            Positions of recordings, from :meth:`batches`.
+        pieces : callable
+            What :meth:`plan` said of a recording.
+        name : callable
+            What a recording is called in a message.
+        warn : bool
+            Whether to warn of clipping.
+
+        Yields
+        ------
+        iterator of Embedded
+            One a batch.
+        """
+        threads = n_threads(self.device, self.threads)
+
+        def load(batch: list[int]) -> list:
+            return [self._load(pieces(i), name(i), warn) for i in batch]
+
+        def embed(work) -> Embedded:
+            batch, loaded = work
+            rows, errors = {}, {}
+            short = [
+                i
+                for i, each in enumerate(loaded)
+                if isinstance(each, torch.Tensor)
+            ]
+            if short:
+                out = self._encode([loaded[i] for i in short])
+                rows = dict(zip((batch[i] for i in short), out, strict=True))
+            for i, windows in zip(batch, loaded, strict=True):
+                if i in rows:
+                    continue
+                try:  # one window after the other, however long it is
+                    if isinstance(windows, AudioError):
+                        raise windows
+                    each = [self._encode([window])[0] for window in windows]
+                    rows[i] = np.mean(each, axis=0, dtype=np.float64)
+                except AudioError as error:
+                    errors[i] = str(error)
+            return Embedded(batch, rows, errors)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            batches = list(batches)
+            loaded = ahead(pool, load, batches, depth=threads + 3)
+            work = zip(batches, loaded, strict=True)
+            with (
+                closing(loaded),
+                closing(in_threads(embed, work, threads)) as done,
+            ):
+                yield done
+
+    def _load(self, pieces: list[Piece], name: str, warn: bool):
+        """A waveform; the windows of a long recording; or what is wrong."""
+        windows = audible(pieces, name, warn)
+        try:
+            return windows if len(pieces) > 1 else next(windows)
+        except AudioError as error:
+            return error
+
+    def _encode(self, waveforms: list[torch.Tensor]) -> np.ndarray:
+        pad = self.pad or partial(pad_waveforms, hop=self.sample_rate // 100)
+        padded, lens = pad(waveforms)
+        with torch.inference_mode():
+            out = self.encode(padded.to(self.device), lens.to(self.device))
+        if out.ndim != 2 or len(out) != len(waveforms):
+            raise ValueError(
+                f"encode must return [{len(waveforms)}, E] for this batch, "
+                f"got {tuple(out.shape)}."
+            )
+        return out.float().cpu().numpy()
+
+
+class Embedded(NamedTuple):
+    """A batch of recordings by position, and what became of each."""
+
+    batch: list[int]
+    rows: dict[int, np.ndarray]
+    errors: dict[int, str]
+
+
+def extract(
+    embedder: Embedder,
+    utterances: Sequence[str],
+    root: str | os.PathLike,
+    store: EmbeddingStore | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+    check: Callable[[], None] | None = None,
+) -> EmbeddingSet:
+    """Embed every utterance of a list once.
+
+    Arguments
+    ---------
+    embedder : Embedder
+        The encoder, and how it is used.
     utterances : sequence of str
         Unique names, paths relative to `root`; ``PATH@START-STOP`` is a part
         of a recording, in samples at its own rate.
     root : path
         Folder of the recordings.
-    sample_rate : int
-        In Hz, what the encoder was trained on.
-    max_frames_per_batch : int, optional
-        Bound on frames of `hop` samples in a batch, padding included. An
-        utterance longer than that is a batch of its own. By default 6000 on
-        a GPU, and 200 on a CPU, whose caches a larger batch does not fit.
-    hop : int, optional
-        Samples from one feature frame to the next; 10 ms if not given.
-    resample, mixdown : bool
-        As for :func:`speechbrain_ram.data.audio.read_audio`.
-    device : str or torch.device
-        Where `encode` wants its input.
-    progress : bool
-        Whether to show a progress bar on stderr.
     store : EmbeddingStore, optional
         Rows in it are not computed again; new ones are added.
     distributed : bool
         Share the work among the ranks of `torch.distributed`, all of which
         must make this call; every rank gets the whole result.
-    pad : callable, optional
-        Batches waveforms; given by front-ends that do not frame as the host's
-        Fbank does (:meth:`speechbrain_ram.features.KaldiFbank.pad`).
-    threads : int, optional
-        How many batches are encoded at once. By default, on a CPU as many as
-        PyTorch has threads, which then share nothing; on a GPU one. With 1,
-        `encode` is never called by two threads at once.
+    progress : bool
+        Whether to show a progress bar on stderr.
     check : callable, optional
         Called between the batches. Raises SystemExit to leave; several ranks
         leave together.
@@ -119,8 +248,8 @@ def extract(
     Raises
     ------
     AudioError
-        Recordings cannot be used: the first ten by name, before any is
-        embedded.
+        Recordings cannot be used: the first ten by name. What a header shows
+        is found before any is embedded, silence after all others are.
     StoreError
         The store is another encoder's.
     ValueError
@@ -129,92 +258,85 @@ def extract(
     utterances = tuple(dict.fromkeys(utterances))
     if not utterances:
         raise ValueError("No utterance to embed: is the trial list empty?")
-    hop = hop or sample_rate // 100
-    pad = pad or partial(pad_waveforms, hop=hop)
-    threads = n_threads(device, threads)
-    if max_frames_per_batch is None:
-        on_cpu = torch.device(device).type == "cpu"
-        max_frames_per_batch = _CPU_FRAMES if on_cpu else _DEVICE_FRAMES
     check = check or (lambda: None)
     rank, world, run = 0, 1, lambda work: [work()]
     if distributed:
         rank, run = torch.distributed.get_rank(), together
         world = torch.distributed.get_world_size()
-    parts = [part_of(os.path.join(root, name)) for name in utterances]
-    reading = {
-        "sample_rate": sample_rate,
-        "resample": resample,
-        "mixdown": mixdown,
-    }
+    parts = [Segment(*part_of(os.path.join(root, n))) for n in utterances]
+    known = store.load() if store else None
+    if store and distributed:  # before another rank adds its part
+        torch.distributed.barrier()
     with ThreadPoolExecutor(_THREADS) as pool:
-        known = store.load() if store else None
-        if store and distributed:  # before another rank adds its part
-            torch.distributed.barrier()
-        paths = [path for path, *_ in parts]
+        paths = [part.path for part in parts]
         files = np.array(list(pool.map(_file_state, paths)), np.int64)
         todo = _not_in(known, utterances, files)
-        mine = [parts[i] for i in todo[rank::world]]
-        found = run(lambda: _look(pool, mine, reading, check))
-        seconds = _durations(found, len(todo))
-        frames = [int(s * sample_rate) // hop + 1 for s in seconds]
-        batches = length_batches(frames, max_frames_per_batch)
-        most = math.ceil(len(batches) / world)  # of one rank
-        batches = batches[rank::world]
+        mine = todo[rank::world]
+        planned: dict[int, list[Piece]] = {}
+        found = run(lambda: _look(pool, embedder, parts, mine, planned, check))
+    samples = _in_turn(found, len(todo))
+    batches = [[todo[i] for i in batch] for batch in embedder.batches(samples)]
+    rate = embedder.sample_rate
+    seconds = {i: n / rate for i, n in zip(todo, samples, strict=True)}
+    most = math.ceil(len(batches) / world)  # of one rank
+    batches = batches[rank::world]
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        unit="utt",
+        desc="embed",
+        disable=not progress or rank > 0,
+    )
 
-        def load(batch: list[int]) -> list[torch.Tensor]:
-            return [read_audio(*parts[todo[i]], **reading) for i in batch]
+    def any_leaves(mine: bool) -> bool:
+        """Whether this rank does, or another."""
+        if not distributed:
+            return mine
+        return any(n for (n,) in all_numbers((int(mine),), embedder.device))
 
-        def embed(work) -> EmbeddingSet:
-            batch, wavs = work
-            padded, lens = pad(wavs)
-            with torch.inference_mode():
-                out = encode(padded.to(device), lens.to(device))
-            if out.ndim != 2 or len(out) != len(batch):
-                raise ValueError(
-                    f"encode must return [{len(batch)}, E] for this batch, "
-                    f"got {tuple(out.shape)}."
-                )
-            rows = [todo[i] for i in batch]
-            return EmbeddingSet(
+    unusable: dict[int, str] = {}
+
+    def as_set(one: Embedded) -> EmbeddingSet | None:
+        bar.update(len(one.batch))
+        unusable.update(one.errors)
+        rows = list(one.rows)
+        return (
+            EmbeddingSet(
                 tuple(utterances[row] for row in rows),
-                out.float().cpu().numpy(),
-                seconds[batch],
+                np.array([one.rows[row] for row in rows], np.float32),
+                np.array([seconds[row] for row in rows], np.float32),
                 files[rows],
             )
-
-        waveforms = ahead(pool, load, batches, depth=threads + 3)
-        work = zip(batches, waveforms, strict=True)
-        bar = tqdm(
-            total=sum(map(len, batches)),
-            unit="utt",
-            desc="embed",
-            disable=not progress or rank > 0,
+            if rows
+            else None
         )
 
-        def any_leaves(mine: bool) -> bool:
-            """Whether this rank does, or another."""
-            if not distributed:
-                return mine
-            return any(n for (n,) in all_numbers((int(mine),), device))
+    def pieces(i: int) -> list[Piece]:
+        return planned.pop(i, None) or embedder.plan(parts[i])
 
-        with (
-            bar,
-            closing(waveforms),
-            closing(in_threads(embed, work, threads)) as embedded,
-        ):
-            name = f"{rank}-{os.getpid()}"
-            collected = run(
-                lambda: _collect(
-                    embedded, most, check, any_leaves, bar, store, name
-                )
+    with (
+        bar,
+        embedder.embedding(
+            batches, pieces, lambda i: f"'{parts[i].path}'"
+        ) as embedded,
+    ):
+        name = f"{rank}-{os.getpid()}"
+        collected = run(
+            lambda: (
+                _collect(
+                    map(as_set, embedded), most, check, any_leaves, store, name
+                ),
+                unusable,
             )
-    new = [part for part in collected if part is not None]
+        )
+    new = [part for part, _ in collected if part is not None]
     everything = merge([*([known] if known else []), *new])
     if store and new:
         if rank == 0:
             store.save(everything)
         if distributed:
             torch.distributed.barrier()
+    errors = {i: why for _, bad in collected for i, why in bad.items()}
+    _raise_for([errors[i] for i in sorted(errors)], len(todo))
     row_of = {name: row for row, name in enumerate(everything.ids)}
     rows = [row_of[name] for name in utterances]
     return EmbeddingSet(
@@ -283,59 +405,52 @@ def _not_in(
 
 def _look(
     pool: ThreadPoolExecutor,
-    parts: Sequence[tuple[str, int, int | None]],
-    reading: dict,
+    embedder: Embedder,
+    parts: Sequence[Segment],
+    mine: Sequence[int],
+    planned: dict[int, list[Piece]],
     check: Callable[[], None],
-) -> list[tuple[float, str]]:
-    """Seconds by header, and what is wrong with a recording."""
+) -> list[tuple[int, str]]:
+    """Samples by header, and what is wrong with a recording."""
 
-    def look(part: tuple[str, int, int | None]) -> tuple[float, str]:
-        path, start, stop = part
+    def look(i: int) -> tuple[int, str]:
         try:
-            info = audio_info(path)
-            if stop is not None and not start < stop <= info.frames:
-                return 0.0, (
-                    f"'{path}' has {info.frames} samples; there is no part "
-                    f"from {start} to {stop}."
-                )
-            rate, channels = info.sample_rate, info.channels
-            if (rate, channels) != (reading["sample_rate"], 1):
-                read_audio(path, stop=1, **reading)  # says what is wrong
-            if stop is not None:
-                return (stop - start) / rate, ""
-            return info.duration, ""
+            planned[i] = embedder.plan(parts[i])
         except AudioError as error:
-            return 0.0, str(error)
+            return 0, str(error)
+        return sum(piece.samples for piece in planned[i]), ""
 
     found = []
-    for one in pool.map(look, parts):
+    for one in pool.map(look, mine):
         check()
         found.append(one)
     return found
 
 
-def _durations(parts: list[list], n_paths: int) -> np.ndarray:
-    """Seconds; every unusable file is named before the work."""
-    found = [None] * n_paths
+def _in_turn(parts: list[list], n_recordings: int) -> list[int]:
+    """Samples; every unusable file is named before the work."""
+    found = [None] * n_recordings
     for rank, part in enumerate(parts):
         found[rank :: len(parts)] = part
-    errors = [error for _, error in found if error]
+    _raise_for([error for _, error in found if error], n_recordings)
+    return [samples for samples, _ in found]
+
+
+def _raise_for(errors: list[str], n_recordings: int) -> None:
     if errors:
         more = f"\n... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise AudioError(
-            f"{len(errors)} of {n_paths} recordings cannot be used:\n"
+            f"{len(errors)} of {n_recordings} recordings cannot be used:\n"
             + "\n".join(errors[:10])
             + more
         )
-    return np.array([duration for duration, _ in found], np.float32)
 
 
 def _collect(
-    embedded: Iterator[EmbeddingSet],
+    embedded: Iterator[EmbeddingSet | None],
     n_batches: int,
     check: Callable[[], None],
     any_leaves: Callable[[bool], bool],
-    bar: tqdm,
     store: EmbeddingStore | None,
     name: str,
 ) -> EmbeddingSet | None:
@@ -357,9 +472,7 @@ def _collect(
         for _ in range(n_batches):
             try:
                 check()
-                for batch in islice(embedded, 1):
-                    done.append(batch)
-                    bar.update(len(batch.ids))
+                done += filter(None, islice(embedded, 1))
             except (Exception, SystemExit) as error:
                 problem = error
             if any_leaves(isinstance(problem, SystemExit)):

@@ -19,7 +19,7 @@ from speechbrain_ram.data.manifest import (
     build_manifest,
     write_manifest,
 )
-from speechbrain_ram.inference import load_encoder
+from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.verification.metrics import evaluate
 from speechbrain_ram.verification.scores import read_scores, write_scores
 from speechbrain_ram.verification.trials import read_trials
@@ -99,20 +99,18 @@ def test_lists_are_scored_by_one_embedding_a_file(
     verify, world, tmp_path, capsys, monkeypatch
 ):
     counted = []
-    real = verify.load_encoder
+    real = SpeakerEncoder.encode
 
-    def counting(*args):
-        encoder = real(*args)
-        encode = encoder.encode
-        encoder.encode = lambda w, n: counted.append(len(w)) or encode(w, n)
-        return encoder
+    def counting(self, wavs, lens):
+        counted.append(len(wavs))
+        return real(self, wavs, lens)
 
-    monkeypatch.setattr(verify, "load_encoder", counting)
+    monkeypatch.setattr(SpeakerEncoder, "encode", counting)
     results = verify.main(arguments(world, tmp_path, "one", "two"))
     assert sum(counted) == 24
     printed = capsys.readouterr().out
     assert list(results) == ["one", "two"]
-    encoder = load_encoder(world / "run" / "inference")
+    encoder = SpeakerEncoder.from_folder(world / "run" / "inference")
     for name, metrics in results.items():
         trials, scores = read_scores(tmp_path / name / "scores.txt")
         listed = read_trials(world / f"{name}.txt")
@@ -312,7 +310,7 @@ def test_a_yaml_and_a_command_line_say_the_same(verify, tmp_path):
 def test_what_cannot_work_is_said_before_the_work(
     verify, world, tmp_path, monkeypatch, options, message
 ):
-    monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
+    monkeypatch.setattr(verify, "embed", None)  # would fail if used
     (tmp_path / "targets.txt").write_text("1 s0/0.wav s0/1.wav\n" * 2)
     files = {
         "TABLE": world / "speakers.tsv",
@@ -435,7 +433,7 @@ def test_missing_recordings_stop_it_before_any_work(
     (tmp_path / "list.txt").write_text(
         "1 s0/0.wav s0/1.wav\n0 s0/0.wav s0/9.wav\n"
     )
-    monkeypatch.setattr(verify, "load_encoder", None)  # would fail if used
+    monkeypatch.setattr(verify, "SpeakerEncoder", None)  # would fail if used
     with pytest.raises(ValueError, match="1 of 3 recordings are missing"):
         verify.main(
             [*arguments(world, tmp_path), "--trials", f"{tmp_path}/list.txt"]

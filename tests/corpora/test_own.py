@@ -26,7 +26,7 @@ from speechbrain_ram.data.manifest import (
 )
 from speechbrain_ram.data.names import part_name, part_of
 from speechbrain_ram.training.advice import session_note
-from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.embeddings import Embedder, extract
 from speechbrain_ram.verification.trials import check_utterances, read_trials
 
 VOICES = miniature.voices(6, 4)
@@ -271,7 +271,7 @@ def check_parts(paths, long_files):
         names = trials.enrol_ids[enrol], trials.test_ids[test]
         assert label == (speaker_of[names[0]] == speaker_of[names[1]])
     embeddings = extract(
-        lambda wavs, lens: wavs[:, 99:100],
+        Embedder(lambda wavs, lens: wavs[:, 99:100]),
         trials.utterances,
         root,
         progress=False,

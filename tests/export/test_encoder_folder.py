@@ -15,8 +15,8 @@ from speechbrain.inference.speaker import SpeakerRecognition
 
 from speechbrain_ram.export import folder as encoder_folder
 from speechbrain_ram.export.architecture import EncoderError
-from speechbrain_ram.export.encoder import LoadedEncoder, load_encoder
 from speechbrain_ram.export.folder import read_folder
+from speechbrain_ram.inference import SpeakerEncoder
 
 
 @pytest.fixture(scope="module", params=["fbank", "kaldi"])
@@ -76,7 +76,7 @@ def test_speechbrain_compares_and_classifies_files(folder, tmp_path):
 
 
 def test_ours_and_speechbrains_embeddings_are_equal(folder):
-    encoder = load_encoder(folder)
+    encoder = SpeakerEncoder.from_folder(folder)
     model = EncoderClassifier.from_hparams(str(folder))
     wavs = torch.from_numpy(voice(1.5))[None]
     ours = encoder.encode(wavs, torch.ones(1))
@@ -85,7 +85,7 @@ def test_ours_and_speechbrains_embeddings_are_equal(folder):
 
 def test_what_is_read_is_what_was_written(folder):
     read = read_folder(folder)
-    encoder = load_encoder(folder)
+    encoder = SpeakerEncoder.from_folder(folder)
     assert encoder.fingerprint == read.fingerprint
     assert encoder.embedding_dim == DIM
     assert read.decision.trials == "imagined"
@@ -106,7 +106,7 @@ def test_a_malicious_yaml_or_pickle_is_not_executed(copy, tmp_path):
     yaml.write_text(f"x: !apply:os.mkdir ['{trace}']\n" + yaml.read_text())
     for name in ("embedding_model", "classifier", "mean_var_norm_emb"):
         (copy / f"{name}.ckpt").write_bytes(pickle.dumps(Evil()))
-    encoder = load_encoder(copy)
+    encoder = SpeakerEncoder.from_folder(copy)
     encoder.encode(torch.randn(1, 8000), torch.ones(1))
     assert not trace.exists()
     with open(yaml, encoding="utf-8") as file:
@@ -117,15 +117,15 @@ def test_a_malicious_yaml_or_pickle_is_not_executed(copy, tmp_path):
     # Without our own files, as SpeechBrain's checkpoints are: refused.
     (copy / "encoder.json").unlink()
     with pytest.raises(EncoderError, match="holds no plain weights"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
     assert not trace.exists()
 
 
 def test_a_folder_from_before_loads_without_executing(copy):
-    fingerprint = load_encoder(copy).fingerprint
+    fingerprint = SpeakerEncoder.from_folder(copy).fingerprint
     (copy / "encoder.json").unlink()
     (copy / "encoder.safetensors").unlink()
-    encoder = load_encoder(copy)
+    encoder = SpeakerEncoder.from_folder(copy)
     assert encoder.fingerprint == fingerprint
     assert encoder.decision is None
 
@@ -140,14 +140,14 @@ def change(folder, **values):
 def test_another_format_number(copy):
     change(copy, format=2)
     with pytest.raises(EncoderError, match="has format 2, .* reads format 1"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", "null"])
 def test_a_description_that_is_none(copy, text):
     (copy / "encoder.json").write_text(text)
     with pytest.raises(EncoderError, match="was it copied whole"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 def test_missing_and_cut_off_weights(copy):
@@ -155,10 +155,10 @@ def test_missing_and_cut_off_weights(copy):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(EncoderError, match="cannot be read.*copied"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
     weights.unlink()
     with pytest.raises(EncoderError, match="cannot be read.*copied"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 def test_one_flipped_bit(copy):
@@ -167,7 +167,7 @@ def test_one_flipped_bit(copy):
     content[-3] ^= 1
     weights.write_bytes(bytes(content))
     with pytest.raises(EncoderError, match="do not belong together"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 def test_weights_of_another_architecture(copy):
@@ -178,7 +178,7 @@ def test_weights_of_another_architecture(copy):
     architecture = architecture["architecture"]
     change(copy, fingerprint=encoder_folder.fingerprint(architecture, state))
     with pytest.raises(EncoderError, match="do not fit the architecture"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 def test_an_architecture_larger_than_its_weights_takes_no_memory(copy):
@@ -187,7 +187,7 @@ def test_an_architecture_larger_than_its_weights_takes_no_memory(copy):
     network["channels"] = [3000] * 4  # 10 GB of convolutions
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(EncoderError, match="'conv.weight' of shape .3000, 1"):
-        LoadedEncoder(loaded)
+        SpeakerEncoder(loaded)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) / 2**10 < 500  # MB
 
@@ -195,14 +195,14 @@ def test_an_architecture_larger_than_its_weights_takes_no_memory(copy):
 def test_damaged_thresholds(copy):
     change(copy, decision={"eer": 3})
     with pytest.raises(EncoderError, match="no thresholds"):
-        load_encoder(copy)
+        SpeakerEncoder.from_folder(copy)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(EncoderError, match="is not a folder"):
-        load_encoder(tmp_path / "nowhere")
+        SpeakerEncoder.from_folder(tmp_path / "nowhere")
     with pytest.raises(EncoderError, match="neither an exported folder"):
-        load_encoder(tmp_path)
+        SpeakerEncoder.from_folder(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

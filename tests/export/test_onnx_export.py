@@ -10,7 +10,6 @@ from conftest import REPOSITORY
 from small_encoder import DIM, export_small, voice
 
 from speechbrain_ram.export.architecture import EncoderError
-from speechbrain_ram.export.encoder import load_encoder
 from speechbrain_ram.export.onnx import (
     export_sherpa,
     export_waveform,
@@ -26,7 +25,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     return {
-        name: load_encoder(export_small(folder / name, name))
+        name: SpeakerEncoder.from_folder(export_small(folder / name, name))
         for name in ("fbank", "kaldi")
     }
 
