@@ -26,7 +26,7 @@ from speechbrain_ram.data.audio import (
 from speechbrain_ram.data.containers import is_video, read_video, video_info
 
 #: Longer recordings are embedded in windows, in seconds. Whole is what
-#: VoxCeleb, SITW and CN-Celeb are scored on; 240 s take below 2 GB.
+#: VoxCeleb, SITW and CN-Celeb are scored on; 240 s take about 2 GB.
 WHOLE = 240.0
 
 #: Shorter recordings are refused, in seconds.

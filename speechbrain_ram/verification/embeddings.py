@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Condition
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from speechbrain_ram.data.audio import AudioError, pad_waveforms
 from speechbrain_ram.data.names import part_of
 from speechbrain_ram.data.recordings import (
+    WHOLE,
     Piece,
     Recording,
     Segment,
@@ -143,6 +145,12 @@ class Embedder:
             One a batch.
         """
         threads = n_threads(self.device, self.threads)
+        room = _Room(WHOLE)
+
+        def encode(waveforms: list[torch.Tensor]) -> np.ndarray:
+            seconds = sum(map(len, waveforms)) / self.sample_rate
+            with room.taken(seconds):
+                return self._encode(waveforms)
 
         def load(batch: list[int]) -> list:
             return [self._load(pieces(i), name(i), warn) for i in batch]
@@ -156,7 +164,7 @@ class Embedder:
                 if isinstance(each, torch.Tensor)
             ]
             if short:
-                out = self._encode([loaded[i] for i in short])
+                out = encode([loaded[i] for i in short])
                 rows = dict(zip((batch[i] for i in short), out, strict=True))
             for i, windows in zip(batch, loaded, strict=True):
                 if i in rows:
@@ -164,7 +172,7 @@ class Embedder:
                 try:  # one window after the other, however long it is
                     if isinstance(windows, AudioError):
                         raise windows
-                    each = [self._encode([window])[0] for window in windows]
+                    each = [encode([window])[0] for window in windows]
                     rows[i] = np.mean(each, axis=0, dtype=np.float64)
                 except AudioError as error:
                     errors[i] = str(error)
@@ -199,6 +207,28 @@ class Embedder:
                 f"got {tuple(out.shape)}."
             )
         return out.float().cpu().numpy()
+
+
+class _Room:
+    """Threads share it: so much audio at most is encoded at once."""
+
+    def __init__(self, seconds: float):
+        self._seconds = self._free = seconds
+        self._changed = Condition()
+
+    @contextmanager
+    def taken(self, seconds: float) -> Iterator[None]:
+        """Wait until there is room for so much, at most for all."""
+        seconds = min(seconds, self._seconds)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= seconds)
+            self._free -= seconds
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += seconds
+                self._changed.notify_all()
 
 
 class Embedded(NamedTuple):
