@@ -292,7 +292,6 @@ def embed(options, encoder, names, root, store) -> EmbeddingSet:
         names,
         root,
         store=EmbeddingStore(store, encoder.fingerprint),
-        distributed=torch.distributed.is_initialized(),
     )
 
 

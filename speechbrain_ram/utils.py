@@ -325,6 +325,18 @@ def n_processes() -> int:
     return group.get_world_size() if group else 1
 
 
+def rank() -> int:
+    """Which of them this process is, from 0 on."""
+    group = _group()
+    return group.get_rank() if group else 0
+
+
+def wait_for_all() -> None:
+    """Go on when all processes are here; all must call this."""
+    if group := _group():
+        group.barrier()
+
+
 def _group():
     """`torch.distributed` where there is a group; torch is not imported."""
     torch = sys.modules.get("torch")
@@ -409,9 +421,7 @@ def of_rank_0(work: Callable[[], Result]) -> Result:
     >>> of_rank_0(lambda: "the first's word")
     "the first's word"
     """
-    group = _group()
-    first = not group or group.get_rank() == 0
-    return together(lambda: work() if first else None)[0]
+    return together(lambda: None if rank() else work())[0]
 
 
 def all_numbers(

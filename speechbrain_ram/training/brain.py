@@ -21,7 +21,7 @@ from speechbrain_ram.training.advice import (
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics
 from speechbrain_ram.training.robust_brain import RobustBrain
-from speechbrain_ram.utils import gathered, n_processes
+from speechbrain_ram.utils import gathered
 from speechbrain_ram.verification.embeddings import (
     Embedder,
     EmbeddingSet,
@@ -389,7 +389,6 @@ class SpeakerBrain(RobustBrain):
                 ),
                 utterances,
                 root,
-                distributed=n_processes() > 1,
                 progress=not self.noprogressbar,
                 check=self.leave_if_asked,
             )

@@ -44,8 +44,11 @@ from speechbrain_ram.utils import (
     all_numbers,
     atomic_path,
     in_threads,
+    n_processes,
     n_threads,
+    rank,
     together,
+    wait_for_all,
 )
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -244,11 +247,13 @@ def extract(
     utterances: Sequence[str],
     root: str | os.PathLike,
     store: EmbeddingStore | None = None,
-    distributed: bool = False,
     progress: bool = True,
     check: Callable[[], None] | None = None,
 ) -> EmbeddingSet:
     """Embed every utterance of a list once.
+
+    Where there is a group of `torch.distributed`, its processes share the
+    work, and all of them must make this call; each gets the whole result.
 
     Arguments
     ---------
@@ -261,14 +266,11 @@ def extract(
         Folder of the recordings.
     store : EmbeddingStore, optional
         Rows in it are not computed again; new ones are added.
-    distributed : bool
-        Share the work among the ranks of `torch.distributed`, all of which
-        must make this call; every rank gets the whole result.
     progress : bool
         Whether to show a progress bar on stderr.
     check : callable, optional
-        Called between the batches. Raises SystemExit to leave; several ranks
-        leave together.
+        Called between the batches. Raises SystemExit to leave; several
+        processes leave together.
 
     Returns
     -------
@@ -289,92 +291,119 @@ def extract(
     if not utterances:
         raise ValueError("No utterance to embed: is the trial list empty?")
     check = check or (lambda: None)
-    rank, world, run = 0, 1, lambda work: [work()]
-    if distributed:
-        rank, run = torch.distributed.get_rank(), together
-        world = torch.distributed.get_world_size()
-    parts = [Segment(*part_of(os.path.join(root, n))) for n in utterances]
     known = store.load() if store else None
-    if store and distributed:  # before another rank adds its part
-        torch.distributed.barrier()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        paths = [part.path for part in parts]
-        files = np.array(list(pool.map(_file_state, paths)), np.int64)
-        todo = _not_in(known, utterances, files)
-        mine = todo[rank::world]
-        planned: dict[int, list[Piece]] = {}
-        found = run(lambda: _look(pool, embedder, parts, mine, planned, check))
-    samples = _in_turn(found, len(todo))
-    batches = [[todo[i] for i in batch] for batch in embedder.batches(samples)]
-    rate = embedder.sample_rate
-    seconds = {i: n / rate for i, n in zip(todo, samples, strict=True)}
-    most = math.ceil(len(batches) / world)  # of one rank
-    batches = batches[rank::world]
+    if store:  # before another process adds its part
+        wait_for_all()
+    plan = _Plan(embedder, utterances, root, known, check)
+    errors: dict[int, str] = {}
     bar = tqdm(
-        total=sum(map(len, batches)),
+        total=sum(map(len, plan.batches)),
         unit="utt",
         desc="embed",
-        disable=not progress or rank > 0,
+        disable=not progress or rank() > 0,
     )
-
-    def any_leaves(mine: bool) -> bool:
-        """Whether this rank does, or another."""
-        if not distributed:
-            return mine
-        return any(n for (n,) in all_numbers((int(mine),), embedder.device))
-
-    unusable: dict[int, str] = {}
 
     def as_set(one: Embedded) -> EmbeddingSet | None:
         bar.update(len(one.batch))
-        unusable.update(one.errors)
-        rows = list(one.rows)
-        return (
-            EmbeddingSet(
-                tuple(utterances[row] for row in rows),
-                np.array([one.rows[row] for row in rows], np.float32),
-                np.array([seconds[row] for row in rows], np.float32),
-                files[rows],
-            )
-            if rows
-            else None
-        )
-
-    def pieces(i: int) -> list[Piece]:
-        return planned.pop(i, None) or embedder.plan(parts[i])
+        errors.update(one.errors)
+        return plan.as_set(one.rows)
 
     with (
         bar,
-        embedder.embedding(
-            batches, pieces, lambda i: f"'{parts[i].path}'"
-        ) as embedded,
+        embedder.embedding(plan.batches, plan.pieces, plan.name) as embedded,
     ):
-        name = f"{rank}-{os.getpid()}"
-        collected = run(
+        sets = map(as_set, embedded)
+        collected = together(
             lambda: (
-                _collect(
-                    map(as_set, embedded), most, check, any_leaves, store, name
-                ),
-                unusable,
+                _collect(sets, plan.most, check, embedder.device, store),
+                errors,
             )
         )
     new = [part for part, _ in collected if part is not None]
     everything = merge([*([known] if known else []), *new])
     if store and new:
-        if rank == 0:
+        if rank() == 0:
             store.save(everything)
-        if distributed:
-            torch.distributed.barrier()
-    errors = {i: why for _, bad in collected for i, why in bad.items()}
-    _raise_for([errors[i] for i in sorted(errors)], len(todo))
-    row_of = {name: row for row, name in enumerate(everything.ids)}
-    rows = [row_of[name] for name in utterances]
-    return EmbeddingSet(
-        utterances,
-        everything.matrix[rows],
-        everything.seconds[rows],
-        everything.files[rows],
-    )
+        wait_for_all()
+    found = {i: why for _, bad in collected for i, why in bad.items()}
+    _raise_for([found[i] for i in sorted(found)], plan.n_new)
+    return everything.renamed({name: name for name in utterances})
+
+
+class _Plan:
+    """Which recordings are embedded, in which batches, by this process."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        utterances: Sequence[str],
+        root: str | os.PathLike,
+        known: EmbeddingSet | None,
+        check: Callable[[], None],
+    ):
+        self.embedder, self.utterances = embedder, utterances
+        self.parts = [
+            Segment(*part_of(os.path.join(root, name))) for name in utterances
+        ]
+        self.planned: dict[int, list[Piece]] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            states = pool.map(_file_state, [part.path for part in self.parts])
+            self.files = np.array(list(states), np.int64)
+            todo = _not_in(known, utterances, self.files)
+            mine = todo[rank() :: n_processes()]
+            found = together(lambda: self._look(pool, mine, check))
+        samples = _in_turn(found, len(todo))
+        self.n_new = len(todo)
+        self.seconds = {
+            i: n / embedder.sample_rate
+            for i, n in zip(todo, samples, strict=True)
+        }
+        batches = embedder.batches(samples)
+        self.most = math.ceil(len(batches) / n_processes())  # of one process
+        self.batches = [
+            [todo[i] for i in batch]
+            for batch in batches[rank() :: n_processes()]
+        ]
+
+    def _look(
+        self,
+        pool: ThreadPoolExecutor,
+        mine: Sequence[int],
+        check: Callable[[], None],
+    ) -> list[tuple[int, str]]:
+        """Samples by header, and what is wrong with a recording."""
+
+        def look(i: int) -> tuple[int, str]:
+            try:
+                pieces = self.planned[i] = self.embedder.plan(self.parts[i])
+            except AudioError as error:
+                return 0, str(error)
+            return sum(piece.samples for piece in pieces), ""
+
+        found = []
+        for one in pool.map(look, mine):
+            check()
+            found.append(one)
+        return found
+
+    def pieces(self, i: int) -> list[Piece]:
+        """Of a recording, whose header another process may have read."""
+        return self.planned.pop(i, None) or self.embedder.plan(self.parts[i])
+
+    def name(self, i: int) -> str:
+        """What a message calls a recording."""
+        return f"'{self.parts[i].path}'"
+
+    def as_set(self, rows: dict[int, np.ndarray]) -> EmbeddingSet | None:
+        """What was embedded, by position, under its names."""
+        if not rows:
+            return None
+        return EmbeddingSet(
+            tuple(self.utterances[i] for i in rows),
+            np.array(list(rows.values()), np.float32),
+            np.array([self.seconds[i] for i in rows], np.float32),
+            self.files[list(rows)],
+        )
 
 
 def length_batches(frames: Sequence[int], max_frames: int) -> list[list[int]]:
@@ -433,35 +462,11 @@ def _not_in(
     ]
 
 
-def _look(
-    pool: ThreadPoolExecutor,
-    embedder: Embedder,
-    parts: Sequence[Segment],
-    mine: Sequence[int],
-    planned: dict[int, list[Piece]],
-    check: Callable[[], None],
-) -> list[tuple[int, str]]:
-    """Samples by header, and what is wrong with a recording."""
-
-    def look(i: int) -> tuple[int, str]:
-        try:
-            planned[i] = embedder.plan(parts[i])
-        except AudioError as error:
-            return 0, str(error)
-        return sum(piece.samples for piece in planned[i]), ""
-
-    found = []
-    for one in pool.map(look, mine):
-        check()
-        found.append(one)
-    return found
-
-
 def _in_turn(parts: list[list], n_recordings: int) -> list[int]:
     """Samples; every unusable file is named before the work."""
     found = [None] * n_recordings
-    for rank, part in enumerate(parts):
-        found[rank :: len(parts)] = part
+    for first, part in enumerate(parts):
+        found[first :: len(parts)] = part
     _raise_for([error for _, error in found if error], n_recordings)
     return [samples for samples, _ in found]
 
@@ -480,14 +485,14 @@ def _collect(
     embedded: Iterator[EmbeddingSet | None],
     n_batches: int,
     check: Callable[[], None],
-    any_leaves: Callable[[bool], bool],
+    device: str | torch.device,
     store: EmbeddingStore | None,
-    name: str,
 ) -> EmbeddingSet | None:
     """Run through, keeping a part on disk every minute and at the end.
 
-    `n_batches` is the same on all ranks, one of which may have one less.
+    `n_batches` is the same on all processes, one of which may have one less.
     """
+    name = f"{rank()}-{os.getpid()}"
     done: list[EmbeddingSet] = []
     saved, last = 0, time.monotonic()
 
@@ -505,7 +510,8 @@ def _collect(
                 done += filter(None, islice(embedded, 1))
             except (Exception, SystemExit) as error:
                 problem = error
-            if any_leaves(isinstance(problem, SystemExit)):
+            leaves = int(isinstance(problem, SystemExit))
+            if any(n for (n,) in all_numbers((leaves,), device)):
                 break
             if time.monotonic() - last > _SECONDS_BETWEEN_PARTS:
                 save()

@@ -29,7 +29,7 @@ from speechbrain_ram.verification.embeddings import (
 )
 
 RATE = 16000
-OF_LIST = ("store", "distributed", "progress", "check")
+OF_LIST = ("store", "progress", "check")
 
 
 def extract(encode, names, root, **options):
@@ -462,7 +462,6 @@ def extract_together(rank, folder, root, fail):
             store=LateStore(folder / "e.safetensors", "x"),
             max_frames=1,
             progress=False,
-            distributed=True,
         )
     except Exception as error:
         (folder / f"error{rank}").write_text(str(error))
