@@ -49,11 +49,7 @@ from speechbrain_ram.verification.calibration import (
     fit_calibration,
     pair_quality,
 )
-from speechbrain_ram.verification.embeddings import (
-    EmbeddingSet,
-    EmbeddingStore,
-    extract,
-)
+from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.metrics import P_TARGETS, Metrics
 from speechbrain_ram.verification.report import (
     System,
@@ -80,6 +76,7 @@ from speechbrain_ram.verification.speakers import (
     trial_groups,
     trial_speakers,
 )
+from speechbrain_ram.verification.store import EmbeddingSet, EmbeddingStore
 from speechbrain_ram.verification.trials import (
     FORMS,
     TrialError,

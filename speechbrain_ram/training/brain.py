@@ -24,12 +24,12 @@ from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.utils import gathered
 from speechbrain_ram.verification.embeddings import (
     Embedder,
-    EmbeddingSet,
     Padding,
     extract,
 )
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.scores import score_trials
+from speechbrain_ram.verification.store import EmbeddingSet
 from speechbrain_ram.verification.trials import TrialList
 
 logger = get_logger(__name__)

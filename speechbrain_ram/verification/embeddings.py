@@ -8,25 +8,20 @@ relative lengths.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from threading import Condition
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import AudioError, pad_waveforms
@@ -42,13 +37,17 @@ from speechbrain_ram.data.recordings import (
 from speechbrain_ram.utils import (
     ahead,
     all_numbers,
-    atomic_path,
     in_threads,
     n_processes,
     n_threads,
     rank,
     together,
     wait_for_all,
+)
+from speechbrain_ram.verification.store import (
+    EmbeddingSet,
+    EmbeddingStore,
+    merge,
 )
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -520,172 +519,3 @@ def _collect(
     if problem is not None:
         raise problem
     return merge(done)
-
-
-# -- Embeddings on disk: one safetensors file that says whose it is -----------
-#
-# A store belongs to one encoder, by fingerprint, and is refused for another. It
-# remembers size and modification time of each recording, so that a changed file
-# is embedded again, as `make` and `rsync` would. While extraction runs, new
-# rows go to small files in ``STORE.parts``; an interrupted run loses at most
-# its last minute.
-
-_FORMAT = "speechbrain-ram embeddings 1"
-
-
-class StoreError(ValueError):
-    """A store cannot be used; the message says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingSet:
-    """Recordings and their embeddings, row by row.
-
-    Arguments
-    ---------
-    ids : tuple of str
-        U unique utterance names.
-    matrix : np.ndarray
-        Shape [U, E] float32, not scaled.
-    seconds : np.ndarray
-        Shape [U] float32, durations.
-    files : np.ndarray
-        Shape [U, 2] int64, size in bytes and modification time in ns.
-    """
-
-    ids: tuple[str, ...]
-    matrix: np.ndarray
-    seconds: np.ndarray
-    files: np.ndarray
-
-    def renamed(self, places: Mapping[str, str]) -> EmbeddingSet:
-        """Rows by other names: `places` gives each name's id here."""
-        rows = {name: row for row, name in enumerate(self.ids)}
-        index = [rows[place] for place in places.values()]
-        arrays = (self.matrix, self.seconds, self.files)
-        return EmbeddingSet(tuple(places), *(each[index] for each in arrays))
-
-
-class EmbeddingStore:
-    """Where the embeddings of one encoder are kept.
-
-    Arguments
-    ---------
-    path : path
-        The file, usually ``NAME.safetensors``; need not exist.
-    fingerprint : str
-        Of the encoder: changes when its weights or its front-end change.
-
-    Example
-    -------
-    >>> store = EmbeddingStore(getfixture("tmp_path") / "e.safetensors", "x1")
-    >>> store.load() is None
-    True
-    >>> row = EmbeddingSet(
-    ...     ("a.wav",), np.zeros((1, 2)), np.ones(1), np.zeros((1, 2))
-    ... )
-    >>> store.save(row)
-    >>> store.load().ids
-    ('a.wav',)
-    """
-
-    def __init__(self, path: str | os.PathLike, fingerprint: str):
-        self.path, self.fingerprint = Path(path), fingerprint
-        self.parts = self.path.with_name(self.path.name + ".parts")
-
-    def load(self) -> EmbeddingSet | None:
-        """Everything stored, None if there is nothing.
-
-        Raises
-        ------
-        StoreError
-            The file is another encoder's, damaged, or something else.
-        """
-        paths = [self.path] if self.path.exists() else []
-        if self.parts.is_dir():
-            paths += sorted(self.parts.glob("*.safetensors"))
-        return merge([self._read(path) for path in paths])
-
-    def save(self, embeddings: EmbeddingSet) -> None:
-        """Replace the store, and remove what an interrupted run left."""
-        self._write(self.path, embeddings)
-        shutil.rmtree(self.parts, ignore_errors=True)
-
-    def save_part(self, name: str, embeddings: EmbeddingSet) -> None:
-        """Keep some rows until :meth:`save`."""
-        self._write(self.parts / f"{name}.safetensors", embeddings)
-
-    def _write(self, path: Path, embeddings: EmbeddingSet) -> None:
-        names = json.dumps(embeddings.ids).encode()
-        with atomic_path(path) as temporary:
-            save_file(
-                {
-                    "matrix": np.ascontiguousarray(
-                        embeddings.matrix, np.float32
-                    ),
-                    "seconds": np.asarray(embeddings.seconds, np.float32),
-                    "files": np.asarray(embeddings.files, np.int64),
-                    "ids": np.frombuffer(names, np.uint8),
-                },
-                temporary,
-                metadata={"format": _FORMAT, "fingerprint": self.fingerprint},
-            )
-            # safetensors makes files that only their owner can read
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-
-    def _read(self, path: Path) -> EmbeddingSet:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise StoreError(
-                        f"'{path}' is not an embedding store. Name another "
-                        "file, or delete it."
-                    )
-                if metadata.get("fingerprint") != self.fingerprint:
-                    raise StoreError(
-                        f"'{path}' holds the embeddings of another encoder "
-                        f"(fingerprint {metadata.get('fingerprint'):.12}, "
-                        f"this one is {self.fingerprint:.12}). Name another "
-                        "file, or delete it to embed again."
-                    )
-                ids = tuple(json.loads(file.get_tensor("ids").tobytes()))
-                return EmbeddingSet(
-                    ids,
-                    file.get_tensor("matrix"),
-                    file.get_tensor("seconds"),
-                    file.get_tensor("files"),
-                )
-        except (SafetensorError, OSError) as error:
-            raise StoreError(
-                f"'{path}' cannot be read as an embedding store: {error}. "
-                "Delete it to embed again."
-            ) from error
-
-
-def merge(sets: Sequence[EmbeddingSet]) -> EmbeddingSet | None:
-    """Join sets; of a name that is in several, the last row stays.
-
-    Arguments
-    ---------
-    sets : sequence of EmbeddingSet
-        Of one encoder.
-
-    Returns
-    -------
-    EmbeddingSet or None
-        None for no sets.
-    """
-    if len(sets) < 2:
-        return sets[0] if sets else None
-    names = [name for each in sets for name in each.ids]
-    rows = {name: row for row, name in enumerate(names)}
-    keep = list(rows.values())
-    return EmbeddingSet(
-        tuple(rows),
-        np.concatenate([each.matrix for each in sets])[keep],
-        np.concatenate([each.seconds for each in sets])[keep],
-        np.concatenate([each.files for each in sets])[keep],
-    )
