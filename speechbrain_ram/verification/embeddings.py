@@ -47,6 +47,7 @@ from speechbrain_ram.utils import (
 from speechbrain_ram.verification.store import (
     EmbeddingSet,
     EmbeddingStore,
+    file_state,
     merge,
 )
 
@@ -346,7 +347,7 @@ class _Plan:
         ]
         self.planned: dict[int, list[Piece]] = {}
         with ThreadPoolExecutor(_THREADS) as pool:
-            states = pool.map(_file_state, [part.path for part in self.parts])
+            states = pool.map(file_state, [part.path for part in self.parts])
             self.files = np.array(list(states), np.int64)
             todo = _not_in(known, utterances, self.files)
             mine = todo[rank() :: n_processes()]
@@ -438,15 +439,6 @@ def length_batches(frames: Sequence[int], max_frames: int) -> list[list[int]]:
             batches.append([i])
             longest = frames[i]
     return batches
-
-
-def _file_state(path: str) -> tuple[int, int]:
-    """Size and time of a file; a missing one is reported with the others."""
-    try:
-        state = os.stat(path)
-    except OSError:
-        return -1, -1
-    return state.st_size, state.st_mtime_ns
 
 
 def _not_in(

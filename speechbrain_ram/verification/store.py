@@ -1,10 +1,12 @@
 """Embeddings on disk: one safetensors file that says whose it is.
 
-A store belongs to one encoder, by fingerprint, and is refused for another. It
-remembers size and modification time of each recording, so that a changed file
-is embedded again, as `make` and `rsync` would. While extraction runs, new
-rows go to small files in ``STORE.parts``; an interrupted run loses at most
-its last minute.
+A store belongs to one encoder, by fingerprint, and is refused for another, or
+where its checksum does not fit its content. It remembers place, size and
+modification time of each recording, so that a changed file is embedded again,
+as `make` and `rsync` would, and a file of the same name in another corpus, too;
+a corpus that was moved is embedded again. While extraction runs, new rows go
+to small files in ``STORE.parts``; an interrupted run loses at most its last
+minute.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from speechbrain_ram.data.record import RecordError, check, checksum, seal
 from speechbrain_ram.utils import atomic_path
 
-_FORMAT = "speechbrain-ram embeddings 1"
+_FORMAT = "speechbrain-ram embeddings 2"
 
 
 class StoreError(ValueError):
@@ -42,13 +45,28 @@ class EmbeddingSet:
     seconds : np.ndarray
         Shape [U] float32, durations.
     files : np.ndarray
-        Shape [U, 2] int64, size in bytes and modification time in ns.
+        Shape [U, 3] int64, of :func:`file_state`.
+
+    Raises
+    ------
+    StoreError
+        The shapes do not fit together, or an id is there twice.
     """
 
     ids: tuple[str, ...]
     matrix: np.ndarray
     seconds: np.ndarray
     files: np.ndarray
+
+    def __post_init__(self) -> None:
+        shapes = [np.shape(x) for x in (self.matrix, self.seconds, self.files)]
+        rows = len(set(self.ids))
+        if shapes != [(rows, *shapes[0][-1:]), (rows,), (rows, 3)]:
+            raise StoreError(
+                f"{rows} recordings need a matrix [{rows}, E], seconds "
+                f"[{rows}] and files [{rows}, 3]; here are {len(self.ids)} ids "
+                f"and the shapes {shapes}. Is the matrix transposed?"
+            )
 
     def renamed(self, places: Mapping[str, str]) -> EmbeddingSet:
         """Rows by other names: `places` gives each name's id here."""
@@ -74,7 +92,7 @@ class EmbeddingStore:
     >>> store.load() is None
     True
     >>> row = EmbeddingSet(
-    ...     ("a.wav",), np.zeros((1, 2)), np.ones(1), np.zeros((1, 2))
+    ...     ("a.wav",), np.zeros((1, 2)), np.ones(1), np.zeros((1, 3))
     ... )
     >>> store.save(row)
     >>> store.load().ids
@@ -82,7 +100,8 @@ class EmbeddingStore:
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: str):
-        self.path, self.fingerprint = Path(path), fingerprint
+        self.path = Path(path)
+        self.made_with = {"format": _FORMAT, "encoder": fingerprint}
         self.parts = self.path.with_name(self.path.name + ".parts")
 
     def load(self) -> EmbeddingSet | None:
@@ -109,19 +128,15 @@ class EmbeddingStore:
 
     def _write(self, path: Path, embeddings: EmbeddingSet) -> None:
         names = json.dumps(embeddings.ids).encode()
+        arrays = {
+            "ids": np.frombuffer(names, np.uint8),
+            "matrix": np.ascontiguousarray(embeddings.matrix, np.float32),
+            "seconds": np.ascontiguousarray(embeddings.seconds, np.float32),
+            "files": np.ascontiguousarray(embeddings.files, np.int64),
+        }
+        record = seal(self.made_with, *_content(arrays))
         with atomic_path(path) as temporary:
-            save_file(
-                {
-                    "matrix": np.ascontiguousarray(
-                        embeddings.matrix, np.float32
-                    ),
-                    "seconds": np.asarray(embeddings.seconds, np.float32),
-                    "files": np.asarray(embeddings.files, np.int64),
-                    "ids": np.frombuffer(names, np.uint8),
-                },
-                temporary,
-                metadata={"format": _FORMAT, "fingerprint": self.fingerprint},
-            )
+            save_file(arrays, temporary, metadata={"record": record})
             # safetensors makes files that only their owner can read
             mask = os.umask(0)
             os.umask(mask)
@@ -130,31 +145,42 @@ class EmbeddingStore:
     def _read(self, path: Path) -> EmbeddingSet:
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise StoreError(
-                        f"'{path}' is not an embedding store. Name another "
-                        "file, or delete it."
-                    )
-                if metadata.get("fingerprint") != self.fingerprint:
-                    raise StoreError(
-                        f"'{path}' holds the embeddings of another encoder "
-                        f"(fingerprint {metadata.get('fingerprint'):.12}, "
-                        f"this one is {self.fingerprint:.12}). Name another "
-                        "file, or delete it to embed again."
-                    )
-                ids = tuple(json.loads(file.get_tensor("ids").tobytes()))
-                return EmbeddingSet(
-                    ids,
-                    file.get_tensor("matrix"),
-                    file.get_tensor("seconds"),
-                    file.get_tensor("files"),
-                )
+                record = (file.metadata() or {}).get("record", "")
+                names = ("ids", "matrix", "seconds", "files")
+                arrays = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise StoreError(
                 f"'{path}' cannot be read as an embedding store: {error}. "
-                "Delete it to embed again."
+                "Name another file, or delete it to embed again."
             ) from error
+        try:
+            check(path, record, self.made_with, *_content(arrays))
+        except RecordError as error:
+            raise StoreError(
+                f"{error} Name another file, or delete it to embed again."
+            ) from error
+        ids = json.loads(arrays.pop("ids").tobytes())
+        return EmbeddingSet(tuple(ids), **arrays)
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Size, modification time in ns, and 63 bits that stand for the place.
+
+    A missing file is reported with others, when all are looked at.
+    """
+    try:
+        state = os.stat(path)
+    except OSError:
+        return -1, -1, -1
+    place = int(checksum(os.fsencode(os.path.realpath(path))), 16) >> 65
+    return state.st_size, state.st_mtime_ns, place
+
+
+def _content(arrays: Mapping[str, np.ndarray]) -> Iterator[str | memoryview]:
+    """What the checksum of a store is of."""
+    for name, array in arrays.items():
+        yield f"{name} {array.dtype} {array.shape}"
+        yield array.reshape(-1).view(np.uint8).data
 
 
 def merge(sets: Sequence[EmbeddingSet]) -> EmbeddingSet | None:

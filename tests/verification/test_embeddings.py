@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import (
     InputNormalization,
@@ -29,6 +31,7 @@ from speechbrain_ram.verification.store import (
 )
 
 RATE = 16000
+KEYS = ("ids", "matrix", "seconds", "files")  # of a store
 OF_LIST = ("store", "progress", "check")
 
 
@@ -392,25 +395,109 @@ def test_another_encoders_store_is_refused(recordings, tmp_path):
     )
     other = EmbeddingStore(path, "fedcba9876543210")
     with pytest.raises(
-        StoreError, match="another encoder.*0123456789ab, this one is fedcba"
+        StoreError, match="another encoder .0123456789ab.*; now it is fedcba"
     ):
         extract(StandIn(), names[:2], root, store=other, progress=False)
 
 
 def test_other_files_are_no_stores(tmp_path):
-    from safetensors.numpy import save_file
-
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"something else")
     with pytest.raises(StoreError, match="cannot be read as an embedding"):
         EmbeddingStore(path, "x").load()
     save_file({"a": np.zeros(2)}, path)
-    with pytest.raises(StoreError, match="is not an embedding store"):
+    with pytest.raises(StoreError, match="cannot be read as an embedding"):
+        EmbeddingStore(path, "x").load()
+    save_file({name: np.zeros(2) for name in KEYS}, path)
+    with pytest.raises(StoreError, match="no record of what it was made from"):
         EmbeddingStore(path, "x").load()
 
 
+def small_store(folder):
+    """A store of two recordings and a square matrix."""
+    rows = EmbeddingSet(
+        ("s1/a.wav", "s2/b.wav"),
+        np.array([[1, 2], [3, 4]], np.float32),
+        np.ones(2),
+        np.arange(6).reshape(2, 3),
+    )
+    store = EmbeddingStore(folder / "e.safetensors", "0123456789abcdef")
+    store.save(rows)
+    return store
+
+
+def test_any_flipped_bit_is_an_error(tmp_path):
+    store = small_store(tmp_path)
+    whole = store.path.read_bytes()
+    for bit in range(0, 8 * len(whole), 5):  # one in each byte or two
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        store.path.write_bytes(damaged)
+        with pytest.raises(StoreError, match="delete it to embed again"):
+            store.load()
+    store.path.write_bytes(whole)
+    assert store.load().matrix.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: {**arrays, "matrix": arrays["matrix"].T.copy()},
+        lambda arrays: {**arrays, "matrix": arrays["matrix"][::-1].copy()},
+        lambda arrays: {**arrays, "matrix": arrays["matrix"].reshape(1, 4)},
+        lambda arrays: {**arrays, "ids": arrays["ids"][::-1].copy()},
+    ],
+)
+def test_a_rearranged_store_is_refused(tmp_path, change):
+    store = small_store(tmp_path)
+    with safe_open(store.path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in KEYS}
+        save_file(change(arrays), store.path, metadata=file.metadata())
+    with pytest.raises(StoreError, match="is damaged.*another checksum"):
+        store.load()
+
+
+def test_a_set_checks_its_shapes():
+    matrix, seconds, files = np.zeros((3, 2)), np.zeros(3), np.zeros((3, 3))
+    EmbeddingSet(("a", "b", "c"), matrix, seconds, files)
+    with pytest.raises(StoreError, match=r"\[3, E\].*\(2, 3\).*transposed"):
+        EmbeddingSet(("a", "b", "c"), matrix.T, seconds, files)
+    with pytest.raises(StoreError, match=r"the shapes \[\(3,\)"):
+        EmbeddingSet(("a", "b", "c"), seconds, seconds, files)
+    with pytest.raises(StoreError, match="2 recordings need .* 3 ids"):
+        EmbeddingSet(("a", "b", "a"), matrix, seconds, files)
+
+
+def test_rows_of_another_corpus_are_not_used(tmp_path):
+    """Names, sizes and times are the same, as after `rsync -t`."""
+    rng = np.random.default_rng(0)
+    for root in ("a", "b"):
+        (tmp_path / root).mkdir()
+        soundfile.write(
+            tmp_path / root / "1.wav", rng.standard_normal(3200) / 9, RATE
+        )
+        os.utime(tmp_path / root / "1.wav", ns=(1, 1))
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+
+    def embed(root, store=store):
+        encoder = StandIn()
+        folder = tmp_path / root
+        found = extract(encoder, ["1.wav"], folder, store=store, progress=False)
+        return found.matrix, len(encoder.batches)
+
+    first, n = embed("a")
+    assert (n, embed("a")[1]) == (1, 0)
+    second, n = embed("b")
+    assert n == 1
+    np.testing.assert_array_equal(second, embed("b", store=None)[0])
+    assert np.abs(first - second).max() > 1e-3
+    # the same recording by another way is the same recording
+    (tmp_path / "link").symlink_to("b")
+    assert embed("link")[1] == 0
+
+
 def test_a_store_is_as_readable_as_any_new_file(tmp_path):
-    rows = EmbeddingSet(("a",), np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
+    rows = EmbeddingSet(("a",), np.zeros((1, 2)), np.zeros(1), np.zeros((1, 3)))
     store = EmbeddingStore(tmp_path / "e.safetensors", "x")
     store.save(rows)
     (tmp_path / "other").touch()
@@ -421,7 +508,7 @@ def test_of_two_rows_of_a_name_the_last_stays():
     def one(value, *ids):
         n = len(ids)
         return EmbeddingSet(
-            ids, np.full((n, 2), value), np.zeros(n), np.zeros((n, 2))
+            ids, np.full((n, 2), value), np.zeros(n), np.zeros((n, 3))
         )
 
     joined = merge([one(1.0, "a", "b"), one(2.0, "b", "c")])

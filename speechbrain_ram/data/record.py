@@ -1,0 +1,119 @@
+"""What a file was made from, and whether it is whole: one record for all.
+
+Stores of embeddings, shards and caches of headers are made once and used for
+months, while corpora, encoders and settings change. Each carries a record: the
+values that it was made with, and a checksum of them and of its content. It is
+used only where its values are those that it would be made with now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speechbrain_ram.utils import atomic_writer
+
+
+class RecordError(ValueError):
+    """A file was made with other values, or is damaged; says which."""
+
+
+def checksum(*parts: str | bytes | memoryview) -> str:
+    """128 bits of BLAKE2b over some parts and over where they end.
+
+    Example
+    -------
+    >>> checksum("ab", "c") == checksum("a", "bc")
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        part = memoryview(part.encode() if isinstance(part, str) else part)
+        digest.update(part.nbytes.to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def seal(made_with: Mapping[str, Any], *content: str | bytes) -> str:
+    """The record of a file, one line of JSON.
+
+    Arguments
+    ---------
+    made_with : mapping
+        Names, which stand in messages, and values, all of them JSON's.
+    *content : str, bytes or buffer
+        What the file holds besides.
+
+    Example
+    -------
+    >>> record = seal({"sample_rate": 8000}, b"samples")
+    >>> check("a.tar", record, {"sample_rate": 8000}, b"samples")
+    >>> check("a.tar", record, {"sample_rate": 16000}, b"samples")
+    Traceback (most recent call last):
+    ...
+    speechbrain_ram.data.record.RecordError: 'a.tar' was made with another \
+sample_rate (8000; now it is 16000).
+    """
+    sums = checksum(json.dumps(made_with), *content)
+    return json.dumps({"made_with": made_with, "checksum": sums})
+
+
+def check(
+    path: str | os.PathLike,
+    record: str,
+    made_with: Mapping[str, Any],
+    *content: str | bytes,
+) -> None:
+    """Raise a RecordError unless a record is of these values and content."""
+    try:
+        found = json.loads(record)
+        values, sums = dict(found["made_with"]), found["checksum"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"'{path}' has no record of what it was made from. It is "
+            "something else, or was written by an older version."
+        ) from error
+    if checksum(json.dumps(values), *content) != sums:
+        raise RecordError(
+            f"'{path}' is damaged: its content is not what was written "
+            "(another checksum)."
+        )
+    for name in {**made_with, **values}:
+        there, here = values.get(name), made_with.get(name)
+        if there != here:
+            raise RecordError(
+                f"'{path}' was made with another {name} ({there}; now it is "
+                f"{here})."
+            )
+
+
+def write_recorded(
+    path: str | os.PathLike, made_with: Mapping[str, Any], content: Any
+) -> None:
+    """Write what JSON can hold, below the line of its record."""
+    text = json.dumps(content)
+    with atomic_writer(path) as file:
+        file.write(f"{seal(made_with, text)}\n{text}")
+
+
+def read_recorded(
+    path: str | os.PathLike, made_with: Mapping[str, Any]
+) -> Any | None:
+    """What :func:`write_recorded` wrote; None if there is no such file.
+
+    Raises
+    ------
+    RecordError
+        The file was made with other values, is damaged, or something else.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    record, _, text = content.decode(errors="replace").partition("\n")
+    check(path, record, made_with, text)
+    return json.loads(text)
