@@ -2,13 +2,14 @@
 
 Plain WAV and FLAC headers are parsed here, from the first bytes of a file;
 libsndfile reads the others. A cache beside the manifest keeps the result; a
-file is looked up there by its path, size and time of change.
+file is looked up there by its path, size and time of change. A cache of another
+corpus folder or version, or a damaged one, is not used, with a warning. What
+a caller does with headers (its rate, its channels) is not in them.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import struct
 import time
@@ -18,11 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import soundfile
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
+import speechbrain_ram
 from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.data.record import (
+    RecordError,
+    read_recorded,
+    write_recorded,
+)
 
 logger = get_logger(__name__)
 
@@ -255,30 +262,13 @@ def _riff_format(
 
 
 def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:
-    """Read the cache; an unreadable or foreign one counts as empty."""
-    known = {}
+    """Read the cache; a damaged or foreign one counts as empty."""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            if json.loads(file.readline()) != _cache_stamp(root):
-                return {}
-            for line in file:
-                size, mtime, frames, rate, channels, verified, name = (
-                    line.rstrip("\n").split(" ", 6)
-                )
-                known[name] = Header(
-                    int(size),
-                    int(mtime),
-                    int(frames),
-                    int(rate),
-                    int(channels),
-                    verified == "1",
-                )
-    except FileNotFoundError:
+        known = read_recorded(path, _made_with(root)) or {}
+    except RecordError as error:
+        logger.warning("The cache of headers is not used: %s", error)
         return {}
-    except ValueError as error:
-        logger.warning("The cache '%s' is not used: %s", path, error)
-        return {}
-    return known
+    return {name: Header(*values) for name, values in known.items()}
 
 
 def _write_cache(path, root, names, headers, known) -> None:
@@ -291,21 +281,14 @@ def _write_cache(path, root, names, headers, known) -> None:
             merged.pop(name, None)
     if merged == known:
         return
-    with atomic_writer(path) as file:
-        file.write(json.dumps(_cache_stamp(root)) + "\n")
-        file.writelines(
-            f"{size} {mtime} {frames} {rate} {channels} {verified:d} {name}\n"
-            for name, (
-                size,
-                mtime,
-                frames,
-                rate,
-                channels,
-                verified,
-            ) in merged.items()
-        )
+    write_recorded(path, _made_with(root), merged)
 
 
-def _cache_stamp(root: Path) -> dict:
-    """The first line of a cache: its format and the corpus it is about."""
-    return {"header_cache": 2, "data_root": str(root.resolve())}
+def _made_with(root: Path) -> dict[str, str]:
+    """The record of a cache: its corpus, and who read the headers."""
+    return {
+        "format": "speechbrain-ram headers 3",
+        "data_root": str(root.resolve()),
+        "speechbrain_ram": speechbrain_ram.__version__,
+        "libsndfile": soundfile.__libsndfile_version__,
+    }

@@ -207,15 +207,49 @@ def test_cache_of_another_corpus_or_none_is_not_used(tmp_path, opened):
     read_headers(tmp_path / "one", ["a.wav"], cache)
     read_headers(tmp_path / "two", ["a.wav"], cache)
     assert opened == ["a.wav", "a.wav"]
-    for rubbish in ("", "{}\n", "rubbish\x00", '{"header_cache": 1}\na,b\n'):
+    old = '{"header_cache": 2, "data_root": "/"}\n1 2 3 4 5 1 a.wav\n'
+    for rubbish in ("", "{}\n", "[]\n", "null\n", "rubbish\x00", old):
         cache.write_text(rubbish)
         opened.clear()
         assert read_headers(tmp_path / "two", ["a.wav"], cache)[0].frames
         assert opened == ["a.wav"]
-    cache.write_text(cache.read_text() + "a.wav,1,2\n")  # a bad line
+
+
+def test_cache_of_another_reader_is_not_used(tmp_path, opened, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", NOISE, 16000)
+    cache = tmp_path / "cache"
+    for version in ("1.2.3", "1.2.3", "1.2.4"):
+        monkeypatch.setattr(soundfile, "__libsndfile_version__", version)
+        read_headers(tmp_path, ["a.wav"], cache)
+    assert len(opened) == 2
+
+
+def test_a_damaged_cache_is_not_used(tmp_path, opened):
+    """Whichever bit is another: most would change a number in silence."""
+    soundfile.write(tmp_path / "a.wav", NOISE, 16000)
+    cache = tmp_path / "cache"
+    whole = read_headers(tmp_path, ["a.wav"], cache)
+    written = cache.read_bytes()
+    for bit in range(0, 8 * len(written), 5):
+        damaged = bytearray(written)
+        damaged[bit // 8] ^= 1 << bit % 8
+        cache.write_bytes(damaged)
+        opened.clear()
+        assert read_headers(tmp_path, ["a.wav"], cache) == whole
+        assert opened == ["a.wav"]
     opened.clear()
-    assert read_headers(tmp_path / "two", ["a.wav"], cache)[0].frames == 1000
-    assert opened == ["a.wav"]
+    assert read_headers(tmp_path, ["a.wav"], cache) == whole
+    assert opened == []  # it was written again
+
+
+def test_strange_names_are_remembered(tmp_path, opened):
+    names = ["a\u2028b.wav", "a\nb.wav", "a b\t.wav", "a\udcff.wav"]
+    for name in names:
+        soundfile.write(os.fsencode(tmp_path / name), NOISE, 16000)
+    first = read_headers(tmp_path, names, tmp_path / "cache")
+    opened.clear()
+    assert read_headers(tmp_path, names, tmp_path / "cache") == first
+    assert opened == []
 
 
 def test_interrupted_reading_is_continued(tmp_path, opened, monkeypatch):
