@@ -39,7 +39,13 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.utils import SWITCH, one_line_errors
+from speechbrain_ram.data.record import (
+    RecordError,
+    checksum,
+    read_recorded,
+    write_recorded,
+)
+from speechbrain_ram.utils import SWITCH, atomic_path, one_line_errors
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
@@ -66,8 +72,8 @@ def pack_shards(
     data_root : path
         Their folder, in which nothing is written.
     output_dir : path
-        For ``shard-000000.tar``, ..., a manifest beside each, and
-        ``manifest.csv`` of all.
+        For ``shard-000000.tar``, ..., a record beside each of what it was
+        made from, and ``manifest.csv`` of all.
     sample_rate : int
         In Hz, of the packed samples.
     resample, mixdown : bool
@@ -85,12 +91,13 @@ def pack_shards(
     Path
         The packed manifest. It holds the absolute path of `output_dir`: after
         moving the shards, pack again there, which only rewrites the manifest.
+        A shard that is gone, or whose size is another, is made again.
 
     Raises
     ------
     ManifestError
-        A bad manifest, shards of another manifest or another setting in
-        `output_dir`, or an `output_dir` inside the corpus.
+        A bad manifest, shards of other rows, of another `data_root` or of
+        another setting in `output_dir`, or an `output_dir` inside the corpus.
     AudioError
         A recording cannot be used.
     """
@@ -105,19 +112,34 @@ def pack_shards(
         "resample": resample,
         "mixdown": mixdown,
     }
+    tars = [output / f"shard-{i:06d}.tar" for i in range(len(shards))]
+    made_with = [
+        {
+            "format": "speechbrain-ram shard 1",
+            "data_root": os.path.realpath(data_root),
+            **reading,
+            **_sums(shard),
+        }
+        for shard in shards
+    ]
+    known = [_places(*each) for each in zip(tars, made_with, strict=True)]
+    if None in known:  # until the end, no manifest of what changes
+        (output / "manifest.csv").unlink(missing_ok=True)
     bar = tqdm(total=len(rows), unit="utt", desc="pack", disable=not progress)
     with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for number, shard in enumerate(shards):
-            tar = output / f"shard-{number:06d}.tar"
-            listing = tar.with_suffix(".csv")  # written last: shard is whole
-            if listing.exists():
-                done = _moved_here(read_manifest(listing), tar)
-                _check_same(shard, done, listing)
-                bar.update(len(done))
+        for tar, record, shard, places in zip(
+            tars, made_with, shards, known, strict=True
+        ):
+            if places is None:
+                places = _write_shard(tar, shard, data_root, reading, pool, bar)
+                content = {"bytes": tar.stat().st_size, "places": places}
+                write_recorded(_record_of(tar), record, content)
             else:
-                done = _write_shard(tar, shard, data_root, reading, pool, bar)
-            write_manifest(done, listing)
-            packed.update((row.id, row) for row in done)
+                bar.update(len(shard))
+            for row, (first, n) in zip(shard, places, strict=True):
+                packed[row.id] = Utterance(
+                    row.id, n / sample_rate, f"{tar}#{first}", 0, n, row.spk_id
+                )
     write_manifest([packed[row.id] for row in rows], output / "manifest.csv")
     return output / "manifest.csv"
 
@@ -162,8 +184,36 @@ def _assign(rows, sample_rate, shard_bytes, seed) -> list[list[Utterance]]:
     return shards
 
 
+def _sums(shard: list[Utterance]) -> dict[str, str]:
+    """Checksums of what the rows of a shard say, by what that is."""
+    pieces = [(row.id, row.wav, row.start, row.stop) for row in shard]
+    return {
+        "list of utterances": checksum(json.dumps(pieces)),
+        "list of speakers": checksum(json.dumps([r.spk_id for r in shard])),
+    }
+
+
+def _record_of(tar: Path) -> Path:
+    return tar.with_suffix(".json")  # written last: the shard is whole
+
+
+def _places(tar: Path, made_with: dict) -> list[tuple[int, int]] | None:
+    """Where samples begin in a finished shard, and how many; None without."""
+    try:
+        known = read_recorded(_record_of(tar), made_with)
+    except RecordError as error:
+        raise ManifestError(
+            f"{error} Each manifest, corpus and setting needs a folder of its "
+            "own: choose another folder, or delete the shards in this one to "
+            "pack them again."
+        ) from error
+    if known is None or not tar.exists():
+        return None
+    return known["places"] if tar.stat().st_size == known["bytes"] else None
+
+
 def _write_shard(tar, shard, data_root, reading, pool, bar):
-    """Write one tar file under a temporary name; its rows."""
+    """Write one tar file; the first byte and the number of all samples."""
 
     def load(row: Utterance) -> np.ndarray:
         waveform = read_audio(
@@ -172,31 +222,23 @@ def _write_shard(tar, shard, data_root, reading, pool, bar):
         samples = (waveform.numpy() * 32768).round().clip(-32768, 32767)
         return samples.astype("<i2")
 
-    rate = reading["sample_rate"]
-    temporary = tar.with_suffix(".tmp")
-    done = []
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as file:
+    places = []
+    with (
+        atomic_path(tar) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as file,
+    ):
         for number, row in enumerate(shard):
             if number % _BATCH == 0:
                 loaded = pool.map(load, shard[number : number + _BATCH])
             samples = next(loaded)
             first = file.offset + tarfile.BLOCKSIZE + _WAV_HEADER
-            _add(file, f"{number:08d}.wav", _wav(samples, rate))
+            places.append((first, len(samples)))
+            wav = _wav(samples, reading["sample_rate"])
+            _add(file, f"{number:08d}.wav", wav)
             label = {"id": row.id, "spk_id": row.spk_id}
             _add(file, f"{number:08d}.json", json.dumps(label).encode())
-            done.append(
-                Utterance(
-                    row.id,
-                    len(samples) / rate,
-                    f"{tar}#{first}",
-                    0,
-                    len(samples),
-                    row.spk_id,
-                )
-            )
             bar.update()
-    os.replace(temporary, tar)
-    return done
+    return places
 
 
 def _wav(samples: np.ndarray, rate: int) -> bytes:
@@ -214,22 +256,6 @@ def _add(file: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     file.addfile(member, io.BytesIO(content))
-
-
-def _moved_here(rows: list[Utterance], tar: Path) -> list[Utterance]:
-    """A finished shard's rows, whose folder may have been another."""
-    return [
-        row._replace(wav=f"{tar}#{row.wav.rpartition('#')[2]}") for row in rows
-    ]
-
-
-def _check_same(expected, found, listing) -> None:
-    if [row.id for row in expected] != [row.id for row in found]:
-        raise ManifestError(
-            f"'{listing}' lists other utterances than the {len(expected)} "
-            "that belong into this shard. Shards of another manifest, seed "
-            "or size are in the folder: choose another one."
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:

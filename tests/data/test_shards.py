@@ -139,7 +139,7 @@ def test_an_interrupted_packing_goes_on(corpus, monkeypatch):
     assert all(p.stat() == stat for p, stat in before.items())
     for tar in whole.glob("*.tar"):  # the same bytes, whoever packs them
         assert tar.read_bytes() == (manifest.parent / tar.name).read_bytes()
-    assert not list(manifest.parent.glob("*.tmp"))
+    assert not list(manifest.parent.glob(".*"))
 
 
 def test_shards_can_be_moved(corpus):
@@ -152,10 +152,88 @@ def test_shards_can_be_moved(corpus):
     assert torch.equal(read_packed(row.wav, 0, row.stop), read_audio(loose))
 
 
-def test_other_shards_in_the_folder(corpus):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("list of utterances", {"seed": 2}),
+        ("list of utterances", {"shard_bytes": 50_000}),
+        ("sample_rate .16000; now it is 8000", {"sample_rate": 8000}),
+        ("resample .False; now it is True", {"resample": True}),
+        ("mixdown .False; now it is True", {"mixdown": True}),
+    ],
+)
+def test_other_shards_in_the_folder(corpus, name, change):
+    manifest = pack(corpus)
+    before = manifest.read_bytes()
+    with pytest.raises(
+        ManifestError, match=f"another {name}.*another folder.*or delete"
+    ):
+        pack(corpus, **change)
+    assert manifest.read_bytes() == before
+
+
+def test_shards_of_another_corpus(corpus):
+    """Same names and lengths tell nothing: the place does."""
     pack(corpus)
-    with pytest.raises(ManifestError, match="other utterances.*another one"):
-        pack(corpus, seed=2)
+    (corpus / "corpus").rename(corpus / "first")
+    (corpus / "corpus").symlink_to("first")
+    with pytest.raises(ManifestError, match="another data_root .*/corpus; now"):
+        pack(corpus)
+    (corpus / "corpus").unlink()
+    (corpus / "first").rename(corpus / "corpus")
+    pack(corpus)
+
+
+def test_a_corrected_manifest_does_not_keep_old_labels(corpus):
+    manifest = pack(corpus)
+    rows = read_manifest(corpus / "loose.csv")
+    rows[3] = rows[3]._replace(spk_id="corrected")
+    write_manifest(rows, corpus / "loose.csv")
+    with pytest.raises(ManifestError, match="another list of speakers.*delete"):
+        pack(corpus)
+    for path in manifest.parent.glob("shard-*"):
+        path.unlink()
+    again = read_manifest(pack(corpus))
+    assert [row.spk_id for row in again] == [row.spk_id for row in rows]
+    labels = {}
+    for tar in manifest.parent.glob("*.tar"):
+        with tarfile.open(tar) as file:
+            for name in file.getnames():
+                if name.endswith(".json"):
+                    label = json.load(file.extractfile(name))
+                    labels[label["id"]] = label["spk_id"]
+    assert labels == {row.id: row.spk_id for row in rows}
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no record"])
+def test_a_shard_that_is_not_whole_is_made_again(corpus, damage):
+    manifest = pack(corpus)
+    listed, tar = manifest.read_bytes(), manifest.parent / "shard-000001.tar"
+    whole = tar.read_bytes()
+    others = {
+        path: path.stat()
+        for path in manifest.parent.glob("*.tar")
+        if path != tar
+    }
+    if damage == "gone":
+        tar.unlink()
+    elif damage == "cut":
+        tar.write_bytes(whole[:1000])
+    else:
+        tar.write_bytes(b"by an older version")
+        tar.with_suffix(".json").unlink()
+    pack(corpus)
+    assert tar.read_bytes() == whole
+    assert manifest.read_bytes() == listed
+    assert all(path.stat() == stat for path, stat in others.items())
+
+
+def test_a_damaged_record_is_refused(corpus):
+    record = pack(corpus).parent / "shard-000000.json"
+    text = record.read_text()
+    record.write_text(text.replace('"places": [[', '"places": [[1'))
+    with pytest.raises(ManifestError, match="000.json' is damaged.*or delete"):
+        pack(corpus)
 
 
 def test_never_into_the_corpus(corpus):
