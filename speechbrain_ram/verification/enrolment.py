@@ -21,15 +21,22 @@ from pathlib import Path
 
 import numpy as np
 
-#: Written into every file; a reader refuses the numbers it does not know.
-FORMAT = 1
-_APPLICATION_ID = 0x53424152  # 'SBRA' in the file's header
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS encoder (
-    fingerprint TEXT NOT NULL, embedding_dim INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS speakers (
-    name TEXT PRIMARY KEY, recordings INTEGER NOT NULL, total BLOB NOT NULL);
-"""
+from speechbrain_ram.data.record import RecordError, check, checksum, seal
+
+_FORMAT = "speechbrain-ram enrolment 2"
+_APPLICATION_ID = 0x53425232  # 'SBR2' in the file's header
+# The state is a random number that every write replaces, whoever writes: what
+# was read is still true only while it is the same.
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS record (seal TEXT NOT NULL, state BLOB)",
+    "CREATE TABLE IF NOT EXISTS speakers (name TEXT PRIMARY KEY, recordings "
+    "INTEGER NOT NULL, total BLOB NOT NULL, checksum TEXT NOT NULL)",
+    *(
+        f"CREATE TRIGGER IF NOT EXISTS after_{event} AFTER {event} ON speakers "
+        "BEGIN UPDATE record SET state = randomblob(16); END"
+        for event in ("insert", "update", "delete")
+    ),
+)
 
 
 class EnrolmentError(ValueError):
@@ -70,8 +77,7 @@ class EnrolmentDatabase:
     Raises
     ------
     EnrolmentError
-        Not such a database, of another format number, or filled by another
-        encoder.
+        Not such a database, of another format, or filled by another encoder.
 
     Example
     -------
@@ -94,10 +100,14 @@ class EnrolmentDatabase:
         timeout: float = 30.0,
     ) -> None:
         self.path = Path(path)
-        self.fingerprint = fingerprint
+        self.made_with = {
+            "format": _FORMAT,
+            "encoder": fingerprint,
+            "number of dimensions": embedding_dim,
+        }
         self.embedding_dim = embedding_dim
         self.timeout = timeout
-        self._cache: tuple[tuple, list[str], np.ndarray] | None = None
+        self._cache: tuple[bytes, list[str], np.ndarray] | None = None
         if self.path.exists():
             with self._connection():
                 pass  # says now, not at the first search, what is wrong
@@ -151,17 +161,17 @@ class EnrolmentDatabase:
         with self._connection() as connection, _transaction(connection):
             for name, rows in units.items():
                 count, total = 0, np.zeros(self.embedding_dim, np.float32)
-                row = connection.execute(
-                    "SELECT recordings, total FROM speakers WHERE name = ?",
-                    [name],
-                ).fetchone()
-                if row is not None:
-                    count, total = row[0], self._vectors(row[1])[0]
+                known = connection.execute(
+                    "SELECT * FROM speakers WHERE name = ?", [name]
+                ).fetchall()
+                if known:
+                    count, total = known[0][1], self._vectors(known)[0]
                 counts[name] = count + len(rows)
-                total = (total + rows.sum(axis=0)).astype("<f4")
+                total = (total + rows.sum(axis=0)).astype("<f4").tobytes()
+                sums = checksum(name, str(counts[name]), total)
                 connection.execute(
-                    "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?)",
-                    [name, counts[name], total.tobytes()],
+                    "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?, ?)",
+                    [name, counts[name], total, sums],
                 )
         return counts
 
@@ -249,16 +259,13 @@ class EnrolmentDatabase:
         if not self.path.exists():
             return [], np.zeros((0, self.embedding_dim), np.float32)
         with self._connection() as connection:
-            # Bytes 24 to 27 of the file count the writing transactions, and
-            # the inode tells a replaced file.
-            stamp = (os.stat(self.path).st_ino, _change_counter(self.path))
-            if self._cache is None or self._cache[0] != stamp:
+            (state,) = connection.execute("SELECT state FROM record").fetchone()
+            if self._cache is None or self._cache[0] != state:
                 rows = connection.execute(
-                    "SELECT name, total FROM speakers ORDER BY name"
+                    "SELECT * FROM speakers ORDER BY name"
                 ).fetchall()
-                totals = self._vectors(b"".join(row[1] for row in rows))
-                models = self._units(totals)
-                self._cache = (stamp, [row[0] for row in rows], models)
+                models = self._units(self._vectors(rows))
+                self._cache = (state, [row[0] for row in rows], models)
         return self._cache[1], self._cache[2]
 
     def _units(self, embeddings: np.ndarray) -> np.ndarray:
@@ -276,14 +283,17 @@ class EnrolmentDatabase:
             )
         return embeddings / lengths
 
-    def _vectors(self, blob: bytes) -> np.ndarray:
-        """Read vectors back, [N, E]."""
-        if len(blob) % (4 * self.embedding_dim):
-            raise EnrolmentError(
-                f"'{self.path}' holds a speaker model of a wrong size. It is "
-                "damaged: restore it from a copy, or enrol anew."
-            )
-        return np.frombuffer(blob, "<f4").reshape(-1, self.embedding_dim)
+    def _vectors(self, rows: list[tuple]) -> np.ndarray:
+        """The sums of whole rows of `speakers`, [N, E]."""
+        for name, recordings, total, sums in rows:
+            if checksum(name, str(recordings), total) != sums:
+                raise EnrolmentError(
+                    f"'{self.path}' is damaged: the model of {name!r} is not "
+                    "what was written (another checksum). Restore the file "
+                    "from a copy, or enrol anew in a new one."
+                )
+        totals = np.frombuffer(b"".join(row[2] for row in rows), "<f4")
+        return totals.reshape(-1, self.embedding_dim)
 
     @contextmanager
     def _connection(self):
@@ -320,33 +330,27 @@ class EnrolmentDatabase:
             connection.execute("PRAGMA page_size = 16384")
             # Two processes may get here at once: the second changes nothing.
             with _transaction(connection):
-                for statement in _SCHEMA.strip().split(";")[:-1]:
+                for statement in _SCHEMA:
                     connection.execute(statement)
                 connection.execute(
-                    "INSERT INTO encoder SELECT ?, ? "
-                    "WHERE NOT EXISTS (SELECT * FROM encoder)",
-                    [self.fingerprint, self.embedding_dim],
+                    "INSERT INTO record SELECT ?, randomblob(16) "
+                    "WHERE NOT EXISTS (SELECT * FROM record)",
+                    [seal(self.made_with)],
                 )
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
         if number("application_id") != _APPLICATION_ID:
             raise EnrolmentError(
-                f"'{self.path}' is an SQLite file, but no enrolment database."
+                f"'{self.path}' is an SQLite file, but no enrolment database, "
+                "or one of an older version. Enrol anew in a new file."
             )
-        if number("user_version") != FORMAT:
+        (record,) = connection.execute("SELECT seal FROM record").fetchone()
+        try:
+            check(self.path, record, self.made_with)
+        except RecordError as error:
             raise EnrolmentError(
-                f"'{self.path}' has format {number('user_version')}, this "
-                f"version of speechbrain-ram reads format {FORMAT}. Was it "
-                "written by a newer version?"
-            )
-        theirs = connection.execute("SELECT * FROM encoder").fetchone()
-        if theirs != (self.fingerprint, self.embedding_dim):
-            raise EnrolmentError(
-                f"'{self.path}' was filled by another encoder (fingerprint "
-                f"{theirs[0]}, {theirs[1]} dimensions) than this one "
-                f"({self.fingerprint}, {self.embedding_dim}). Embeddings of "
-                "two encoders cannot be compared: enrol anew in a new file."
-            )
+                f"{error} Embeddings of two encoders cannot be compared: enrol "
+                "anew in a new file."
+            ) from error
 
 
 def _checked_name(name: str) -> str:
@@ -368,9 +372,3 @@ def _transaction(connection: sqlite3.Connection):
         connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
-
-
-def _change_counter(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(24)
-        return file.read(4)

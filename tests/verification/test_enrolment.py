@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.verification import enrolment
 from speechbrain_ram.verification.enrolment import (
-    FORMAT,
     EnrolmentDatabase,
     EnrolmentError,
 )
@@ -83,6 +83,61 @@ def test_a_reader_sees_what_another_wrote(tmp_path):
     assert [m.name for m in reader.identify(np.ones(8))] == ["bob"]
     cached = reader.models()[1]
     assert reader.models()[1] is cached  # unchanged, so not read again
+
+
+def _same_for_sqlite(path):
+    """What is on disk of inode and change counter, to compare two files by."""
+    return path.stat().st_ino, path.read_bytes()[24:28]
+
+
+def test_deleted_speakers_are_not_found_where_the_inode_comes_back(tmp_path):
+    """Another file in the place of the first, alike in all SQLite counts."""
+    path, other = tmp_path / "who.db", tmp_path / "other" / "who.db"
+    other.parent.mkdir()
+    _open(tmp_path).enroll_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    _open(other.parent).enroll_many({"bob": np.eye(8)[1]})
+    reader = _open(tmp_path)
+    assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
+    before = _same_for_sqlite(path)
+    path.write_bytes(other.read_bytes())  # as an inode that is used again
+    assert _same_for_sqlite(path) == before
+    assert [m.name for m in reader.identify(np.ones(8))] == ["bob"]
+
+
+def test_a_restored_copy_that_went_another_way_is_seen(tmp_path):
+    """The same file with as many writes, but other ones."""
+    path, reader = tmp_path / "who.db", _open(tmp_path)
+    reader.enroll("ada", np.eye(8)[0])
+    copy = path.read_bytes()
+    reader.enroll("bob", np.eye(8)[1])
+    assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
+    before = _same_for_sqlite(path)
+    path.write_bytes(copy)
+    _open(tmp_path).remove("ada")
+    assert _same_for_sqlite(path) == before
+    with pytest.raises(EnrolmentError, match="Nobody is enrolled"):
+        reader.identify(np.ones(8))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM speakers WHERE name = 'ada'",
+        "DELETE FROM speakers",
+        "UPDATE speakers SET name = 'eve' WHERE name = 'ada'",
+    ],
+)
+def test_what_another_program_writes_is_seen(tmp_path, statement):
+    database = _open(tmp_path)
+    database.enroll_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    assert database.score("ada", np.eye(8)[0]) == 1.0
+    raw = sqlite3.connect(tmp_path / "who.db")
+    raw.execute("PRAGMA journal_mode = WAL")  # which leaves the counter alone
+    with raw:
+        raw.execute(statement)
+    with pytest.raises(EnrolmentError, match="Nobody called 'ada'|is damaged"):
+        database.score("ada", np.eye(8)[0])
+    raw.close()
 
 
 def _enroll_many(path, worker, start):
@@ -181,16 +236,19 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("fingerprint", "dim"), [("beef", 8), ("f00d", 16)])
 def test_another_encoder_is_refused(tmp_path, fingerprint, dim):
     _open(tmp_path).enroll("ada", np.eye(8)[0])
-    with pytest.raises(EnrolmentError, match="filled by another encoder"):
+    with pytest.raises(EnrolmentError, match="was made with another (enc|num)"):
         _open(tmp_path, dim=dim, fingerprint=fingerprint)
 
 
-def test_another_format_number_is_refused(tmp_path):
+def test_another_format_is_refused(tmp_path, monkeypatch):
     _open(tmp_path).enroll("ada", np.eye(8)[0])
+    monkeypatch.setattr(enrolment, "_FORMAT", "speechbrain-ram enrolment 3")
+    with pytest.raises(EnrolmentError, match="another format .*2; now it is"):
+        _open(tmp_path)
     raw = sqlite3.connect(tmp_path / "who.db")
-    raw.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    raw.execute(f"PRAGMA application_id = {0x53424152}")  # of format 1
     raw.close()
-    with pytest.raises(EnrolmentError, match="has format 2, .* reads format 1"):
+    with pytest.raises(EnrolmentError, match="or one of an older version"):
         _open(tmp_path)
 
 
@@ -209,14 +267,29 @@ def test_other_files_are_refused_and_kept(tmp_path):
 
 
 def test_damage_is_seen(tmp_path):
-    database = _open(tmp_path)
-    database.enroll("ada", np.eye(8)[0])
-    raw = sqlite3.connect(tmp_path / "who.db")
-    raw.execute("UPDATE speakers SET total = x'0011'")
-    raw.commit()
+    """A flipped bit in a model, or around it, gives no other answer."""
+    database, probe = _open(tmp_path), _random(8, seed=1)
+    database.enroll("ada", _random(8))
+    answer, path = database.identify(probe), tmp_path / "who.db"
+    raw = sqlite3.connect(path)
+    (total,) = raw.execute("SELECT total FROM speakers").fetchone()
     raw.close()
-    with pytest.raises(EnrolmentError, match="damaged"):
-        database.identify(np.ones(8))
+    whole, refused = path.read_bytes(), set()
+    start = whole.index(total)
+    for bit in range(8 * (start - 9), 8 * (start + 64)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert _open(tmp_path).identify(probe) == answer
+        except EnrolmentError:
+            refused.add(bit // 8)
+    assert refused >= set(range(start, start + 64))  # model and checksum
+    path.write_bytes(whole.replace(total, total[::-1]))
+    for call in (database.identify, lambda x: database.enroll("ada", x)):
+        database._cache = None
+        with pytest.raises(EnrolmentError, match="damaged: the model of 'ada'"):
+            call(probe)
 
 
 @pytest.mark.parametrize(
