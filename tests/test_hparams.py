@@ -7,7 +7,7 @@ import torch
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
-from speechbrain_ram.training.options import NEEDED
+from speechbrain_ram.training.options import NEEDED, check_settings
 
 FILES = sorted(
     [
@@ -17,6 +17,15 @@ FILES = sorted(
 )
 IDS = [str(file.relative_to(REPOSITORY)) for file in FILES]
 TRAINING = [file for file in FILES if file.name != "encoder.yaml"]
+
+#: Options that only a corpus has; docs/options.md lists all others.
+OF_A_CORPUS = {
+    *("cnceleb1", "cnceleb2", "corpus", "corpus_folder", "corpus_name"),
+    *("data_folder", "dev_share", "drop_test_speakers", "join_below"),
+    *("license", "lists", "lists_folder", "make_corpus", "manifests"),
+    *("sitw", "sitw_overlap", "voxceleb1", "voxceleb2"),
+}
+SAME = "\n# -- From here to its end every recipe is the same"
 
 
 def placeholders(file, tmp_path):
@@ -44,9 +53,51 @@ def test_the_model_card_gets_its_facts(file):
 @pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_small_enough_to_read(file):
     lines = file.read_text().splitlines()
-    assert len(lines) <= 135
+    own = file.read_text().split(SAME)[0].splitlines()
+    assert len(own) <= 100 and len(lines) <= 150
     assert not [line for line in lines if re.search(r": (yes|no)$", line)]
     assert not [line for line in lines if "out_neurons" in line]
+
+
+def documented():
+    """The options in the tables of docs/options.md."""
+    page = (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `(\w+)` \|", page, re.M)
+
+
+def keys_of(text):
+    return re.findall(r"^([a-z]\w*):", text, re.M)
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=IDS[-len(TRAINING) :])
+def test_a_recipe_has_every_documented_option(file, tmp_path):
+    """And no other, but for those of its corpus."""
+    own = file.read_text(encoding="utf-8").split(SAME)[0]
+    options = [key for key in keys_of(own) if key not in OF_A_CORPUS]
+    objects = ["prepare", "opt_class", "facts"]
+    assert sorted(options) == sorted([*documented(), *objects])
+    given = placeholders(file, tmp_path)
+    with open(file, encoding="utf-8") as stream:
+        settings = load_hyperpyyaml(stream, {**given, "output_folder": "out"})
+    chosen = {key: settings[key] for key in documented()}
+    check_settings(file, {**given, **chosen})
+
+
+def test_the_recipes_are_the_same_where_they_say_so():
+    ends = [
+        re.sub(r"(!include:)\S*/", r"\1", file.read_text().split(SAME)[1])
+        for file in TRAINING
+    ]
+    assert len(set(ends)) == 1
+    # Where data and noise lie stands with the folders of the corpus.
+    rest = set(documented()[documented().index("objective") :])
+    rest -= {"musan", "rirs"}
+    order = {
+        file: [key for key in keys_of(file.read_text()) if key in rest]
+        for file in TRAINING
+    }
+    for file, keys in order.items():
+        assert keys == order[TRAINING[0]], f"{file} has another order"
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=IDS[-len(TRAINING) :])

@@ -63,6 +63,8 @@ def prepare_cnceleb(
     valid_fraction: float = 0.02,
     seed: int = 1986,
     sample_rate: int = 16000,
+    resample: bool = False,
+    mixdown: bool = False,
     min_duration: float = 0.1,
     verify: bool = False,
     skip_bad: bool = False,
@@ -90,7 +92,9 @@ def prepare_cnceleb(
     join_below : float, optional
         Seconds: shorter utterances of one speaker and genre are joined, up
         to this length, into new files in ``OUTPUT_DIR/joined``.
-    valid_fraction, seed, sample_rate, min_duration, verify, skip_bad, workers
+    valid_fraction, seed, sample_rate, resample, mixdown, min_duration
+        As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
+    verify, skip_bad, workers
         As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
 
     Returns
@@ -148,6 +152,8 @@ def prepare_cnceleb(
         recordings,
         cache=output_dir / "headers.cache",
         sample_rate=sample_rate,
+        resample=resample,
+        mixdown=mixdown,
         min_duration=min_duration,
         verify=verify,
         skipped_list=output_dir / "skipped.txt" if skip_bad else None,

@@ -73,6 +73,8 @@ def prepare_voxceleb(
     valid_fraction: float = 0.02,
     seed: int = 1986,
     sample_rate: int = 16000,
+    resample: bool = False,
+    mixdown: bool = False,
     min_duration: float = 0.1,
     verify: bool = False,
     skip_bad: bool = False,
@@ -109,7 +111,9 @@ def prepare_voxceleb(
         where the trial lists are.
     drop_test_speakers : bool
         Leave the lists' speakers out of training instead of raising.
-    valid_fraction, seed, sample_rate, min_duration, verify, skip_bad, workers
+    valid_fraction, seed, sample_rate, resample, mixdown, min_duration
+        As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
+    verify, skip_bad, workers
         As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
 
     Returns
@@ -159,6 +163,8 @@ def prepare_voxceleb(
         recordings,
         cache=output_dir / "headers.cache",
         sample_rate=sample_rate,
+        resample=resample,
+        mixdown=mixdown,
         min_duration=min_duration,
         verify=verify,
         skipped_list=output_dir / "skipped.txt" if skip_bad else None,

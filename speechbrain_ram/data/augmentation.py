@@ -190,11 +190,11 @@ class RandomAugmentation:
 
 
 def musan_and_rirs(
-    musan: str | os.PathLike,
-    rirs: str | os.PathLike,
+    musan: str | os.PathLike | None,
+    rirs: str | os.PathLike | None,
     probability: float = 0.6,
     sample_rate: int = 16000,
-) -> RandomAugmentation:
+) -> RandomAugmentation | None:
     """Reverberate, or add noise, music or speech: WeSpeaker's recipe.
 
     Of the utterances that are changed, half get a room and half a recording
@@ -202,11 +202,11 @@ def musan_and_rirs(
 
     Arguments
     ---------
-    musan : path
-        OpenSLR 17 unpacked: ``noise``, ``music``, ``speech``.
-    rirs : path
+    musan : path or None
+        OpenSLR 17 unpacked: ``noise``, ``music``, ``speech``. None adds none.
+    rirs : path or None
         Mono room impulse responses, such as ``RIRS_NOISES/simulated_rirs`` of
-        OpenSLR 28.
+        OpenSLR 28. None adds no rooms.
     probability : float
         Share of utterances that are changed.
     sample_rate : int
@@ -214,20 +214,35 @@ def musan_and_rirs(
 
     Returns
     -------
-    RandomAugmentation
+    RandomAugmentation or None
+        None where nothing is given.
 
     Raises
     ------
     ManifestError
         A folder is missing or has no usable recordings.
+
+    Example
+    -------
+    >>> musan_and_rirs(None, None) is None
+    True
     """
-    choices: list[Callable] = [Reverberation(NoiseBank(rirs, sample_rate))]
-    sizes = []
-    for part, (low, high) in MUSAN_SNR.items():
-        bank = NoiseBank(Path(musan) / part, sample_rate)
-        choices.append(AddNoise(noise_funct=bank, snr_low=low, snr_high=high))
-        sizes.append(len(bank))
-    weights = [1.0, *(size / sum(sizes) for size in sizes)]
+    choices: list[Callable] = []
+    weights: list[float] = []
+    if rirs is not None:
+        choices.append(Reverberation(NoiseBank(rirs, sample_rate)))
+        weights.append(1.0)
+    if musan is not None:
+        sizes = []
+        for part, (low, high) in MUSAN_SNR.items():
+            bank = NoiseBank(Path(musan) / part, sample_rate)
+            choices.append(
+                AddNoise(noise_funct=bank, snr_low=low, snr_high=high)
+            )
+            sizes.append(len(bank))
+        weights += [size / sum(sizes) for size in sizes]
+    if not choices:
+        return None
     return RandomAugmentation(choices, weights, probability)
 
 

@@ -97,7 +97,7 @@ def margin_warning(loss_fn: torch.nn.Module, n_classes: int) -> str | None:
         text += (
             f"--margin {math.ceil(100 * needed - 1e-9) / 100:.2f} acts like "
             f"{like}-Softmax's {loss_fn.margin or meant:g}"
-            f"{' (let it rise: margin_schedule)' if angular else ''}; "
+            f"{' (let it rise: --margin_end)' if angular else ''}; "
         )
     return text + (
         "--form released, as the authors' toolkit computes, loses nothing to "
@@ -176,7 +176,7 @@ def _rate_warnings(rate: WarmupDecay, n_steps: int, n_epochs: int):
             yield (
                 f"The learning rate falls every {rate.every} epochs, but "
                 f"training has {n_epochs}: it never falls. Raise "
-                "--number_of_epochs or lower 'every' in the YAML."
+                "--number_of_epochs or give --lr_decay cosine."
             )
     elif rate.epochs != n_epochs:
         yield (

@@ -52,8 +52,9 @@ class SpeakerBrain(RobustBrain):
     train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
     verify_every         epochs between verifications of the dev trials
     margin_schedule      optional: epochs done -> margin, such as
-                         :class:`.schedules.MarginRise`; then ``objective``,
-                         ``scale`` and ``form`` are read too
+                         :class:`.schedules.MarginRise`; where it differs from
+                         the objective's, ``objective``, ``scale`` and
+                         ``form`` are read too
     average_checkpoints  optional: the encoder of the end is the mean over so
                          many last epochs, not the best one's
     margin_diagnostics   False leaves them out of the log, see
@@ -162,6 +163,8 @@ class SpeakerBrain(RobustBrain):
     def _set_margin(self, margin):
         """Give the objective another margin; it stays the same object."""
         hparams = self.hparams
+        if margin == getattr(hparams.compute_cost.loss_fn, "margin", None):
+            return
         fresh = make_objective(
             hparams.objective, margin, hparams.scale, hparams.form
         )

@@ -95,8 +95,8 @@ _PATHS = (
     "trials trials_root voxceleb1 voxceleb2"
 )
 _SWITCHES = (
-    "channels_last drop_test_speakers mixdown resample skip_bad std_norm "
-    "tensorboard verify_untrained"
+    "channels_last drop_test_speakers margin_diagnostics mixdown resample "
+    "skip_bad std_norm tensorboard verify_untrained"
 )
 
 #: Every setting of the recipes that is a number, a truth value or a path.
@@ -123,6 +123,7 @@ RULES = {
     "average_checkpoints": _whole(0),
     "lr": _POSITIVE,
     "final_lr": _POSITIVE,
+    "lr_gamma": _POSITIVE,
     "warmup_steps": _whole(0),
     "warmup_epochs": _NOT_NEGATIVE,
     "max_grad_norm": _NOT_NEGATIVE,
@@ -148,7 +149,8 @@ RULES = {
 #: Those that may be null.
 NULLABLE = {
     *("average_checkpoints", "join_below", "lists_folder", "max_hours"),
-    *("pretrained", "sitw", "sitw_overlap", "trials", "trials_root"),
+    *("musan", "pretrained", "rirs", "sitw", "sitw_overlap", "trials"),
+    "trials_root",
 }
 
 #: What train_speaker_embeddings.py reads of every recipe.

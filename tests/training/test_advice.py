@@ -40,7 +40,7 @@ RECIPES = sorted(
 def test_no_recipe_warns_about_itself(path):
     text = path.read_text(encoding="utf-8")
     keys = "objective|margin|scale|form|speeds|number_of_epochs"
-    keys += "|warmup_epochs|margin_start|margin_end"
+    keys += "|warmup_epochs|margin_start|margin_end|lr_decay"
     scalars = re.findall(rf"^(?:{keys}): .*$", text, re.M)
     settings = load_hyperpyyaml("\n".join(scalars))
     n_classes = CLASSES.get(path.parts[-3], CLASSES["hparams"])
@@ -52,11 +52,12 @@ def test_no_recipe_warns_about_itself(path):
     assert (loss_fn.margin if worth is None else worth) >= 0.05
     assert margin_warning(loss_fn, n_classes) is None
     epochs = settings["number_of_epochs"]
-    rise = None
-    if "margin_end" in settings:
-        rise = MarginRise(0.2, settings["margin_start"], settings["margin_end"])
+    rise = MarginRise(0.2, settings["margin_start"], settings["margin_end"])
     rate = WarmupDecay(
-        0.1, epochs=epochs, warmup_epochs=settings.get("warmup_epochs", 0)
+        0.1,
+        decay=settings["lr_decay"],
+        epochs=epochs,
+        warmup_epochs=settings["warmup_epochs"],
     )
     assert schedule_warnings(rate, rise, 100 * epochs, epochs) == []
 
