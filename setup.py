@@ -9,7 +9,6 @@ VERSION = "0.1.0"  # the package reads it back from its own metadata
 
 EXTRAS = {
     "report": ["matplotlib"],
-    "calibration": ["scikit-learn"],
     "tensorboard": ["tensorboard"],
     "m4a": ["av"],  # VoxCeleb2 as it is downloaded, and the sound of videos
     "onnx": ["onnx", "onnxruntime", "onnxscript"],

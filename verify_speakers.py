@@ -531,12 +531,8 @@ def check_options(parser, options: argparse.Namespace) -> None:
     """Say at once which options do not go together."""
     if not options.output:
         parser.error("--output is needed")
-    wanted = {"matplotlib": "report"}
-    if options.calibrate_on:
-        wanted["sklearn"] = "calibration"
-    for module, extra in wanted.items():
-        if importlib.util.find_spec(module) is None:
-            parser.error(f'needs: pip install "speechbrain-ram[{extra}]"')
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error('needs: pip install "speechbrain-ram[report]"')
     names = [argument.partition("=")[0] for argument in options.scores]
     if not options.encoder:
         if not options.scores or options.trials:

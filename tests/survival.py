@@ -25,7 +25,6 @@ PROCESSES.set_forkserver_preload(
         "survival",
         "torch._dynamo",  # by the optimiser
         "matplotlib.figure",  # by the report
-        "sklearn.linear_model",  # by the export
     ]
 )
 

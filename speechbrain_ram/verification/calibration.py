@@ -11,8 +11,6 @@ Quality measures (Thienpondt et al., "The IDLab VoxSRC-20 submission", ICASSP
 2021) are symmetric: the smaller and the larger value of the two sides.
 Usual ones are the log of the duration, the length of the embedding before it
 is scaled, and the mean score against a cohort.
-
-Needs scikit-learn: ``pip install "speechbrain-ram[calibration]"``.
 """
 
 from __future__ import annotations
@@ -25,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from speechbrain_ram.data.names import TextError, read_text
 from speechbrain_ram.utils import atomic_writer
@@ -145,8 +145,6 @@ def fit_calibration(
     ------
     ValueError
         A class is missing, a value is not finite, the prior is out of range.
-    ImportError
-        scikit-learn is not installed.
 
     Example
     -------
@@ -155,13 +153,6 @@ def fit_calibration(
     >>> calibration.apply([0.0, 1.0]).round(1)
     array([-2.,  5.])
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            "calibration needs scikit-learn: "
-            'pip install "speechbrain-ram[calibration]"'
-        ) from error
     if not 0 < p_target < 1:
         raise ValueError(
             f"p_target must lie strictly between 0 and 1, got {p_target}."
@@ -188,21 +179,53 @@ def fit_calibration(
     centre, scale = table.mean(axis=0), table.std(axis=0)
     scale[scale == 0] = 1
     weights = np.where(
-        target, n * p_target / n_target, n * (1 - p_target) / (n - n_target)
+        target, p_target / n_target, (1 - p_target) / (n - n_target)
     )
-    # Columns of variance 1 and a penalty that only matters where the classes
-    # do not overlap and the likelihood has no maximum.
-    model = LogisticRegression(C=1e4, tol=1e-8, max_iter=1000)
-    model.fit((table - centre) / scale, target, sample_weight=weights)
-    slopes = model.coef_[0] / scale
-    bias = model.intercept_[0] - slopes @ centre
-    bias -= np.log(p_target / (1 - p_target))
+    *slopes, bias = _logistic_fit((table - centre) / scale, target, weights)
+    slopes = np.array(slopes) / scale
+    bias -= slopes @ centre + np.log(p_target / (1 - p_target))
     return Calibration(
         ("score", *(qualities or {})),
         tuple(float(slope) for slope in slopes),
         float(bias),
         float(p_target),
     )
+
+
+def _logistic_fit(
+    table: np.ndarray, target: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Slopes and intercept of a weighted logistic regression.
+
+    Columns have variance 1; weights add up to 1. The penalty on the slopes
+    only matters where the classes do not overlap and the likelihood has no
+    maximum.
+    """
+    table = np.column_stack([table, np.ones(len(table))])
+    penalty = np.full(table.shape[1], 1e-4 / len(table))
+    penalty[-1] = 0  # of the intercept
+    sign = np.where(target, 1.0, -1.0)
+
+    def cost(x):
+        margin = sign * (table @ x)
+        loss = weights @ np.logaddexp(0, -margin) + penalty @ x**2 / 2
+        slope = -weights * sign * expit(-margin)
+        return loss, table.T @ slope + penalty * x
+
+    def curvature(x):
+        share = expit(table @ x)
+        bend = weights * share * (1 - share)
+        return (table.T * bend) @ table + np.diag(penalty)
+
+    found = minimize(
+        cost,
+        np.zeros(table.shape[1]),
+        jac=True,
+        hess=curvature,
+        method="trust-exact",
+        options={"gtol": 1e-12, "maxiter": 200},
+    )
+    return found.x
 
 
 def pair_quality(
@@ -248,9 +271,9 @@ def _columns(
 # -- Same speaker or not: what a development list says about a score ----------
 #
 # A cosine means nothing by itself. Thresholds, the distributions of target and
-# non-target scores and, where scikit-learn is there, a calibration to
-# log-likelihood ratios are fitted on a development list once, and travel with
-# the encoder as a few hundred numbers of JSON.
+# non-target scores and a calibration to log-likelihood ratios are fitted on a
+# development list once, and travel with the encoder as a few hundred numbers
+# of JSON.
 
 #: Bins of the score distributions, over cosines from -1 to 1.
 BINS = 100
@@ -275,7 +298,8 @@ class Decision:
     targets, nontargets : tuple of int
         Scores of each class, counted in `BINS` equal bins over [-1, 1].
     calibration : Calibration, optional
-        From cosine to the natural logarithm of a likelihood ratio.
+        From cosine to the natural logarithm of a likelihood ratio; exports
+        of the first release may lack it.
 
     Example
     -------
@@ -311,7 +335,6 @@ class Decision:
         Returns
         -------
         Decision
-            Without calibration if scikit-learn is not installed.
 
         Raises
         ------
@@ -322,10 +345,6 @@ class Decision:
         curve = error_curve(scores, labels)
         eer, at_eer = curve.eer()
         at_far, _ = threshold_at_far(scores, labels, 0.01)
-        try:
-            calibration = fit_calibration(scores, labels)
-        except ImportError:
-            calibration = None
         return cls(
             trials=trials,
             n_target=int(curve.n_target),
@@ -335,7 +354,7 @@ class Decision:
             thresholds={"EER": float(at_eer), "FAR=1%": min(at_far, 1.0)},
             targets=_histogram(scores[labels == 1]),
             nontargets=_histogram(scores[labels == 0]),
-            calibration=calibration,
+            calibration=fit_calibration(scores, labels),
         )
 
     def threshold(self, name: str = "EER") -> float:

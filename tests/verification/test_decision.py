@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,12 +68,15 @@ def test_json_round_trip(decision):
     assert again.llr(0.3) == decision.llr(0.3)
 
 
-def test_without_scikit_learn(monkeypatch):
+def test_it_is_calibrated_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    decision = Decision.fit(*dev_scores(), "imagined")
-    assert decision.calibration is None
-    assert decision.llr(0.5) is None
-    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict())))
+    assert Decision.fit(*dev_scores(), "imagined").calibration is not None
+
+
+def test_an_older_export_may_lack_the_calibration(decision):
+    older = replace(decision, calibration=None)
+    assert older.llr(0.5) is None
+    assert Decision.from_dict(json.loads(json.dumps(older.to_dict()))) == older
 
 
 def test_thresholds_are_finite():
