@@ -17,7 +17,6 @@ OUTPUT/LIST/ has each list's scores and report.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -40,8 +39,10 @@ from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.options import check_device
 from speechbrain_ram.utils import (
     SWITCH,
+    first_ten,
     keep_freed_memory,
     leave_group,
+    needs_extra,
     one_line_errors,
 )
 from speechbrain_ram.verification.bootstrap import Interval
@@ -314,7 +315,7 @@ def read_cohort(options) -> list[Utterance]:
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(rows)} recordings of the cohort are "
-            f"missing: {', '.join(missing[:10])}.{missing_hint(root, missing)} "
+            f"missing: {first_ten(missing)}.{missing_hint(root, missing)} "
             "Is --cohort_root right?"
         )
     return rows
@@ -531,8 +532,11 @@ def check_options(parser, options: argparse.Namespace) -> None:
     """Say at once which options do not go together."""
     if not options.output:
         parser.error("--output is needed")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error('needs: pip install "speechbrain-ram[report]"')
+    try:
+        with needs_extra("A report", "report"):
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        parser.error(str(error))
     names = [argument.partition("=")[0] for argument in options.scores]
     if not options.encoder:
         if not options.scores or options.trials:

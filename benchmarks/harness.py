@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torchaudio
 
+from speechbrain_ram.utils import atomic_writer
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -202,14 +204,11 @@ class Table:
 
     def write(self) -> None:
         """NAME.md and NAME.json, each renamed into place when whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine(), "numbers": self.numbers}
         for ending, text in (
             ("md", self.markdown()),
             ("json", json.dumps(content, indent=1) + "\n"),
         ):
-            path = self.folder / f"{self.name}.{ending}"
-            temporary = path.with_suffix(f".{ending}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            with atomic_writer(self.folder / f"{self.name}.{ending}") as file:
+                file.write(text)
         print(f"wrote {self.folder / self.name}.md")

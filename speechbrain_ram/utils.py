@@ -1,19 +1,22 @@
 """What all parts use and what knows nothing of speech.
 
-Whole files, memory, threads, errors in one line, several processes.
+Whole files, memory, threads, errors and lists in words, several processes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import logging
+import math
 import os
 import platform
 import secrets
+import shutil
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -37,8 +40,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     Path
         In the same folder, hidden, different for each caller, ending in
         `.tmp`: say the format where it would be taken from the ending. The
-        block writes the whole file. An exception inside the block leaves an
-        older file of that name as it was, and nothing else.
+        block writes the whole file, which gets the mode that any new file
+        gets here. An exception inside the block leaves an older file of that
+        name as it was, and nothing else.
 
     Example
     -------
@@ -52,12 +56,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _hidden(path)
     try:
+        # Some writers, safetensors among them, let nobody else read.
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -87,6 +100,78 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         yield file
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike, replace: bool = False
+) -> Iterator[Path]:
+    """As :func:`atomic_path`, for a folder with all that is in it.
+
+    Arguments
+    ---------
+    path : path
+        The folder to make.
+    replace : bool
+        Whether one of that name that holds something is replaced; without,
+        it is an OSError.
+
+    Yields
+    ------
+    Path
+        An empty folder beside it, hidden, ending in `.tmp`.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "folder"
+    >>> for text in ("old", "new"):
+    ...     with atomic_folder(path, replace=True) as temporary:
+    ...         _ = (temporary / "file").write_text(text)
+    >>> (path / "file").read_text()
+    'new'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _hidden(path), _hidden(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if replace and path.exists():
+            path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no infinity and no NaN: they become null.
+
+    Example
+    -------
+    >>> json_text({0.01: [1.5, float("inf")]})
+    '{"0.01": [1.5, null]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{key:g}": _finite(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # -- Memory that was freed stays with the process -----------------------------
@@ -308,6 +393,55 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         logger.debug("Ends with an error:", exc_info=True)
         sys.exit(f"{program}: {one_line(error)}")
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Imports of packages that one of our extras brings.
+
+    Arguments
+    ---------
+    what : str
+        What needs them, such as 'A picture'.
+    extra : str
+        Its name in `setup.py`.
+
+    Raises
+    ------
+    ImportError
+        Says how to get what is missing.
+
+    Example
+    -------
+    >>> with needs_extra("A picture", "report"):
+    ...     raise ImportError("No module named 'matplotlib'")
+    Traceback (most recent call last):
+    ...
+    ImportError: A picture needs more (No module named 'matplotlib'): \
+pip install "speechbrain-ram[report]"
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs more ({error}): "
+            f'pip install "speechbrain-ram[{extra}]"',
+            name=error.name,
+        ) from error
+
+
+def first_ten(names: Sequence[str], between: str = ", ") -> str:
+    """The first ten names, and how many more there are.
+
+    Example
+    -------
+    >>> first_ten(["a", "b"]), first_ten("abcdefghijklm")
+    ('a, b', 'a, b, c, d, e, f, g, h, i, j, and 3 more')
+    """
+    shown = list(names[:10])
+    if len(names) > 10:
+        shown.append(f"and {len(names) - 10} more")
+    return between.join(shown)
 
 
 # -- What several processes tell each other; with one, nothing is sent --------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import traceback
@@ -15,7 +13,7 @@ from typing import Any
 
 import click
 
-from speechbrain_ram.utils import is_user_error, one_line
+from speechbrain_ram.utils import is_user_error, json_text, one_line
 
 # PyTorch is imported where it is needed: --help must not wait for it.
 
@@ -74,18 +72,8 @@ class JsonGroup(click.Group):
 
 
 def _print_json(value: Any) -> None:
-    """JSON has no infinity: a threshold that nothing reaches is null."""
-
-    def plain(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {str(key): plain(item) for key, item in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [plain(item) for item in part]
-        if isinstance(part, float) and not math.isfinite(part):
-            return None
-        return part
-
-    click.echo(json.dumps(plain(value), allow_nan=False))
+    """A threshold that nothing reaches is null."""
+    click.echo(json_text(value))
 
 
 encoder_option = click.option(

@@ -23,7 +23,8 @@ import numpy as np
 
 from speechbrain_ram.data.recordings import split_into_pieces
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.utils import atomic_path, atomic_writer
+from speechbrain_ram.utils import atomic_path, atomic_writer, needs_extra
+from speechbrain_ram.verification.scores import unit_length
 
 #: Largest request, in bytes: some minutes of uncompressed audio.
 LARGEST_UPLOAD = 64 * 2**20
@@ -55,17 +56,12 @@ def create_app(encoder: SpeakerEncoder):
     ValueError
         The encoder has no thresholds to decide by.
     """
-    try:
+    with needs_extra("The web page", "demo"):
         from starlette.applications import Starlette
         from starlette.concurrency import run_in_threadpool
         from starlette.requests import Request
         from starlette.responses import HTMLResponse, JSONResponse, Response
         from starlette.routing import Route
-    except ImportError as error:
-        raise ImportError(
-            f"'{error.name}' is missing, which the web page needs: "
-            'pip install "speechbrain-ram[demo]"'
-        ) from error
     encoder.threshold()  # says so now if there is none
     page = (files("speechbrain_ram.cli") / "demo.html").read_text("utf-8")
     one_at_a_time = threading.Lock()
@@ -206,28 +202,19 @@ def project(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
     ImportError
         The extra is not installed.
     """
-    try:
+    with needs_extra("A map of voices", "map"):
         from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ImportError(
-            "the map of voices needs scikit-learn and matplotlib: "
-            'pip install "speechbrain-ram[map]"'
-        ) from error
-    embeddings = np.asarray(embeddings, np.float64)
     if len(embeddings) < 4:
         raise ValueError(
             f"A map of {len(embeddings)} recordings shows nothing, 4 or more "
             "are needed."
         )
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    if not np.isfinite(lengths).all() or (lengths == 0).any():
-        raise ValueError("An embedding is zero, NaN or infinite.")
     points = TSNE(
         perplexity=min(30.0, (len(embeddings) - 1) / 3),
         metric="cosine",
         init="random",
         random_state=seed,
-    ).fit_transform(embeddings / lengths)
+    ).fit_transform(unit_length(embeddings))
     points = points - (points.max(axis=0) + points.min(axis=0)) / 2
     return points / np.abs(points).max()
 
@@ -269,12 +256,8 @@ def draw_map(
     ImportError
         The extra is not installed.
     """
-    try:
+    with needs_extra("A map of voices", "map"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'drawing needs matplotlib: pip install "speechbrain-ram[map]"'
-        ) from error
     names = sorted(set(speakers))
     owners = np.array(speakers)
     figure = Figure(figsize=(9, 7), layout="constrained")

@@ -36,7 +36,7 @@ from speechbrain_ram.data.manifest import (
     write_manifest,
 )
 from speechbrain_ram.data.names import read_text
-from speechbrain_ram.utils import atomic_path
+from speechbrain_ram.utils import atomic_path, first_ten
 from speechbrain_ram.verification.trials import (
     TrialList,
     check_utterances,
@@ -225,12 +225,12 @@ def _speaker_recordings(
     missing = sorted(known - {speaker for _, speaker in recordings})
     if missing:
         logger.warning(
-            "%d of %d listed speakers have no recordings under '%s', the "
-            "first: %s. Is the archive unpacked to the end?",
+            "%d of %d listed speakers have no recordings under '%s': "
+            "%s. Is the archive unpacked to the end?",
             len(missing),
             len(known),
             folder,
-            ", ".join(missing[:5]),
+            first_ten(missing),
         )
     return recordings
 

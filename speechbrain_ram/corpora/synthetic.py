@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +30,7 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.utils import atomic_folder
 
 SAMPLE_RATE = 16000
 
@@ -161,20 +160,12 @@ def make_synthetic(
     if _already_made(output_dir, settings):
         return _parts(output_dir)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(
-        tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.")
-    )
     try:
-        _write_corpus(temporary, settings)
-        temporary.chmod(0o755)
-        try:
-            os.replace(temporary, output_dir)
-        except OSError:  # somebody else was faster, or there is no space
-            if not _already_made(output_dir, settings):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(output_dir) as temporary:
+            _write_corpus(temporary, settings)
+    except OSError:  # somebody else was faster, or there is no space
+        if not _already_made(output_dir, settings):
+            raise
     return _parts(output_dir)
 
 

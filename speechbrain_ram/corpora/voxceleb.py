@@ -35,6 +35,7 @@ from speechbrain_ram.data.manifest import (
     write_manifest,
 )
 from speechbrain_ram.data.names import read_text
+from speechbrain_ram.utils import first_ten
 from speechbrain_ram.verification.trials import (
     TrialError,
     TrialList,
@@ -310,7 +311,7 @@ def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
     if strangers:
         raise ManifestError(
             f"'{path}' names {len(strangers)} speakers whose ids are not "
-            f"known, the first: {', '.join(strangers[:5])}. Is vox1_meta.csv "
+            f"known: {first_ten(strangers)}. Is vox1_meta.csv "
             "of VoxCeleb1 beside the list, and complete?"
         )
     return {id_of[each] for each in listed}

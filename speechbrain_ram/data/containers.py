@@ -25,7 +25,7 @@ from speechbrain_ram.data.audio import (
     check_format,
     from_16_bit,
 )
-from speechbrain_ram.utils import atomic_path
+from speechbrain_ram.utils import atomic_path, needs_extra
 
 #: File name endings that are taken for recordings when a person's folder is
 #: searched; any other name is found by its content when it is given itself.
@@ -136,10 +136,7 @@ def read_video(
 
 def _why(path: str | os.PathLike, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return (
-            f"'{path}' is a video, or sound in a container like one. Reading "
-            'it needs PyAV: pip install "speechbrain-ram[m4a]"'
-        )
+        return f"'{path}' is a video, or sound in a container like one. {error}"
     return str(error)
 
 
@@ -165,13 +162,8 @@ class DecodeError(ValueError):
 
 def import_av():
     """Import PyAV, or say how to get it."""
-    try:
+    with needs_extra("Reading m4a and video files", "m4a"):
         import av
-    except ImportError as error:
-        raise ImportError(
-            "Reading m4a and video files needs PyAV: "
-            "pip install 'speechbrain-ram[m4a]'"
-        ) from error
     return av
 
 

@@ -42,7 +42,7 @@ from speechbrain_ram.data.names import (
     part_of,
     read_text,
 )
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, first_ten
 
 logger = get_logger(__name__)
 
@@ -260,11 +260,10 @@ def _report_skipped(
 ) -> None:
     """Raise for unusable recordings, or list them where that was asked."""
     if skipped and skipped_list is None:
-        shown = "\n  ".join(skipped[:10])
-        more = f"\n  ... and {len(skipped) - 10} more" * (len(skipped) > 10)
+        shown = first_ten(skipped, "\n  ")
         raise ManifestError(
             f"{len(skipped)} of {total} recordings cannot be used:\n  {shown}"
-            f"{more}\nRepair or remove them; `--skip_bad True` leaves them out."
+            f"\nRepair or remove them; `--skip_bad True` leaves them out."
             f"{hint}"
         )
     if short:
@@ -533,10 +532,9 @@ training.
     """
     both = sorted(set(train_speakers) & set(test_speakers))
     if both:
-        more = ", ..." if len(both) > 5 else ""
         raise ManifestError(
             f"{len(both)} training speakers are also in {test_name}: "
-            f"{', '.join(both[:5])}{more}. Its results would be worthless. "
+            f"{first_ten(both)}. Its results would be worthless. "
             f"{remedy}"
         )
 
@@ -622,7 +620,7 @@ def split_by_utterance(
             "%d speakers have one utterance each, which is kept for "
             "training: %s",
             len(single),
-            ", ".join(sorted(single)[:10]),
+            first_ten(sorted(single)),
         )
 
     generator = np.random.default_rng(seed)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from speechbrain_ram.export.architecture import (
     read_architecture,
     write_architecture,
 )
+from speechbrain_ram.utils import atomic_folder, atomic_path
 from speechbrain_ram.verification.calibration import Decision
 
 #: Of encoder.json; a reader refuses the numbers it does not know.
@@ -168,14 +168,12 @@ def export_inference(
     }
     card = model_card(architecture, facts, decision)
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replace=True) as part:
         (part / DESCRIPTION).write_text(
             json.dumps(description, indent=1) + "\n", encoding="utf-8"
         )
-        safetensors.torch.save_file(weights, part / WEIGHTS)
+        with atomic_path(part / WEIGHTS) as file:
+            safetensors.torch.save_file(weights, file)
         (part / "README.md").write_text(card, encoding="utf-8")
         text = f"# Written by {description['written_by']}, for SpeechBrain.\n\n"
         text += write_architecture(architecture)
@@ -189,14 +187,6 @@ def export_inference(
             part / "mean_var_norm_emb.ckpt",
         )
         label_encoder.save(part / "label_encoder.ckpt")
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

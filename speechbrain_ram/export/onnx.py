@@ -27,7 +27,7 @@ import torch
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder
 from speechbrain_ram.features import KaldiFbank
-from speechbrain_ram.utils import atomic_path
+from speechbrain_ram.utils import atomic_path, needs_extra
 
 #: Of the ONNX operators; onnxruntime 1.14 and later know it.
 OPSET = 18
@@ -316,13 +316,8 @@ def _export(
 
 
 def _import_onnx():
-    try:
+    with needs_extra("Export to ONNX", "onnx"):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  used by the exporter
-    except ImportError as error:
-        raise ImportError(
-            f"'{error.name}' is missing, which ONNX export needs: "
-            'pip install "speechbrain-ram[onnx]"'
-        ) from error
     return onnx, onnxruntime

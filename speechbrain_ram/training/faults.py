@@ -27,7 +27,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.training.checkpoints import is_full_disk
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, first_ten
 
 logger = get_logger(__name__)
 
@@ -243,12 +243,12 @@ class FaultList:
         """
         if len(self.messages) <= self.allowed:
             return
-        examples = list(self.messages.values())[:10]
         raise FaultError(
             f"{len(self.messages)} of {self.total} {self.what} utterances "
             f"could not be read; --max_fault_share {self.max_share} allows "
             f"{self.allowed}. Is the disk there, and whole? If it is, a larger "
-            "share goes on without them.\n" + "\n".join(examples)
+            "share goes on without them.\n"
+            + first_ten(list(self.messages.values()), "\n")
         )
 
     def restore(self, messages: dict[str, str]) -> None:

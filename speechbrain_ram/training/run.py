@@ -33,7 +33,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.manifest import read_manifest
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, first_ten
 
 logger = get_logger(__name__)
 logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt
@@ -356,8 +356,7 @@ def _same_bytes(first: Path, second: Path) -> bool:
 def _some(what: str, names: set[str]) -> str:
     if not names:
         return ""
-    more = ", ..." if len(names) > 5 else ""
-    return f"; {len(names):,} {what}: {', '.join(sorted(names)[:5])}{more}"
+    return f"; {len(names):,} {what}: {first_ten(sorted(names))}"
 
 
 def data_files(

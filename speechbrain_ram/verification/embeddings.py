@@ -37,6 +37,7 @@ from speechbrain_ram.data.recordings import (
 from speechbrain_ram.utils import (
     ahead,
     all_numbers,
+    first_ten,
     in_threads,
     n_processes,
     n_threads,
@@ -464,11 +465,9 @@ def _in_turn(parts: list[list], n_recordings: int) -> list[int]:
 
 def _raise_for(errors: list[str], n_recordings: int) -> None:
     if errors:
-        more = f"\n... and {len(errors) - 10} more" if len(errors) > 10 else ""
         raise AudioError(
             f"{len(errors)} of {n_recordings} recordings cannot be used:\n"
-            + "\n".join(errors[:10])
-            + more
+            + first_ten(errors, "\n")
         )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_ram.data.record import RecordError, check, checksum, seal
+from speechbrain_ram.verification.scores import unit_length
 
 _FORMAT = "speechbrain-ram enrolment 2"
 _APPLICATION_ID = 0x53425232  # 'SBR2' in the file's header
@@ -276,12 +277,10 @@ class EnrolmentDatabase:
                 f"Embeddings of shape {embeddings.shape} do not fit a "
                 f"database of {self.embedding_dim} dimensions."
             )
-        lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        if not np.isfinite(lengths).all() or (lengths == 0).any():
-            raise EnrolmentError(
-                "An embedding is zero, NaN or infinite. Is it of silence?"
-            )
-        return embeddings / lengths
+        try:
+            return unit_length(embeddings)
+        except ValueError as error:
+            raise EnrolmentError(str(error)) from None
 
     def _vectors(self, rows: list[tuple]) -> np.ndarray:
         """The sums of whole rows of `speakers`, [N, E]."""

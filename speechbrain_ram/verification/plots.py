@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import ndtri
 
-from speechbrain_ram.utils import atomic_path
+from speechbrain_ram.utils import atomic_path, needs_extra
 from speechbrain_ram.verification.metrics import ErrorCurve, error_curve
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -325,12 +325,8 @@ def _figure(width: float, height: float):
 
 def _style():
     """The context in which everything is drawn."""
-    try:
+    with needs_extra("A report", "report"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            'plots need matplotlib: pip install "speechbrain-ram[report]"'
-        ) from error
     return matplotlib.rc_context(_STYLE)
 
 

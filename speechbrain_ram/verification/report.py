@@ -6,7 +6,6 @@ unrounded; beside them are a DET plot of all systems and a histogram of each.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, json_text
 from speechbrain_ram.verification.bootstrap import (
     Difference,
     Interval,
@@ -202,7 +201,7 @@ def write_report(
         "groups": breakdown,
         "worst_errors": worst,
     }
-    _write(folder / "results.json", json.dumps(_plain(data), indent=2) + "\n")
+    _write(folder / "results.json", json_text(data, indent=2) + "\n")
     return metrics
 
 
@@ -461,20 +460,6 @@ def _asdict(results: Mapping[str, Mapping]) -> dict:
         name: {metric: asdict(each) for metric, each in row.items()}
         for name, row in results.items()
     }
-
-
-def _plain(value):
-    """What JSON can say: string keys, no infinity."""
-    if isinstance(value, Mapping):
-        return {
-            key if isinstance(key, str) else f"{key:g}": _plain(each)
-            for key, each in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
 
 
 def _write(path: Path, text: str) -> None:

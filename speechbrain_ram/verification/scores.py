@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, first_ten
 from speechbrain_ram.verification.trials import (
     FieldReader,
     TrialList,
@@ -126,7 +126,7 @@ def trial_vectors(
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(names)} utterances have no embedding: "
-            f"{', '.join(lost[:10])}. Were the embeddings extracted for "
+            f"{first_ten(lost)}. Were the embeddings extracted for "
             "another list?"
         )
     picked = matrix[[known[name] for name in names]]

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.utils import first_ten
 from speechbrain_ram.verification.trials import (
     TrialError,
     TrialList,
@@ -280,7 +281,7 @@ def trial_groups(
     if lost:
         raise TrialError(
             f"{len(lost)} of {len(speakers.names)} speakers are not in the "
-            f"table: {', '.join(lost[:10])}. Is the speaker another part of "
+            f"table: {first_ten(lost)}. Is the speaker another part of "
             "the recordings' names?"
         )
     target = np.asarray(labels) == 1

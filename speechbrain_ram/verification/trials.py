@@ -46,7 +46,7 @@ from speechbrain_ram.data.names import (
     missing_hint,
     part_of,
 )
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, first_ten
 
 #: Order of the fields and spelling of (non-target, target) of each form.
 FORMS = {
@@ -134,7 +134,7 @@ class TrialList:
             if unknown:
                 raise TrialError(
                     f"{len(unknown)} enrolment models have no utterance: "
-                    f"{_first_ten(unknown)}. Is the enrolment list the one "
+                    f"{first_ten(unknown)}. Is the enrolment list the one "
                     "that belongs to these trials?"
                 )
 
@@ -234,7 +234,7 @@ def read_trials(
         if unknown:
             raise TrialError(
                 f"{lines.first_bad_line()} In all, {len(unknown)} enrolment "
-                f"models are not in the enrolment list: {_first_ten(unknown)}."
+                f"models are not in the enrolment list: {first_ten(unknown)}."
                 " Do the two files belong together?"
             )
         models = {
@@ -389,7 +389,7 @@ def check_recordings(names: Collection[str], root: str | os.PathLike) -> None:
     if missing:
         raise TrialError(
             f"{len(missing)} of {len(names)} recordings are missing under "
-            f"'{root}': {_first_ten(missing)}.{missing_hint(root, missing)} Is "
+            f"'{root}': {first_ten(missing)}.{missing_hint(root, missing)} Is "
             "this the folder that the names in the list start from? "
             "verify_speakers.py adapts names from another machine with "
             "--strip_prefix, of another audio format with --suffix, and takes "
@@ -618,9 +618,3 @@ class _Renamer:
         column.add(np.array([self.rename(name) for name in ids], dtype=object))
         unique, table = column.finish()
         return unique, table[codes]
-
-
-def _first_ten(names: list[str]) -> str:
-    """The first ten names, and how many more there are."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more

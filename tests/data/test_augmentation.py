@@ -126,6 +126,14 @@ def test_musan_and_rirs(folders):
     assert torch.isfinite(augment(torch.zeros(RATE), "silence")).all()
 
 
+def test_noise_or_rooms_alone(folders):
+    musan, rirs = folders
+    assert len(musan_and_rirs(None, rirs).choices) == 1
+    noise = musan_and_rirs(musan, None)
+    assert len(noise.choices) == 3
+    assert float(noise.weights.sum()) == pytest.approx(1)
+
+
 def test_folders_that_are_no_good(folders, tmp_path):
     musan, rirs = folders
     with pytest.raises(ManifestError, match="nowhere/noise' does not exist"):

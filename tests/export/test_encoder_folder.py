@@ -57,6 +57,14 @@ def test_speechbrain_loads_it_moved_and_writes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["else where"]
 
 
+def test_whoever_may_read_new_files_may_load_it(copy, tmp_path):
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.name for file in copy.iterdir()} == {
+        file.name for file in copy.iterdir() if file.stat().st_mode == usual
+    }
+
+
 def test_speechbrain_compares_and_classifies_files(folder, tmp_path):
     import soundfile
 
