@@ -24,6 +24,7 @@ from speechbrain_ram.data.recordings import (
     Recording,
     Segment,
     describe,
+    is_recording,
     is_silent,
     split_into_pieces,
     warn_of_clipping,
@@ -152,9 +153,11 @@ class SpeakerEncoder:
 
         Arguments
         ---------
-        recordings : path, Segment, np.ndarray, torch.Tensor or iterable of them
-            An array is mono, of shape [samples], at `sample_rate`, in [-1, 1]
-            or of integers.
+        recordings : Recording, or iterable of them
+            Paths, open files, arrays and others, as
+            :mod:`speechbrain_ram.data.recordings` lists them. An array is
+            mono, of shape [samples], at `sample_rate`, in [-1, 1] or of
+            integers; ``(array, rate)`` says another rate.
         progress : bool
             Whether to show a progress bar on stderr.
         failures : dict, optional
@@ -174,8 +177,7 @@ class SpeakerEncoder:
         EncoderError
             The encoder itself returns NaN, or zeros.
         """
-        kinds = (str, os.PathLike, Segment, np.ndarray, torch.Tensor)
-        single = isinstance(recordings, kinds)
+        single = is_recording(recordings)
         items = [recordings] if single else list(recordings)
         names = [describe(item, i) for i, item in enumerate(items)]
         bad: dict[int, str] = {}

@@ -28,13 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from speechbrain_ram.data.audio import (
-    AudioError,
-    audio_info,
-    pad_waveforms,
-    read_audio,
-)
+from speechbrain_ram.data.audio import Audio, AudioError, pad_waveforms
 from speechbrain_ram.data.names import part_of
+from speechbrain_ram.data.recordings import check_heard, check_length
 from speechbrain_ram.utils import (
     ahead,
     all_numbers,
@@ -90,7 +86,7 @@ def extract(
     hop : int, optional
         Samples from one feature frame to the next; 10 ms if not given.
     resample, mixdown : bool
-        As for :func:`speechbrain_ram.data.audio.read_audio`.
+        As for :class:`speechbrain_ram.data.audio.Audio`.
     device : str or torch.device
         Where `encode` wants its input.
     progress : bool
@@ -141,11 +137,7 @@ def extract(
         rank, run = torch.distributed.get_rank(), together
         world = torch.distributed.get_world_size()
     parts = [part_of(os.path.join(root, name)) for name in utterances]
-    reading = {
-        "sample_rate": sample_rate,
-        "resample": resample,
-        "mixdown": mixdown,
-    }
+    audio = Audio(sample_rate, resample, mixdown)
     with ThreadPoolExecutor(_THREADS) as pool:
         known = store.load() if store else None
         if store and distributed:  # before another rank adds its part
@@ -154,7 +146,7 @@ def extract(
         files = np.array(list(pool.map(_file_state, paths)), np.int64)
         todo = _not_in(known, utterances, files)
         mine = [parts[i] for i in todo[rank::world]]
-        found = run(lambda: _look(pool, mine, reading, check))
+        found = run(lambda: _look(pool, mine, audio, check))
         seconds = _durations(found, len(todo))
         frames = [int(s * sample_rate) // hop + 1 for s in seconds]
         batches = length_batches(frames, max_frames_per_batch)
@@ -162,7 +154,10 @@ def extract(
         batches = batches[rank::world]
 
         def load(batch: list[int]) -> list[torch.Tensor]:
-            return [read_audio(*parts[todo[i]], **reading) for i in batch]
+            return [
+                check_heard(audio.read(*part), f"'{part[0]}'")
+                for part in (parts[todo[i]] for i in batch)
+            ]
 
         def embed(work) -> EmbeddingSet:
             batch, wavs = work
@@ -284,7 +279,7 @@ def _not_in(
 def _look(
     pool: ThreadPoolExecutor,
     parts: Sequence[tuple[str, int, int | None]],
-    reading: dict,
+    audio: Audio,
     check: Callable[[], None],
 ) -> list[tuple[float, str]]:
     """Seconds by header, and what is wrong with a recording."""
@@ -292,18 +287,16 @@ def _look(
     def look(part: tuple[str, int, int | None]) -> tuple[float, str]:
         path, start, stop = part
         try:
-            info = audio_info(path)
+            info = audio.info(path)
+            audio.check(path, info.channels, info.sample_rate)
             if stop is not None and not start < stop <= info.frames:
                 return 0.0, (
                     f"'{path}' has {info.frames} samples; there is no part "
                     f"from {start} to {stop}."
                 )
-            rate, channels = info.sample_rate, info.channels
-            if (rate, channels) != (reading["sample_rate"], 1):
-                read_audio(path, stop=1, **reading)  # says what is wrong
-            if stop is not None:
-                return (stop - start) / rate, ""
-            return info.duration, ""
+            samples = (info.frames if stop is None else stop) - start
+            check_length(samples / info.sample_rate, f"'{path}'")
+            return samples / info.sample_rate, ""
         except AudioError as error:
             return 0.0, str(error)
 
