@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import soundfile
 import torch
 
 from speechbrain_ram.data import containers
@@ -145,7 +144,7 @@ class Audio:
                 check_promise(path, info, file.size)
                 wanted = _within(path, start, stop, frames) - start
                 if start:
-                    soundfile.SoundFile.seek(decoder, start)
+                    decoder.seek(start)
                 data = decoder.read(wanted, dtype="float32", always_2d=True)
         if len(data) < wanted:
             raise AudioError(
@@ -277,10 +276,9 @@ class Audio:
         info = containers.sound_of(path)
         self.check(path, info.channels, info.sample_rate)
         ratio = self.sample_rate / info.sample_rate
-        if stop is not None:
-            stop = round(stop * ratio)
+        stop = _within(path, start, stop, info.frames)  # padding may follow
         samples = containers.decode(
-            path, self.sample_rate, round(start * ratio), stop
+            path, self.sample_rate, round(start * ratio), round(stop * ratio)
         )
         return _from_16_bit(samples)
 

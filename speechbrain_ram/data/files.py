@@ -106,6 +106,13 @@ class _Forward(soundfile.SoundFile):
     def seekable(self) -> bool:
         return False
 
+    def seek(self, frames: int, whence: int = os.SEEK_SET) -> int:
+        if self.format != "MP3":
+            return super().seek(frames, whence)
+        for begin in range(0, frames, _BLOCK):  # a frame needs those before
+            self.read(min(_BLOCK, frames - begin), dtype="float32")
+        return frames
+
 
 class _View:
     """A file with other bytes at one place, or one that seems longer."""

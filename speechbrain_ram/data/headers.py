@@ -158,9 +158,12 @@ def _examine(
 ) -> Header | AudioError:
     """Look at one file, through the cache where it still holds."""
     try:
-        status = os.stat(path)
-        if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
-            known = _read_header(path, status)
+        if known is not None:
+            status = os.stat(path)
+            if known[:2] != (status.st_size, status.st_mtime_ns):
+                known = None
+        if known is None:
+            known = _read_header(path)
         if verify and not known.verified:
             for _ in Audio(known.sample_rate, mixdown=True).windows(path):
                 pass
@@ -176,7 +179,8 @@ def _examine(
         raise
 
 
-def _read_header(path: str, status: os.stat_result) -> Header:
+def _read_header(path: str) -> Header:
+    status = os.stat(path)
     info = Audio().info(path)
     return Header(
         status.st_size,

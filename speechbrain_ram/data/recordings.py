@@ -63,7 +63,7 @@ class Segment:
 Recording = Any
 
 _ARRAYS = (np.ndarray, torch.Tensor)
-_FILES = (str, os.PathLike, Segment, bytes, bytearray, io.IOBase)
+_CONTENTS = (bytes, bytearray, io.IOBase)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,9 @@ def is_recording(given: object) -> bool:
     """
     pair = isinstance(given, tuple) and len(given) == 2
     return (
-        isinstance(given, (*_ARRAYS, *_FILES, dict))
+        isinstance(
+            given, (*_ARRAYS, *_CONTENTS, str, os.PathLike, Segment, dict)
+        )
         or hasattr(given, "read")
         or (pair and isinstance(given[0], _ARRAYS) and _is_rate(given[1]))
     )
@@ -155,7 +157,7 @@ def split_into_pieces(
     audio = Audio(sample_rate, resample, mixdown)
     if isinstance(recording, (str, os.PathLike)):
         recording = Segment(recording)
-    elif isinstance(recording, _FILES) or hasattr(recording, "read"):
+    elif isinstance(recording, _CONTENTS) or hasattr(recording, "read"):
         recording = Segment(_Copy(recording, name))
     if isinstance(recording, Segment):
         info = audio.info(recording.path)

@@ -55,8 +55,11 @@ def encoder(tmp_path_factory):
 
 
 def soundfile_reads(path, start=0, stop=None):
-    data, _ = soundfile.read(path, start=start, stop=stop, dtype="float32")
-    return torch.from_numpy(data)
+    with soundfile.SoundFile(path) as file:
+        if start:
+            file.seek(start)
+        end = file.frames if stop is None else min(stop, file.frames)
+        return torch.from_numpy(file.read(end - start, dtype="float32"))
 
 
 @pytest.fixture
@@ -141,9 +144,7 @@ def test_pieces_that_are_not_there(tmp_path, noise):
     for name in ("a.wav", "a.flac"):
         path = tmp_path / name
         soundfile.write(path, noise, RATE)
-        with pytest.raises(
-            AudioError, match="has 5000 samples, but samples 50"
-        ):
+        with pytest.raises(AudioError, match="has 5000 samples, but"):
             Audio().read(path, 5000, 5010)
         # Past the end: what is there.
         assert torch.equal(
