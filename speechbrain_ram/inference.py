@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import AudioError
@@ -22,6 +21,7 @@ from speechbrain_ram.data.recordings import (
     Recording,
     Segment,
     describe,
+    is_recording,
 )
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder, read_encoder
@@ -158,9 +158,11 @@ class SpeakerEncoder(LoadedEncoder):
 
         Arguments
         ---------
-        recordings : path, Segment, np.ndarray, torch.Tensor or iterable of them
-            An array is mono, of shape [samples], at `sample_rate`, in [-1, 1]
-            or of integers.
+        recordings : Recording, or iterable of them
+            Paths, open files, arrays and others, as
+            :mod:`speechbrain_ram.data.recordings` lists them. An array is
+            mono, of shape [samples], at `sample_rate`, in [-1, 1] or of
+            integers; ``(array, rate)`` says another rate.
         progress : bool
             Whether to show a progress bar on stderr.
         failures : dict, optional
@@ -180,8 +182,7 @@ class SpeakerEncoder(LoadedEncoder):
         EncoderError
             The encoder itself returns NaN, or zeros.
         """
-        kinds = (str, os.PathLike, Segment, np.ndarray, torch.Tensor)
-        single = isinstance(recordings, kinds)
+        single = is_recording(recordings)
         items = [recordings] if single else list(recordings)
         names = [describe(item, i) for i, item in enumerate(items)]
         bad: dict[int, str] = {}

@@ -166,11 +166,9 @@ def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
 
 def recordings_below(folder: str | os.PathLike) -> list[str]:
     """Sound and video files below a folder, relative to it, sorted."""
-    from speechbrain_ram.data.audio import AUDIO_EXTENSIONS
-    from speechbrain_ram.data.containers import VIDEO_EXTENSIONS
     from speechbrain_ram.data.manifest import find_recordings
 
-    return find_recordings(folder, (*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS))
+    return find_recordings(folder)
 
 
 def _show_warning(message, category, *_) -> None:

@@ -313,7 +313,7 @@ def export(folder, output, client, examples):
         found = list(recordings([examples], ".").values())
         some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
         wavs = [
-            split_into_pieces(path, 0, rate, 10.0, True, True)[0].load()
+            split_into_pieces(path, 0, rate, True, True, 10.0)[0].load()
             for path in some
         ]
         fed = onnx_export.graph_inputs(encoder, output, wavs)

@@ -230,16 +230,7 @@ def _speaker_of(name: str) -> str:
 
 def _training_recordings(root: Path) -> list[tuple[str, str]]:
     """List (path, speaker) of the development part."""
-    try:
-        names = find_recordings(root, (".wav", ".flac"))
-    except ManifestError:
-        if root.is_dir() and any(root.rglob("*.m4a")):
-            raise ManifestError(
-                f"'{root}' holds m4a files only, as VoxCeleb2 comes. Convert "
-                "them first: python -m speechbrain_ram.corpora.convert "
-                f"{root} CONVERTED_FOLDER"
-            ) from None
-        raise
+    names = find_recordings(root, (".wav", ".flac", ".m4a"))
     development = [n for n in names if "test" not in n.split("/")[:-1]]
     recordings = [(n, _speaker_of(n)) for n in development]
     recordings = [r for r in recordings if r[1]]
@@ -249,15 +240,32 @@ def _training_recordings(root: Path) -> list[tuple[str, str]]:
             "speaker's folder (idXXXXX, not below 'test'). Is it VoxCeleb's "
             "dev part? Other corpora go through corpora.folder."
         )
-    stems: dict[str, str] = {}
-    for name, speaker in recordings:
+    chosen: dict[str, tuple[str, str]] = {}
+    for name, speaker in sorted(recordings, key=lambda each: _is_m4a(each[0])):
         key = os.path.splitext(name[name.index(speaker) :])[0]
-        if stems.setdefault(key, name) != name:
+        first, _ = chosen.setdefault(key, (name, speaker))
+        # Toolkits convert in place: of such a pair, the m4a is not needed.
+        if first != name and (_is_m4a(first) or not _is_m4a(name)):
             raise ManifestError(
-                f"'{root}' holds the same utterance twice: '{stems[key]}' "
+                f"'{root}' holds the same utterance twice: '{first}' "
                 f"and '{name}'. Point --voxceleb2 at one of the two folders."
             )
-    return recordings
+    left = sum(_is_m4a(name) for name, _ in chosen.values())
+    if left:
+        logger.warning(
+            "%d of %d utterances under '%s' are m4a, whose crops take long to "
+            "decode in every epoch. Convert them once: "
+            "python -m speechbrain_ram.corpora.convert %s CONVERTED_FOLDER",
+            left,
+            len(chosen),
+            root,
+            root,
+        )
+    return sorted(chosen.values())
+
+
+def _is_m4a(name: str) -> bool:
+    return name.lower().endswith(".m4a")
 
 
 def _compare_with_voxceleb2(speakers: set[str], utterances: int) -> None:

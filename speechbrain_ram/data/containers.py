@@ -7,28 +7,16 @@ brings its own FFmpeg); nothing else is ever handed to FFmpeg.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import soundfile
-import torch
 
-from speechbrain_ram.data import containers as transcode
-from speechbrain_ram.data.audio import (
-    AudioError,
-    AudioInfo,
-    check_format,
-    from_16_bit,
-)
-from speechbrain_ram.utils import atomic_path, needs_extra
+from speechbrain_ram.data.lengths import AudioError, AudioInfo
 
-#: File name endings that are taken for recordings when a person's folder is
-#: searched; any other name is found by its content when it is given itself.
+#: Their usual file name endings; the reader goes by the first bytes.
 VIDEO_EXTENSIONS = (
     *(".m4a", ".mp4", ".mov", ".3gp", ".mkv", ".webm", ".avi"),
     *(".wmv", ".wma", ".flv", ".mpg", ".mpeg"),
@@ -44,21 +32,14 @@ _STARTS = (
 _PACKET = 188  # bytes of an MPEG transport stream, each packet begins with G
 
 
-def is_video(path: str | os.PathLike) -> bool:
-    """Whether a file is such a container; False where it cannot be opened.
+def is_container(head: bytes) -> bool:
+    """Whether a file that begins so is such a container.
 
     Example
     -------
-    >>> path = getfixture("tmp_path") / "film.wav"
-    >>> _ = path.write_bytes(bytes(4) + b"ftypisom")
-    >>> is_video(path)
-    True
+    >>> is_container(bytes(4) + b"ftypisom"), is_container(b"RIFF....WAVE")
+    (True, False)
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_PACKET + 1)
-    except OSError:
-        return False
     return (
         head.startswith(_STARTS)
         or head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide")  # MP4, MOV
@@ -67,144 +48,12 @@ def is_video(path: str | os.PathLike) -> bool:
     )
 
 
-def video_info(path: str | os.PathLike) -> AudioInfo:
-    """Length, rate and channels of a video's sound.
-
-    Arguments
-    ---------
-    path : path
-        The file.
-
-    Returns
-    -------
-    AudioInfo
-
-    Raises
-    ------
-    AudioError
-        PyAV is missing, or there is no sound that it can decode.
-    """
-    try:
-        return AudioInfo(*transcode.sound_of(path))
-    except (ImportError, transcode.DecodeError) as error:
-        raise AudioError(_why(path, error)) from error
-
-
-def read_video(
-    path: str | os.PathLike,
-    start: int = 0,
-    stop: int | None = None,
-    sample_rate: int = 16000,
-    resample: bool = False,
-    mixdown: bool = False,
-) -> torch.Tensor:
-    """Read a video's sound, or a piece of it, as a mono waveform.
-
-    Arguments
-    ---------
-    path, start, stop, sample_rate, resample, mixdown
-        As for :func:`speechbrain_ram.data.audio.read_audio`: `start` and `stop`
-        are samples at the sound's own rate.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [samples], float32.
-
-    Raises
-    ------
-    AudioError
-        As :func:`video_info`; damaged, or of another rate or several channels
-        where that was not allowed.
-    """
-    info = video_info(path)
-    check_format(
-        *(path, info.channels, info.sample_rate),
-        *(sample_rate, resample, mixdown),
-    )
-    ratio = sample_rate / info.sample_rate
-    if stop is not None:
-        stop = round(stop * ratio)
-    try:
-        samples = transcode.decode(
-            path, sample_rate, round(start * ratio), stop
-        )
-    except transcode.DecodeError as error:
-        raise AudioError(_why(path, error)) from error
-    return from_16_bit(samples)
-
-
-def _why(path: str | os.PathLike, error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return f"'{path}' is a video, or sound in a container like one. {error}"
-    return str(error)
-
-
-# -- One recording at a time, from any codec to 16-bit mono FLAC or WAV -------
-#
-# Kept apart from :mod:`speechbrain_ram.corpora.convert`, and free of torch, so
-# that worker processes start within a moment.
-
-#: Ending of the new files -> libsndfile's name of the format.
-FORMATS = {"flac": "FLAC", "wav": "WAV"}
-
 # An encoder's padding aside, the decoded length is the container's; a file
 # that ends early misses more. 0.26 s is two AAC frames at 8 kHz.
 _TOLERANCE_SECONDS = 0.26
 
 # Decoding begins so much before a part: codecs need a moment to get going.
 _LEAD_SECONDS = 0.5
-
-
-class DecodeError(ValueError):
-    """A recording cannot be decoded; the message names it and says why."""
-
-
-def import_av():
-    """Import PyAV, or say how to get it."""
-    with needs_extra("Reading m4a and video files", "m4a"):
-        import av
-    return av
-
-
-def transcode_chunk(task: tuple) -> list[str]:
-    """Convert some files.
-
-    Arguments
-    ---------
-    task : tuple
-        Source folder, destination folder, names relative to both, ending of
-        the new files, their sample rate.
-
-    Returns
-    -------
-    list of str
-        Of each file 'converted', 'skipped', or ``NAME: reason``.
-    """
-    source, destination, names, to, sample_rate = task
-    outcomes = []
-    for name in names:
-        path = os.path.join(source, name)
-        target = Path(destination, os.path.splitext(name)[0] + f".{to}")
-        if _is_complete(target, sample_rate):
-            outcomes.append("skipped")
-            continue
-        try:
-            samples = decode(path, sample_rate)
-        except DecodeError as error:
-            outcomes.append(f"{name}: {error}")
-            continue
-        _write_checked(target, samples, sample_rate, to)
-        outcomes.append("converted")
-    return outcomes
-
-
-def _is_complete(path: Path, sample_rate: int) -> bool:
-    """Whether an earlier run finished this file: it was renamed then."""
-    try:
-        return soundfile.info(str(path)).samplerate == sample_rate
-    except soundfile.SoundFileError:
-        return False
 
 
 def decode(
@@ -231,14 +80,15 @@ def decode(
 
     Raises
     ------
-    DecodeError
-        Not audio, or damaged, or shorter than asked for or than its container
-        says.
+    AudioError
+        No PyAV, not audio, or damaged, or shorter than asked for or than its
+        container says.
     """
-    av = import_av()
     wanted = None if stop is None else stop - start
     pieces, have = [], 0
     with _opened(path) as (container, stream):
+        import av  # there, or _opened would have said so
+
         promised = stop and stop / sample_rate
         if stop is None and stream.duration is not None:
             promised = float(stream.duration * stream.time_base)
@@ -254,33 +104,25 @@ def decode(
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
     samples = samples[skip:][:wanted]
     if len(samples) == 0:
-        raise DecodeError(f"'{path}' holds no samples.")
+        raise AudioError(f"'{path}' holds no samples.")
     seconds = (start + len(samples)) / sample_rate
     if promised is not None and seconds < promised - _TOLERANCE_SECONDS:
-        raise DecodeError(
+        raise AudioError(
             f"'{path}' is truncated: {promised:.2f} s are promised, "
             f"{seconds:.2f} s could be decoded."
         )
     return samples
 
 
-def sound_of(path: str | os.PathLike) -> tuple[int, int, int]:
-    """Samples per channel, sample rate and channels, without decoding.
+def sound_of(path: str | os.PathLike) -> AudioInfo:
+    """Length, rate and channels of the sound, without decoding.
 
-    Arguments
-    ---------
-    path : path
-        A file of any format that FFmpeg knows. Where the format does not
-        hold the length of its sound, the file is read through.
-
-    Returns
-    -------
-    tuple of int
+    Where the format does not hold the length, the file is read through.
 
     Raises
     ------
-    DecodeError
-        Not audio, or damaged.
+    AudioError
+        No PyAV, not audio, or damaged.
     """
     with _opened(path) as (container, stream):
         end = stream.duration
@@ -288,21 +130,27 @@ def sound_of(path: str | os.PathLike) -> tuple[int, int, int]:
             end = _last_moment(path, container, stream)
         samples = round(end * stream.time_base * stream.rate)
         if samples <= 0:
-            raise DecodeError(f"'{path}' holds no samples.")
-        return samples, stream.rate, stream.channels
+            raise AudioError(f"'{path}' holds no samples.")
+        return AudioInfo(samples, stream.rate, stream.channels)
 
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """A container and its first audio stream; FFmpeg's errors in words."""
-    av = import_av()
     try:
-        with av.open(str(path)) as container:
+        import av
+    except ImportError as error:
+        raise AudioError(
+            f"'{path}' is a video, or sound in a container like one. Reading "
+            'it needs PyAV: pip install "speechbrain-ram[m4a]"'
+        ) from error
+    try:
+        with av.open(os.path.abspath(path)) as container:
             if not container.streams.audio:
-                raise DecodeError(f"'{path}' has no audio stream.")
+                raise AudioError(f"'{path}' has no audio stream.")
             yield container, container.streams.audio[0]
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(f"'{path}' cannot be decoded: {error}") from error
+        raise AudioError(f"'{path}' cannot be decoded: {error}") from error
 
 
 def _last_moment(path: str | os.PathLike, container, stream) -> int:
@@ -316,7 +164,7 @@ def _last_moment(path: str | os.PathLike, container, stream) -> int:
     # A picture may go on after its sound, but something goes on to the end.
     promised = (container.duration or 0) / 1e6  # microseconds
     if max(ends.values()) < promised - 1:
-        raise DecodeError(
+        raise AudioError(
             f"'{path}' is truncated: {promised:.2f} s are promised, "
             f"{max(ends.values()):.2f} s are there."
         )
@@ -341,39 +189,15 @@ def _frames_from(container, stream, seconds: float) -> tuple[Iterator, float]:
 
 def _from_the_middle(container, stream) -> Iterator:
     """Frames after a seek, which may have led into the middle of one."""
+    import av
+
     begun = False
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
-        except import_av().InvalidDataError:
+        except av.InvalidDataError:
             if begun:
                 raise
             continue
         begun = begun or bool(frames)
         yield from frames
-
-
-def _write_checked(
-    target: Path, samples: np.ndarray, sample_rate: int, to: str
-) -> None:
-    """Write, read the header back, rename; leave nothing half-written."""
-    with atomic_path(target) as temporary:
-        try:
-            soundfile.write(
-                temporary,
-                samples,
-                sample_rate,
-                format=FORMATS[to],
-                subtype="PCM_16",
-            )
-            complete = soundfile.info(str(temporary)).frames == len(samples)
-        except soundfile.SoundFileError:
-            complete = False  # libsndfile does not say why
-        if not complete:
-            raise OSError(
-                errno.ENOSPC,
-                "the file could not be written to its end, as when the disk "
-                "is full or a quota is used up. Make room and run again: "
-                "finished files are kept",
-                str(target),
-            )

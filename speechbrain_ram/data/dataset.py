@@ -19,7 +19,7 @@ import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.data.audio import audio_info, is_packed, read_samples
+from speechbrain_ram.data.audio import Audio, is_packed
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -103,10 +103,9 @@ class CropDataset(DynamicItemDataset):
             )
         self.crop_samples = round(crop_seconds * sample_rate)
         self.sample_rate = sample_rate
+        self.audio = Audio(sample_rate, resample, mixdown)
         self.random_crops = random_crops
         self.seed = seed
-        self.resample = resample
-        self.mixdown = mixdown
         self.augment = augment if random_crops else None
         paths = [row.path(data_root) for row in rows]
         try:
@@ -165,22 +164,15 @@ class CropDataset(DynamicItemDataset):
     ) -> torch.Tensor:
         """Read one crop, [crop_samples]."""
         rate = self.sample_rate
-        if self.resample and not is_packed(path):
-            rate = audio_info(path).sample_rate
+        if self.audio.resample and not is_packed(path):
+            rate = self.audio.info(path).sample_rate
         wanted = math.ceil(self.crop_samples * speed * rate / self.sample_rate)
         spare = stop - start - wanted
         if spare > 0:
             share = self._position(utterance_id) if self.random_crops else 0.5
             start += int(share * (spare + 1))
             stop = start + wanted
-        waveform = read_samples(
-            path,
-            start,
-            stop,
-            self.sample_rate,
-            self.resample,
-            self.mixdown,
-        )
+        waveform = self.audio.read(path, start, stop)
         if speed != 1:
             waveform = torchaudio.functional.resample(
                 waveform, round(speed * self.sample_rate), self.sample_rate

@@ -1,17 +1,15 @@
 """What the headers of many files say: in parallel, and remembered.
 
-Plain WAV and FLAC headers are parsed here, from the first bytes of a file;
-libsndfile reads the others. A cache beside the manifest keeps the result; a
-file is looked up there by its path, size and time of change. A cache of another
-corpus folder or version, or a damaged one, is not used, with a warning. What
-a caller does with headers (its rate, its channels) is not in them.
+A cache beside the manifest keeps the result; a file is looked up there by its
+path, size and time of change. A cache of another corpus folder or version, or
+a damaged one, is not used, with a warning. What a caller does with headers
+(its rate, its channels) is not in them.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 import speechbrain_ram
-from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.audio import Audio, AudioError
 from speechbrain_ram.data.record import (
     RecordError,
     read_recorded,
@@ -34,11 +32,6 @@ from speechbrain_ram.data.record import (
 logger = get_logger(__name__)
 
 _CHUNK = 256  # files a task: handing over costs far less than reading
-_HEAD_BYTES = 512  # holds the header of nearly every WAV and FLAC file
-
-# WAV: name and length of a chunk; format, channels, rate, byte rate, block
-_CHUNK_HEAD = struct.Struct("<4sI").unpack_from
-_FMT_CHUNK = struct.Struct("<HHIIH").unpack_from
 
 
 class Header(NamedTuple):
@@ -179,86 +172,31 @@ def _examine(
         if known is None:
             known = _read_header(path)
         if verify and not known.verified:
-            read_audio(path, sample_rate=known.sample_rate, mixdown=True)
+            for _ in Audio(known.sample_rate, mixdown=True).windows(path):
+                pass
             known = known._replace(verified=True)
         return known
     except AudioError as error:
         return error
-    except OSError as error:
-        try:  # the reader of audio says best what is wrong
-            audio_info(path)
-        except AudioError as reason:
-            return reason
-        return AudioError(f"'{path}' cannot be read: {error}.")
+    except (OSError, ValueError):
+        try:  # the reader says best what is wrong
+            Audio().info(path)
+        except AudioError as error:
+            return error
+        raise
 
 
 def _read_header(path: str) -> Header:
-    """Open one file and read its beginning.
-
-    A million files make every call count: plain descriptors cost half of
-    what file objects do, and parsing here a tenth of libsndfile's opening.
-    It also sees what libsndfile mends in silence, a WAV file cut short.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(descriptor)
-        head = os.read(descriptor, _HEAD_BYTES)
-    finally:
-        os.close(descriptor)
-    size = status.st_size
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        format_ = _riff_format(path, head, size)
-    elif head[:4] == b"fLaC":
-        format_ = _flac_format(head)
-    else:
-        format_ = None
-    if format_ is None:
-        info = audio_info(path)
-        format_ = info.frames, info.sample_rate, info.channels
-    return Header(size, status.st_mtime_ns, *format_, False)
-
-
-def _flac_format(head: bytes) -> tuple[int, int, int] | None:
-    """(frames, rate, channels) of a STREAMINFO block; None if unknown."""
-    if len(head) < 42 or head[4] & 0x7F:
-        return None
-    # 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
-    bits = int.from_bytes(head[18:26], "big")
-    frames = bits & 0xFFFFFFFFF
-    return (frames, bits >> 44, (bits >> 41 & 7) + 1) if frames else None
-
-
-def _riff_format(
-    path: str, head: bytes, size: int
-) -> tuple[int, int, int] | None:
-    """Walk the chunks of a WAV file up to its samples; None if unknown."""
-    offset, rate, channels, block = 12, 0, 0, 0
-    while offset + 8 <= len(head):
-        name, length = _CHUNK_HEAD(head, offset)
-        body = offset + 8
-        if name == b"data":
-            if not (rate and channels and block):
-                return None
-            there = size - body
-            if length >= 0x7FFFF000:  # how a stream writes 'unknown'
-                length = there
-            if length > there:
-                raise AudioError(
-                    f"'{path}' is truncated: its header promises {length} "
-                    f"bytes of samples, {there} are there. Was a copy or an "
-                    "unpacking interrupted?"
-                )
-            if length < block:
-                raise AudioError(
-                    f"'{path}' holds no samples (an empty recording)."
-                )
-            return length // block, rate, channels
-        if name == b"fmt " and body + 16 <= len(head):
-            kind, channels, rate, _, block = _FMT_CHUNK(head, body)
-            if kind not in (1, 3, 0xFFFE):  # PCM, float, extensible
-                return None
-        offset = body + length + length % 2  # chunks begin at even bytes
-    return None
+    status = os.stat(path)
+    info = Audio().info(path)
+    return Header(
+        status.st_size,
+        status.st_mtime_ns,
+        info.frames,
+        info.sample_rate,
+        info.channels,
+        False,
+    )
 
 
 def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:

@@ -25,11 +25,7 @@ import numpy as np
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.data.audio import (
-    AUDIO_EXTENSIONS,
-    AudioError,
-    check_format,
-)
+from speechbrain_ram.data.audio import AUDIO_EXTENSIONS, Audio, AudioError
 from speechbrain_ram.data.headers import (
     many_objects,
     read_headers,
@@ -168,7 +164,8 @@ def build_manifest(
     Raises
     ------
     ManifestError
-        Unusable recordings, each with its reason, or none left.
+        Unusable recordings, each with its reason, or none left; or a file
+        name that cannot be written into a manifest.
 
     Example
     -------
@@ -184,13 +181,14 @@ def build_manifest(
     check_speakers((speaker for _, speaker in recordings), root)
     with many_objects():
         names = [name for name, _ in recordings]
+        _check_names(names, root)
         headers = read_headers(root, names, cache, verify, workers)
         rows, skipped, short = _rows(
             root,
             recordings,
             headers,
             min_duration,
-            (sample_rate, resample, mixdown),
+            Audio(sample_rate, resample, mixdown),
         )
     hint = ""
     if skipped and skipped_list is None:
@@ -232,7 +230,18 @@ def check_speakers(speakers: Iterable[str], where: str | os.PathLike) -> None:
         )
 
 
-def _rows(root, recordings, headers, min_duration, wanted):
+def _check_names(names: Iterable[str], root: Path) -> None:
+    """Raise for a file name that SpeechBrain would not read back."""
+    for name in names:
+        if "$" in name or not name.isprintable():
+            raise ManifestError(
+                f"The file name {name!r} under '{root}' cannot go into a "
+                "manifest: '$' and unprintable characters are not allowed "
+                "(SpeechBrain takes '$' for a variable). Rename the file."
+            )
+
+
+def _rows(root, recordings, headers, min_duration, audio):
     """Rows, and what is wrong with the files that become none."""
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
@@ -240,9 +249,7 @@ def _rows(root, recordings, headers, min_duration, wanted):
             skipped.append(str(header))
             continue
         try:
-            check_format(
-                root / name, header.channels, header.sample_rate, *wanted
-            )
+            audio.check(root / name, header.channels, header.sample_rate)
         except AudioError as error:
             skipped.append(str(error))
             continue
@@ -446,8 +453,7 @@ def find_recordings(
     Raises
     ------
     ManifestError
-        The folder is missing or holds no recording, or a file name cannot be
-        written into a manifest.
+        The folder is missing or holds no recording.
     """
     root = Path(data_root)
     if not root.is_dir():
@@ -467,13 +473,6 @@ def find_recordings(
             f"'{root}' holds no recordings: no file below it ends in one of "
             f"{', '.join(endings)}. Is the archive unpacked?"
         )
-    for name in found:
-        if "$" in name or "\n" in name or not name.isprintable():
-            raise ManifestError(
-                f"The file name {name!r} under '{root}' cannot go into a "
-                "manifest: '$' and unprintable characters are not allowed "
-                "(SpeechBrain takes '$' for a variable). Rename the file."
-            )
     return sorted(found)
 
 

@@ -1,5 +1,15 @@
 """Recordings as a user has them: files, excerpts, arrays, of any length.
 
+A recording is one of these:
+
+- a path, or a :class:`Segment` of one;
+- the content of a file: bytes, a ``BytesIO``, a file open with "rb";
+- a NumPy array or a tensor, mono, shape [samples], at the encoder's rate, of
+  floats in [-1, 1] or integers;
+- ``(array, rate)``, ``{"array": ..., "sampling_rate": ...}`` as Hugging Face
+  datasets have them, ``{"waveform": ..., "sample_rate": ...}``: an array of
+  another rate, and with several channels, as readers return them.
+
 Each becomes pieces of bounded length that are read only when their turn
 comes, so that a thousand files or a day of audio need the memory of one
 batch. What no speaker can be heard in is refused here, by name.
@@ -7,23 +17,19 @@ batch. What no speaker can be heard in is refused here, by name.
 
 from __future__ import annotations
 
-import math
+import io
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from speechbrain_ram.data.audio import (
-    AudioError,
-    audio_info,
-    check_format,
-    read_audio,
-)
-from speechbrain_ram.data.containers import is_video, read_video, video_info
+from speechbrain_ram.data.audio import Audio, AudioError, cut
 
 #: Longer recordings are embedded in windows, in seconds. Whole is what
 #: VoxCeleb, SITW and CN-Celeb are scored on; 240 s take about 2 GB.
@@ -57,7 +63,11 @@ class Segment:
     stop: int | None = None
 
 
-Recording = str | os.PathLike | Segment | np.ndarray | torch.Tensor
+#: Any of the kinds listed above.
+Recording = Any
+
+_ARRAYS = (np.ndarray, torch.Tensor)
+_CONTENTS = (bytes, bytearray, io.IOBase)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +87,26 @@ class Piece:
     recording: int
     samples: int
     load: Callable[[], torch.Tensor]
+
+
+def is_recording(given: object) -> bool:
+    """Whether something is one recording, not several.
+
+    Example
+    -------
+    >>> is_recording("a.wav"), is_recording(["a.wav"])
+    (True, False)
+    >>> is_recording((np.zeros(8000), 8000)), is_recording(("a.wav", "b.wav"))
+    (True, False)
+    """
+    pair = isinstance(given, tuple) and len(given) == 2
+    return (
+        isinstance(
+            given, (*_ARRAYS, *_CONTENTS, str, os.PathLike, Segment, dict)
+        )
+        or hasattr(given, "read")
+        or (pair and isinstance(given[0], _ARRAYS) and _is_rate(given[1]))
+    )
 
 
 def describe(recording: Recording, position: int) -> str:
@@ -100,15 +130,14 @@ def split_into_pieces(
 
     Arguments
     ---------
-    recording : path, Segment, np.ndarray or torch.Tensor
-        An array is mono, of shape [samples], at `sample_rate`; integers count
-        as full scale of their type.
+    recording : Recording
+        One of the kinds listed above.
     position : int
         Its place among the recordings.
     sample_rate : int
         In Hz, of the encoder.
     resample, mixdown : bool
-        As for :func:`speechbrain_ram.data.audio.read_audio`.
+        As for :class:`speechbrain_ram.data.audio.Audio`.
     longest : float, optional
         Seconds; a longer recording is cut into equal windows of at most that.
         By default :data:`WHOLE`.
@@ -120,7 +149,7 @@ def split_into_pieces(
     Raises
     ------
     AudioError
-        An unreadable header, a shape that is no recording, too short.
+        Not readable, not a recording, or too short.
 
     Example
     -------
@@ -130,54 +159,49 @@ def split_into_pieces(
     [320000, 320000, 320000]
     """
     name = describe(recording, position)
+    audio = Audio(sample_rate, resample, mixdown)
     if isinstance(recording, (str, os.PathLike)):
         recording = Segment(recording)
+    elif isinstance(recording, _CONTENTS) or hasattr(recording, "read"):
+        recording = Segment(_Copy(recording, name))
     if isinstance(recording, Segment):
-        video = is_video(recording.path)
-        info = (video_info if video else audio_info)(recording.path)
-        rate = info.sample_rate
-        first = recording.start
+        info = audio.info(recording.path)
+        rate, first = info.sample_rate, recording.start
         last = info.frames if recording.stop is None else recording.stop
-        read = partial(
-            read_video if video else read_audio,
-            recording.path,
-            sample_rate=sample_rate,
-            resample=resample,
-            mixdown=mixdown,
-        )
         part = (first, recording.stop) != (0, None)
         if part and not 0 <= first < last <= info.frames:
             raise AudioError(
                 f"{name} has {info.frames} samples; there is no part from "
                 f"{first} to {last}."
             )
-        check_format(
-            *(recording.path, info.channels, rate),
-            *(sample_rate, resample, mixdown),
-        )
+        audio.check(recording.path, info.channels, rate)
+        read = partial(audio.read, recording.path)
     else:
-        waveform = _as_waveform(recording, name)
-        rate, first, last = sample_rate, 0, len(waveform)
+        samples, rate = _as_array(recording, sample_rate, name)
+        first, last = 0, len(samples)
 
         def read(start: int, stop: int) -> torch.Tensor:
-            return waveform[start:stop]
+            return audio.convert(samples[start:stop], rate, name)
 
-    seconds = (last - first) / rate
-    if seconds < SHORTEST:
-        raise AudioError(
-            f"{name} lasts {1000 * seconds:.0f} ms, at least "
-            f"{1000 * SHORTEST:.0f} ms are needed to hear a speaker."
-        )
-    windows = math.ceil(seconds / (longest or WHOLE))
-    cuts = [first + (last - first) * i // windows for i in range(windows + 1)]
+        audio.check(name, samples.shape[1], rate)
+    check_length((last - first) / rate, name)
     return [
         Piece(
             position,
             int((stop - start) * sample_rate / rate),
             partial(read, start=start, stop=stop),
         )
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for start, stop in cut(first, last, rate, longest or WHOLE)
     ]
+
+
+def check_length(seconds: float, name: str) -> None:
+    """Refuse what is too short to hear a speaker in."""
+    if seconds < SHORTEST:
+        raise AudioError(
+            f"{name} lasts {1000 * seconds:.0f} ms, at least "
+            f"{1000 * SHORTEST:.0f} ms are needed to hear a speaker."
+        )
 
 
 def audible(
@@ -243,22 +267,111 @@ def check_level(waveform: torch.Tensor, name: str, warn: bool) -> None:
         )
 
 
-def _as_waveform(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
-    """An array as float32 in [-1, 1], checked."""
-    if not isinstance(array, (np.ndarray, torch.Tensor)):
+class _Copy(os.PathLike):
+    """A file's content on the disk as long as somebody needs it."""
+
+    def __init__(self, content: Any, name: str):
+        if isinstance(content, io.TextIOBase):
+            raise AudioError(f"{name} is open as text; open it with 'rb'.")
+        if hasattr(content, "read"):
+            try:
+                if content.seekable():
+                    content.seek(0)  # where writing into it has left it
+                content = content.read()
+            except (OSError, ValueError, AttributeError) as error:
+                raise AudioError(f"{name} cannot be read: {error}.") from error
+        if not isinstance(content, (bytes, bytearray)):
+            raise AudioError(
+                f"{name} is a file that gives {type(content).__name__}, bytes "
+                "are needed: open it with 'rb'."
+            )
+        self._name = name
+        self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self._file.write(content)
+        self._file.flush()
+
+    def __fspath__(self) -> str:
+        return self._file.name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and value > 0
+
+
+def _as_array(
+    given: Any, sample_rate: int, name: str
+) -> tuple[np.ndarray, int]:
+    """Samples [samples, channels] as float32 in [-1, 1], and their rate."""
+    array, rate, bare = given, sample_rate, True
+    if isinstance(given, dict):
+        for keys in (("array", "sampling_rate"), ("waveform", "sample_rate")):
+            if given.keys() >= set(keys):
+                (array, rate), bare = (given[key] for key in keys), False
+                array = np.asarray(array) if isinstance(array, list) else array
+        if bare:
+            raise AudioError(
+                f"{name} is a dict with the keys {sorted(map(str, given))}; "
+                "'array' and 'sampling_rate' are needed."
+            )
+    elif isinstance(given, tuple) and len(given) == 2:
+        (array, rate), bare = given, False
+    if not isinstance(array, _ARRAYS):
         raise AudioError(
-            f"{name} is a {type(array).__name__}; a path, a Segment, a NumPy "
-            "array or a tensor is needed."
+            f"{name} is a {type(array).__name__}; a path, a Segment, an open "
+            "file, a NumPy array or a tensor is needed, or (array, rate)."
+        )
+    if not _is_rate(rate) or rate != int(rate):
+        raise AudioError(
+            f"{name} has a sample rate of {rate!r}, a whole number of Hz is "
+            "needed."
         )
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu().numpy()
-    if array.ndim != 1:
+        array = array.detach().cpu()
+        if array.dtype == torch.bfloat16:  # NumPy does not know it
+            array = array.float()
+        array = array.numpy()
+    if bare and array.ndim != 1 or array.ndim not in (1, 2):
         raise AudioError(
             f"{name} has shape {array.shape}, [samples] is needed. Average "
             "the channels, and pass several recordings as a list."
         )
-    if np.issubdtype(array.dtype, np.signedinteger):
-        array = array / (np.iinfo(array.dtype).max + 1.0)
+    if array.ndim == 1:
+        array = array[:, None]
+    elif array.shape[0] < array.shape[1]:  # channels first, as torchaudio has
+        array = array.T
+    return _as_floats(array, name), int(rate)
+
+
+def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
+    """Floats as they are, whole numbers by the full scale of their type."""
+    kind, loudest = array.dtype, 0
+    if np.issubdtype(kind, np.signedinteger) and array.size:
+        loudest = max(abs(int(array.min())), abs(int(array.max())))
+    if kind == np.uint8:
+        array = (array - 128.0) / 128
+    elif kind == np.int64:
+        if loudest > 2**15:
+            raise AudioError(
+                f"{name} has int64 numbers up to {loudest}; 16-bit numbers, up "
+                "to 32768, are read. Pass it as int32 if that is its scale, or "
+                "as floats in [-1, 1]."
+            )
+        array = array / 2.0**15
+    elif kind == np.int32 and 0 < loudest <= 2**15:
+        raise AudioError(
+            f"{name} has int32 numbers up to {loudest}, next to nothing of 32 "
+            "bits. Are they 16-bit numbers? Pass it as int16."
+        )
+    elif np.issubdtype(kind, np.signedinteger):
+        array = array / (np.iinfo(kind).max + 1.0)
+    elif not np.issubdtype(kind, np.floating):
+        raise AudioError(
+            f"{name} has samples of type {kind}; floats in [-1, 1], or int16, "
+            "int32, int64 or uint8 are needed."
+        )
     if not np.isfinite(array).all():
         raise AudioError(f"{name} has samples that are NaN or infinite.")
-    return torch.from_numpy(array.astype(np.float32))
+    return array.astype(np.float32)

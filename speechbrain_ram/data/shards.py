@@ -77,7 +77,7 @@ def pack_shards(
     sample_rate : int
         In Hz, of the packed samples.
     resample, mixdown : bool
-        As for :func:`speechbrain_ram.data.audio.read_audio`.
+        As for :class:`speechbrain_ram.data.audio.Audio`.
     shard_bytes : int
         About the size of a shard: as many utterances as the durations in the
         manifest say will fit.

@@ -147,16 +147,24 @@ def test_voxceleb1_as_flac(tmp_path, vox1, vox2):
     assert all(name.endswith(".flac") for name in trials.utterances)
 
 
-def test_m4a_must_be_converted_first(tmp_path, vox1):
+def test_m4a_is_read_and_better_converted(tmp_path, vox1, caplog):
     pytest.importorskip("av", reason="the extra m4a is not installed")
     from speechbrain_ram.corpora.convert import convert_tree
 
     vox2 = miniature.voxceleb2(tmp_path / "v", VOICES[4:])
-    with pytest.raises(ManifestError, match="m4a files only.*corpora.convert"):
-        prepare_voxceleb(vox2, vox1, tmp_path / "out")
     convert_tree(vox2, tmp_path / "flac", workers=1)
     paths = prepare_voxceleb(tmp_path / "flac", vox1, tmp_path / "out")
     assert len(rows_of(paths)) == 8
+    assert "m4a" not in caplog.text
+    paths = prepare_voxceleb(vox2, vox1, tmp_path / "out2")
+    assert "8 of 8 utterances" in caplog.text
+    assert "corpora.convert" in caplog.text
+    assert all(row.id.endswith(".m4a") for row in rows_of(paths))
+    # converted in place, but for one
+    for path in sorted((tmp_path / "flac").rglob("*.flac"))[1:]:
+        path.rename(vox2 / path.relative_to(tmp_path / "flac"))
+    found = rows_of(prepare_voxceleb(vox2, vox1, tmp_path / "out3"))
+    assert sorted(row.id[-4:] for row in found) == [".m4a", *["flac"] * 7]
 
 
 def test_voxceleb2_test_part_is_left_out(tmp_path, vox1, vox2, caplog):

@@ -7,8 +7,7 @@ import torch
 from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.data import dataset as dataset_module
-from speechbrain_ram.data.audio import AudioError, read_audio
+from speechbrain_ram.data.audio import Audio, AudioError, read_audio
 from speechbrain_ram.data.dataset import (
     CropDataset,
     original_speakers,
@@ -155,13 +154,13 @@ def test_workers_see_the_epoch(corpus, loader):
 
 def test_only_the_crop_is_read(corpus, monkeypatch):
     asked = []
-    original = dataset_module.read_samples
+    original = Audio.read
 
-    def spy(path, start, stop, *rest):
+    def spy(audio, path, start, stop):
         asked.append(stop - start)
-        return original(path, start, stop, *rest)
+        return original(audio, path, start, stop)
 
-    monkeypatch.setattr(dataset_module, "read_samples", spy)
+    monkeypatch.setattr(Audio, "read", spy)
     list(datasets(corpus)[0])
     assert asked == [100, 1600, 3199, 3200, 3200, 3200, 3200]
 

@@ -165,7 +165,7 @@ def test_nothing_to_find(tmp_path):
 def test_names_that_cannot_be_written(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(ManifestError, match="cannot go into a manifest"):
-        find_recordings(tmp_path)
+        build_manifest(tmp_path, [(name, "s")])
 
 
 def test_rows_keep_same_named_files_apart(tmp_path):

@@ -10,8 +10,8 @@ import torch
 import torchaudio
 from small_encoder import export_small, voice
 
-from speechbrain_ram.data.audio import AudioError
-from speechbrain_ram.data.containers import is_video, read_video, video_info
+from speechbrain_ram.data.audio import Audio, AudioError, audio_info, read_audio
+from speechbrain_ram.data.containers import is_container
 from speechbrain_ram.inference import Segment, SpeakerEncoder
 
 RATE = 48000
@@ -89,12 +89,12 @@ def encoder(tmp_path_factory):
 def test_the_whole_sound_and_parts_of_it(tmp_path, wav, ending):
     sound, picture, most = FORMATS[ending]
     path = write_video(tmp_path / f"film.{ending}", wav, sound, picture)
-    assert is_video(path)
-    info = video_info(path)
+    assert is_container(path.read_bytes())
+    info = audio_info(path)
     assert (info.sample_rate, info.channels) == (RATE, 2)
     assert info.duration == pytest.approx(4.0, abs=0.05)
     allowed = {"resample": True, "mixdown": True}
-    whole = read_video(path, **allowed)
+    whole = read_audio(path, **allowed)
     assert whole.dtype == torch.float32 and whole.ndim == 1
     expected = torchaudio.functional.resample(
         torch.from_numpy(wav), RATE, 16000
@@ -102,7 +102,7 @@ def test_the_whole_sound_and_parts_of_it(tmp_path, wav, ending):
     late, likeness = delay(whole.numpy(), expected.numpy())
     assert 0 <= late <= most and likeness > 0.9
     for start, stop in ((0, 1), (1, 2.5), (3, 3.7)):  # seconds
-        part = read_video(path, int(start * RATE), int(stop * RATE), **allowed)
+        part = read_audio(path, int(start * RATE), int(stop * RATE), **allowed)
         assert len(part) == round(16000 * (stop - start))
         there = whole[16000 * start : round(16000 * stop)]
         late, likeness = delay(part.numpy(), there.numpy())
@@ -112,8 +112,8 @@ def test_the_whole_sound_and_parts_of_it(tmp_path, wav, ending):
 def test_a_film_is_embedded_as_its_sound_is(
     encoder, film, tmp_path, monkeypatch
 ):
-    stop = video_info(film).frames  # a codec's padding follows
-    sound = read_video(film, 0, stop, resample=True, mixdown=True).numpy()
+    stop = audio_info(film).frames  # a codec's padding follows
+    sound = read_audio(film, 0, stop, resample=True, mixdown=True).numpy()
     soundfile.write(tmp_path / "sound.wav", sound, 16000, subtype="FLOAT")
     rows = encoder.embed([film, tmp_path / "sound.wav"])
     np.testing.assert_allclose(rows[0], rows[1], atol=1e-4)
@@ -184,5 +184,6 @@ def test_nothing_else_is_handed_to_ffmpeg(tmp_path):
         ("sound.wav", b"RIFF\0\0\0\0WAVEfmt "),
     ):
         (tmp_path / name).write_bytes(content)
-        assert not is_video(tmp_path / name)
-    assert not is_video(tmp_path / "missing.mp4")
+        with pytest.raises(AudioError, match="audio|empty file"):
+            Audio().info(tmp_path / name)
+        assert not is_container(content)

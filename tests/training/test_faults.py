@@ -18,7 +18,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from survival import differences
 
 from speechbrain_ram.data import dataset as dataset_module
-from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.audio import Audio, AudioError
 from speechbrain_ram.data.dataset import CropDataset
 from speechbrain_ram.training import faults, robust_brain
 from speechbrain_ram.training.brain import SpeakerBrain
@@ -190,17 +190,18 @@ def test_a_disk_that_stutters_changes_nothing(
     tiny_corpus, tiny_run, tmp_path, monkeypatch
 ):
     """Every third read fails the first time: nothing is lost."""
-    read, failures, count = dataset_module.read_samples, set(), 0
+    failures, count = set(), 0
 
-    def stuttering(path, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count % 3 == 0 and path not in failures:
-            failures.add(path)
-            raise AudioError(f"'{path}' cannot be read: Stale file handle.")
-        return read(path, *args, **kwargs)
+    class Stuttering(Audio):
+        def read(self, path, *args):
+            nonlocal count
+            count += 1
+            if count % 3 == 0 and path not in failures:
+                failures.add(path)
+                raise AudioError(f"'{path}' cannot be read: Stale file handle.")
+            return super().read(path, *args)
 
-    monkeypatch.setattr(dataset_module, "read_samples", stuttering)
+    monkeypatch.setattr(dataset_module, "Audio", Stuttering)
     monkeypatch.setattr(robust_brain, "SkipUnreadable", impatient)
     run = run_recipe(tiny_corpus, tmp_path / "run")
     assert len(failures) >= 8

@@ -237,7 +237,7 @@ def test_reading_never_runs_far_ahead():
 
 
 def test_broken_files_are_all_named_before_any_is_embedded(tmp_path):
-    good = 0.1 * np.sin(np.arange(3200))
+    good = 0.1 * np.cos(np.arange(3200))
     soundfile.write(tmp_path / "good.wav", good, RATE)
     soundfile.write(tmp_path / "slow.wav", good, 8000)
     soundfile.write(tmp_path / "two.wav", np.stack([good, good], 1), RATE)
