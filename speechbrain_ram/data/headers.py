@@ -204,7 +204,7 @@ def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:
     try:
         known = read_recorded(path, _made_with(root)) or {}
     except RecordError as error:
-        logger.warning("The cache of headers is not used: %s", error)
+        logger.warning("The cache '%s' is not used: %s.", path, error)
         return {}
     return {name: Header(*values) for name, values in known.items()}
 

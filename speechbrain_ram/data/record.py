@@ -19,7 +19,7 @@ from speechbrain_ram.utils import atomic_writer
 
 
 class RecordError(ValueError):
-    """A file was made with other values, or is damaged; says which."""
+    """A file was made with other values, or is damaged: half a sentence."""
 
 
 def checksum(*parts: str | bytes | memoryview) -> str:
@@ -51,22 +51,19 @@ def seal(made_with: Mapping[str, Any], *content: str | bytes) -> str:
     Example
     -------
     >>> record = seal({"sample_rate": 8000}, b"samples")
-    >>> check("a.tar", record, {"sample_rate": 8000}, b"samples")
-    >>> check("a.tar", record, {"sample_rate": 16000}, b"samples")
+    >>> check(record, {"sample_rate": 8000}, b"samples")
+    >>> check(record, {"sample_rate": 16000}, b"samples")
     Traceback (most recent call last):
     ...
-    speechbrain_ram.data.record.RecordError: 'a.tar' was made with another \
-sample_rate (8000; now it is 16000).
+    speechbrain_ram.data.record.RecordError: it was made with another \
+sample_rate (8000; now it is 16000)
     """
     sums = checksum(json.dumps(made_with), *content)
     return json.dumps({"made_with": made_with, "checksum": sums})
 
 
 def check(
-    path: str | os.PathLike,
-    record: str,
-    made_with: Mapping[str, Any],
-    *content: str | bytes,
+    record: str, made_with: Mapping[str, Any], *content: str | bytes
 ) -> None:
     """Raise a RecordError unless a record is of these values and content."""
     try:
@@ -74,20 +71,19 @@ def check(
         values, sums = dict(found["made_with"]), found["checksum"]
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(
-            f"'{path}' has no record of what it was made from. It is "
-            "something else, or was written by an older version."
+            "it has no record of what it was made from, so it is something "
+            "else, or was written by an older version"
         ) from error
     if checksum(json.dumps(values), *content) != sums:
         raise RecordError(
-            f"'{path}' is damaged: its content is not what was written "
-            "(another checksum)."
+            "it is damaged, its content is not what was written (another "
+            "checksum)"
         )
     for name in {**made_with, **values}:
         there, here = values.get(name), made_with.get(name)
         if there != here:
             raise RecordError(
-                f"'{path}' was made with another {name} ({there}; now it is "
-                f"{here})."
+                f"it was made with another {name} ({there}; now it is {here})"
             )
 
 
@@ -115,5 +111,5 @@ def read_recorded(
     except FileNotFoundError:
         return None
     record, _, text = content.decode(errors="replace").partition("\n")
-    check(path, record, made_with, text)
+    check(record, made_with, text)
     return json.loads(text)

@@ -113,15 +113,7 @@ def pack_shards(
         "mixdown": mixdown,
     }
     tars = [output / f"shard-{i:06d}.tar" for i in range(len(shards))]
-    made_with = [
-        {
-            "format": "speechbrain-ram shard 1",
-            "data_root": os.path.realpath(data_root),
-            **reading,
-            **_sums(shard),
-        }
-        for shard in shards
-    ]
+    made_with = [_made_with(shard, data_root, reading) for shard in shards]
     known = [_places(*each) for each in zip(tars, made_with, strict=True)]
     if None in known:  # until the end, no manifest of what changes
         (output / "manifest.csv").unlink(missing_ok=True)
@@ -184,10 +176,13 @@ def _assign(rows, sample_rate, shard_bytes, seed) -> list[list[Utterance]]:
     return shards
 
 
-def _sums(shard: list[Utterance]) -> dict[str, str]:
-    """Checksums of what the rows of a shard say, by what that is."""
+def _made_with(shard: list[Utterance], data_root, reading: dict) -> dict:
+    """The record of a shard."""
     pieces = [(row.id, row.wav, row.start, row.stop) for row in shard]
     return {
+        "format": "speechbrain-ram shard 1",
+        "data_root": os.path.realpath(data_root),
+        **reading,
         "list of utterances": checksum(json.dumps(pieces)),
         "list of speakers": checksum(json.dumps([r.spk_id for r in shard])),
     }
@@ -203,9 +198,9 @@ def _places(tar: Path, made_with: dict) -> list[tuple[int, int]] | None:
         known = read_recorded(_record_of(tar), made_with)
     except RecordError as error:
         raise ManifestError(
-            f"{error} Each manifest, corpus and setting needs a folder of its "
-            "own: choose another folder, or delete the shards in this one to "
-            "pack them again."
+            f"'{tar}' cannot be kept: {error}. Each manifest, corpus and "
+            "setting needs a folder of its own: choose another folder, or "
+            "delete the shards in this one to pack them again."
         ) from error
     if known is None or not tar.exists():
         return None

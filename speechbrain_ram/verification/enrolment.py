@@ -344,11 +344,11 @@ class EnrolmentDatabase:
             )
         (record,) = connection.execute("SELECT seal FROM record").fetchone()
         try:
-            check(self.path, record, self.made_with)
+            check(record, self.made_with)
         except RecordError as error:
             raise EnrolmentError(
-                f"{error} Embeddings of two encoders cannot be compared: enrol "
-                "anew in a new file."
+                f"'{self.path}' cannot be used: {error}. Embeddings of two "
+                "encoders cannot be compared: enrol anew in a new file."
             ) from error
 
 

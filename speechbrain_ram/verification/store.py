@@ -148,16 +148,11 @@ class EmbeddingStore:
                 record = (file.metadata() or {}).get("record", "")
                 names = ("ids", "matrix", "seconds", "files")
                 arrays = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
+            check(record, self.made_with, *_content(arrays))
+        except (SafetensorError, OSError, RecordError) as error:
             raise StoreError(
-                f"'{path}' cannot be read as an embedding store: {error}. "
+                f"'{path}' cannot be used as a store of embeddings: {error}. "
                 "Name another file, or delete it to embed again."
-            ) from error
-        try:
-            check(path, record, self.made_with, *_content(arrays))
-        except RecordError as error:
-            raise StoreError(
-                f"{error} Name another file, or delete it to embed again."
             ) from error
         ids = json.loads(arrays.pop("ids").tobytes())
         return EmbeddingSet(tuple(ids), **arrays)

@@ -232,7 +232,7 @@ def test_a_damaged_record_is_refused(corpus):
     record = pack(corpus).parent / "shard-000000.json"
     text = record.read_text()
     record.write_text(text.replace('"places": [[', '"places": [[1'))
-    with pytest.raises(ManifestError, match="000.json' is damaged.*or delete"):
+    with pytest.raises(ManifestError, match="000.tar.*is damaged.*or delete"):
         pack(corpus)
 
 

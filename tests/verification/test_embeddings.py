@@ -403,10 +403,10 @@ def test_another_encoders_store_is_refused(recordings, tmp_path):
 def test_other_files_are_no_stores(tmp_path):
     path = tmp_path / "e.safetensors"
     path.write_bytes(b"something else")
-    with pytest.raises(StoreError, match="cannot be read as an embedding"):
+    with pytest.raises(StoreError, match="cannot be used as a store"):
         EmbeddingStore(path, "x").load()
     save_file({"a": np.zeros(2)}, path)
-    with pytest.raises(StoreError, match="cannot be read as an embedding"):
+    with pytest.raises(StoreError, match="cannot be used as a store"):
         EmbeddingStore(path, "x").load()
     save_file({name: np.zeros(2) for name in KEYS}, path)
     with pytest.raises(StoreError, match="no record of what it was made from"):
