@@ -11,13 +11,14 @@ import pytest
 import speechbrain as sb
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import REPOSITORY
 from hyperpyyaml import resolve_references
 
 from speechbrain_ram.cli import train as cli_train
 from speechbrain_ram.cli import verify as cli_verify
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.corpora import convert
-from speechbrain_ram.data.manifest import ManifestError
 from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.losses import make_objective, paper_margin_for
 from speechbrain_ram.training.schedules import MarginRise
@@ -531,10 +532,9 @@ def test_commands_of_the_pages_are_understood(line, monkeypatch, capsys):
         command = command.splitlines()[0]
         assert sweep.main([*shlex.split(command), "--dry_run"]) == 0
         assert "train_speaker_embeddings.py" in capsys.readouterr().out
-    elif words[1] == "-m":
-        assert words[2] == "speechbrain_ram.corpora.convert"
-        with pytest.raises(ManifestError, match="vox2/dev/aac' does not exist"):
-            convert.main(words[3:])
+    elif words[0] == "speechbrain-ram":
+        result = CliRunner().invoke(main, words[1:])
+        assert "vox2/dev/aac' does not exist" in result.stderr
     elif words[1] == "verify_speakers.py":
         assert cli_verify.parse(words[2:]).trials
     else:

@@ -1,13 +1,9 @@
 """Train a speaker encoder, verify it, and export it for inference.
 
-    python train_speaker_embeddings.py hparams/ram_resnet34.yaml
-    python train_speaker_embeddings.py hparams/ram_resnet34.yaml \
-        --objective am --margin 0.2 --seed 2 --precision bf16
-    torchrun --nproc_per_node=2 train_speaker_embeddings.py YAML
-
-Any key of the YAML is an option, and so are SpeechBrain's own (--help). The
-same command continues an interrupted run. Exit status 75: asked to leave by a
-signal or --max_hours, with a checkpoint written (docs/robust-training.md).
+Called by ``speechbrain-ram train`` and ``train_speaker_embeddings.py``. Any key
+of the YAML is an option, and so are SpeechBrain's own. Exit status 75: asked to
+leave by a signal or --max_hours, with a checkpoint written
+(docs/robust-training.md).
 """
 
 import signal
@@ -22,6 +18,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process
 
+from speechbrain_ram.cli.recipes import recipe_file
 from speechbrain_ram.data.dataset import (
     original_speakers,
     speaker_datasets,
@@ -256,6 +253,7 @@ def verify(brain, trials, hparams, output):
 def main(argv):
     """Train; the exit status."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    hparams_file = recipe_file(hparams_file)
     check_settings(hparams_file, overrides, run_opts)
     leave_on_signals()
     keep_freed_memory()
@@ -274,7 +272,7 @@ def main(argv):
     return 0
 
 
-def run(argv: Sequence[str], program: str) -> NoReturn:
-    """Train and leave, after a user's error with one line."""
-    with one_line_errors(program):
+def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
+    """Train and leave; after a user's error with one line and `status`."""
+    with one_line_errors(program, status):
         sys.exit(main(argv))

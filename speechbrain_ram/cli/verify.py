@@ -1,23 +1,14 @@
 """Verify speakers: any encoder, any trial lists, scores and a report.
 
-    python verify_speakers.py --encoder FOLDER --trials LIST [LIST ...] \
-        --data_root DIR --output DIR
-    python verify_speakers.py verify.yaml --device cuda:0
-    python verify_speakers.py --scores a=one/scores.txt b=two/scores.txt \
-        --output DIR
-    torchrun --nproc_per_node=2 verify_speakers.py verify.yaml
-
-Every option may also stand in a YAML under its name; the command line wins.
-Each recording is embedded once, whatever lists it is in, and kept in
-OUTPUT/embeddings.safetensors for the next run. OUTPUT/results.md sums up, and
-OUTPUT/LIST/ has each list's scores and report.
+Called by ``speechbrain-ram verify`` and ``verify_speakers.py``; the options are
+in verify_options.py. Each recording is embedded once, whatever lists it is in,
+and kept in OUTPUT/embeddings.safetensors for the next run. OUTPUT/results.md
+sums up, and OUTPUT/LIST/ has each list's scores and report.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import math
 import os
 import sys
 from collections import Counter
@@ -27,19 +18,18 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_ram.cli.verify_options import REPLICATES, parse
 from speechbrain_ram.corpora.folder import kaldi_parts
 from speechbrain_ram.data.manifest import (
     Utterance,
     embedding_names,
     read_manifest,
 )
-from speechbrain_ram.data.names import TextError, missing_hint, read_text
+from speechbrain_ram.data.names import missing_hint
 from speechbrain_ram.inference import load_encoder
 from speechbrain_ram.training.options import check_device
 from speechbrain_ram.utils import (
-    SWITCH,
     keep_freed_memory,
     leave_group,
     one_line_errors,
@@ -54,16 +44,14 @@ from speechbrain_ram.verification.embeddings import (
     EmbeddingStore,
     extract,
 )
-from speechbrain_ram.verification.metrics import P_TARGETS, Metrics
+from speechbrain_ram.verification.metrics import Metrics
 from speechbrain_ram.verification.report import (
     System,
-    file_name,
     results_table,
     with_intervals,
     write_report,
 )
 from speechbrain_ram.verification.scores import (
-    METHODS,
     TrialVectors,
     cohort_statistics,
     normalise,
@@ -81,7 +69,6 @@ from speechbrain_ram.verification.speakers import (
     trial_speakers,
 )
 from speechbrain_ram.verification.trials import (
-    FORMS,
     TrialError,
     TrialList,
     check_recordings,
@@ -90,13 +77,10 @@ from speechbrain_ram.verification.trials import (
     speakers_beside,
 )
 
-REPLICATES = 1000  # of the bootstrap
-QUALITIES = ("duration", "magnitude", "cohort_mean")
 
-
-def main(argv: list[str] | None = None) -> dict[str, Metrics]:
+def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     """From options to reports; returns the metrics of each list."""
-    options = parse(argv)
+    options = parse(argv, program)
     output = Path(options.output)
     if not options.encoder:
         trials, systems = read_systems(options.scores)
@@ -430,156 +414,9 @@ def report(
     return metrics, {name: each.intervals for name, each in systems.items()}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line over YAML over defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.print_usage = lambda *_: None  # an error is one line
-    add = parser.add_argument
-    add("hparams", nargs="?", help="YAML with any of the options below")
-    add("--encoder", help="exported folder, run, or checkpoint")
-    add("--trials", nargs="+", default=[], metavar="LIST")
-    add("--data_root", help="folder that the names in the lists start from")
-    add("--output", help="folder for scores, reports and embeddings")
-    add("--name", help="what the system is called (default: its folder)")
-    add("--form", default="voxceleb", choices=list(FORMS))
-    add("--models", help="enrolment list (default: LIST.models if there)")
-    add("--kaldi", help="Kaldi directory whose utterances the lists name")
-    add("--strip_prefix", default="", help="taken off names in the lists")
-    add("--suffix", help="ending that all names shall have, such as .flac")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    help = "frames in a batch (default: extract's)"
-    add("--max_frames", type=count, help=help)
-    add("--resample", **SWITCH, help="allow other sample rates")
-    add("--mixdown", **SWITCH, help="allow several channels")
-    add("--store", help="embeddings file (default: in OUTPUT)")
-    add("--cohort", help="manifest of training speakers")
-    add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
-    add("--cohort_per_speaker", type=count, help="recordings (default: all)")
-    add("--center", **SWITCH, help="subtract the cohort's mean")
-    add("--normalise", choices=METHODS, help="score normalisation")
-    add("--top_n", type=count, default=300, help="of adaptive normalisation")
-    add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
-    add("--qualities", nargs="*", default=[], choices=QUALITIES)
-    add("--calibration_prior", type=prior, default=0.01)
-    add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
-    help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
-    add("--bootstrap", type=count_or_none, metavar="N", help=help)
-    add("--seed", type=int, default=0, help="of the bootstrap")
-    help = "regular expression (default: LIST.spk2utt, or the first folder)"
-    add("--speaker_pattern", help=help)
-    add("--speakers", help="table of speakers, by which trials are grouped")
-    add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
-    add("--scores", nargs="*", default=[], metavar="NAME=FILE")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parser.parse_args(argv)
-    if options.hparams:
-        argv.remove(options.hparams)
-        options = parser.parse_args([*in_yaml(parser, options.hparams), *argv])
-    check_options(parser, options)
-    return options
-
-
-def in_yaml(parser, path: str) -> list[str]:
-    """The options in a YAML as a command line, so that both are checked."""
-    try:
-        values = load_hyperpyyaml(read_text(path))
-    except TextError as error:
-        parser.error(str(error))
-    except Exception as error:  # it may call anything
-        parser.error(f"'{path}' cannot be read: {error}")
-    known = set(vars(parser.parse_args([]))) - {"hparams"}
-    unknown = set(values) - known
-    if unknown:
-        parser.error(f"'{path}' has unknown keys: {sorted(map(str, unknown))}")
-    arguments = []
-    for name, value in values.items():
-        if value is True:
-            arguments.append(f"--{name}")
-        elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            arguments.append(f"--{name}={value}")
-    return arguments
-
-
-def count(text: str, least: int = 1) -> int:
-    """1 or more."""
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(
-            f"{least} or more is needed, got {text}"
-        )
-    return int(text)
-
-
-def count_or_none(text: str) -> int:
-    """0 or more."""
-    return count(text, 0)
-
-
-def prior(text: str) -> float:
-    """A probability between 0 and 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(
-            f"a prior lies strictly between 0 and 1, got {text}"
-        )
-    return number
-
-
-def check_options(parser, options: argparse.Namespace) -> None:
-    """Say at once which options do not go together."""
-    if not options.output:
-        parser.error("--output is needed")
-    wanted = {"matplotlib": "report"}
-    if options.calibrate_on:
-        wanted["sklearn"] = "calibration"
-    for module, extra in wanted.items():
-        if importlib.util.find_spec(module) is None:
-            parser.error(f'needs: pip install "speechbrain-ram[{extra}]"')
-    names = [argument.partition("=")[0] for argument in options.scores]
-    if not options.encoder:
-        if not options.scores or options.trials:
-            parser.error("--encoder is needed, or --scores without --trials")
-        check_names(parser, names)
-        return
-    if not options.trials or not options.data_root:
-        parser.error("--trials and --data_root are needed with --encoder")
-    if options.scores and len(options.trials) > 1:
-        parser.error("--scores can be compared on one list of trials only")
-    needs_cohort = options.normalise or "cohort_mean" in options.qualities
-    if (needs_cohort or options.center) and not options.cohort:
-        parser.error("--normalise, --center and cohort_mean need --cohort")
-    if options.qualities and not options.calibrate_on:
-        parser.error("--qualities need --calibrate_on")
-    if not options.name:
-        folder = Path(options.encoder).resolve()
-        generic = folder.name in ("inference", "save")
-        options.name = folder.parent.name if generic else folder.name
-    names.append(options.name)
-    if options.normalise:
-        names.append("cosine")
-    check_names(parser, names)
-
-
-def check_names(parser, names: list[str]) -> None:
-    """Systems are told apart by their names, also in file names."""
-    files = Counter(map(file_name, names))
-    twice = [name for name in names if files[file_name(name)] > 1]
-    if twice:
-        parser.error(
-            f"two systems need two names, got '{twice[0]}' and '{twice[1]}'; "
-            "--name and --scores NAME=FILE name them"
-        )
-
-
-def run(argv: Sequence[str], program: str) -> NoReturn:
-    """Verify and leave, after a user's error with one line."""
+def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
+    """Verify and leave; after a user's error with one line and `status`."""
     keep_freed_memory()
-    with one_line_errors(program):
-        main(argv)
+    with one_line_errors(program, status):
+        main(argv, program)
     sys.exit()

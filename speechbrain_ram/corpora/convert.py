@@ -1,8 +1,8 @@
-"""VoxCeleb2's m4a files to FLAC or WAV: in parallel, checked, resumable.
+"""Recordings of any format to FLAC or WAV: parallel, checked, resumable.
 
-    python -m speechbrain_ram.corpora.convert vox2/dev/aac vox2_flac
+    speechbrain-ram convert vox2/dev/aac vox2_flac
 
-Needs the extra ``m4a`` (PyAV, which brings its own FFmpeg). Every file is
+VoxCeleb2's m4a, and videos, need the extra ``m4a`` (PyAV). Every file is
 decoded to its end, mixed down to mono and resampled to 16 kHz where it is not,
 written under a temporary name, read back by its header, and renamed. A rerun
 goes on where the last run ended; files that cannot be decoded are listed in
@@ -13,24 +13,33 @@ FLAC holds the same samples as WAV in about half the space.
 
 from __future__ import annotations
 
-import argparse
+import errno
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import soundfile
 from tqdm import tqdm
 
+from speechbrain_ram.data.audio import AUDIO_EXTENSIONS, AudioError, read_audio
 from speechbrain_ram.data.containers import (
-    FORMATS,
-    import_av,
-    transcode_chunk,
+    VIDEO_EXTENSIONS,
+    is_video,
+    read_video,
 )
-from speechbrain_ram.data.manifest import check_outside, find_recordings
-from speechbrain_ram.utils import atomic_writer, one_line_errors
+from speechbrain_ram.data.manifest import (
+    ManifestError,
+    check_outside,
+    find_recordings,
+)
+from speechbrain_ram.utils import atomic_path, atomic_writer
+
+#: Ending of the new files -> libsndfile's name of the format.
+FORMATS = {"flac": "FLAC", "wav": "WAV"}
 
 _CHUNK = 64  # files a task
 
@@ -57,7 +66,6 @@ def convert_tree(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     to: str = "flac",
-    extensions: Sequence[str] = (".m4a",),
     sample_rate: int = 16000,
     workers: int | None = None,
 ) -> Conversion:
@@ -72,8 +80,6 @@ def convert_tree(
         ``broken.txt`` when files cannot be decoded.
     to : str
         'flac' or 'wav'.
-    extensions : sequence of str
-        What to convert.
     sample_rate : int
         In Hz, of the new files.
     workers : int, optional
@@ -86,20 +92,25 @@ def convert_tree(
     Raises
     ------
     ManifestError
-        The source is missing or has nothing to convert, or the destination
-        lies within it.
-    ImportError
-        PyAV is not there.
+        The source is missing or has nothing to convert, two of its files
+        would become one, or the destination lies within it.
     OSError
         The disk is full, or the destination cannot be written. What is
         complete stays, and a rerun continues.
     """
-    import_av()
     if to not in FORMATS:
         raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")
     source, destination = Path(source), Path(destination)
     check_outside(destination, source)
-    names = find_recordings(source, extensions)
+    names = find_recordings(source, (*AUDIO_EXTENSIONS, *VIDEO_EXTENSIONS))
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise ManifestError(
+                f"'{other}' and '{name}' under '{source}' would become one "
+                "file. Move one of them away."
+            )
     destination.mkdir(parents=True, exist_ok=True)
     chunks = [
         (str(source), str(destination), names[i : i + _CHUNK], to, sample_rate)
@@ -128,44 +139,69 @@ def convert_tree(
 def _map(chunks: list, workers: int) -> Iterator[list[str]]:
     """Convert chunks in order, in processes where that pays."""
     if workers == 1 or len(chunks) == 1:
-        yield from map(transcode_chunk, chunks)
+        yield from map(_convert_chunk, chunks)
         return
     # Spawned: a fork would copy locks of threads that torch has started.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        yield from pool.map(transcode_chunk, chunks)
+        yield from pool.map(_convert_chunk, chunks)
     finally:  # after an error, what has not begun is not begun
         pool.shutdown(cancel_futures=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 when every file was converted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speechbrain_ram.corpora.convert",
-        description="Convert a folder of m4a files to 16 kHz mono FLAC or WAV.",
-    )
-    parser.add_argument("source", help="folder with m4a files")
-    parser.add_argument("destination", help="folder for the new files")
-    parser.add_argument("--to", choices=sorted(FORMATS), default="flac")
-    parser.add_argument("--workers", type=int, help="processes")
-    options = parser.parse_args(arguments)
-    result = convert_tree(
-        options.source,
-        options.destination,
-        to=options.to,
-        workers=options.workers,
-    )
-    print(
-        f"{result.converted} converted, {result.skipped} were there already, "
-        f"{len(result.broken)} broken"
-    )
-    if result.broken:
-        print(
-            f"Broken files: {os.path.join(options.destination, 'broken.txt')}"
-        )
-    return 1 if result.broken else 0
+def _convert_chunk(task: tuple) -> list[str]:
+    """'converted', 'skipped' or ``NAME: reason`` of each file."""
+    source, destination, names, to, sample_rate = task
+    outcomes = []
+    for name in names:
+        target = Path(destination, os.path.splitext(name)[0] + f".{to}")
+        if _is_complete(target, sample_rate):
+            outcomes.append("skipped")
+            continue
+        try:
+            path = os.path.join(source, name)
+            read = read_video if is_video(path) else read_audio
+            waveform = read(
+                path, sample_rate=sample_rate, resample=True, mixdown=True
+            ).numpy()
+        except AudioError as error:
+            outcomes.append(f"{name}: {error}")
+            continue
+        samples = (waveform * 32768).round().clip(-32768, 32767)
+        _write_checked(target, samples.astype(np.int16), sample_rate, to)
+        outcomes.append("converted")
+    return outcomes
 
 
-if __name__ == "__main__":
-    with one_line_errors("convert"):
-        sys.exit(main())
+def _is_complete(path: Path, sample_rate: int) -> bool:
+    """Whether an earlier run finished this file: it was renamed then."""
+    try:
+        return soundfile.info(str(path)).samplerate == sample_rate
+    except soundfile.SoundFileError:
+        return False
+
+
+def _write_checked(
+    target: Path, samples: np.ndarray, sample_rate: int, to: str
+) -> None:
+    """Write, read the header back, rename; leave nothing half-written."""
+    with atomic_path(target) as temporary:
+        try:
+            soundfile.write(
+                temporary,
+                samples,
+                sample_rate,
+                format=FORMATS[to],
+                subtype="PCM_16",
+            )
+            complete = soundfile.info(str(temporary)).frames == len(samples)
+        except soundfile.SoundFileError:
+            complete = False  # libsndfile does not say why
+        if not complete:
+            raise OSError(
+                errno.ENOSPC,
+                "the file could not be written to its end, as when the disk "
+                "is full or a quota is used up. Make room and run again: "
+                "finished files are kept",
+                str(target),
+            )

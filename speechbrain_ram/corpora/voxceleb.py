@@ -229,7 +229,7 @@ def _training_recordings(root: Path) -> list[tuple[str, str]]:
         if root.is_dir() and any(root.rglob("*.m4a")):
             raise ManifestError(
                 f"'{root}' holds m4a files only, as VoxCeleb2 comes. Convert "
-                "them first: python -m speechbrain_ram.corpora.convert "
+                "them first: speechbrain-ram convert "
                 f"{root} CONVERTED_FOLDER"
             ) from None
         raise

@@ -7,15 +7,12 @@ brings its own FFmpeg); nothing else is ever handed to FFmpeg.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from speechbrain_ram.data import containers as transcode
@@ -25,7 +22,6 @@ from speechbrain_ram.data.audio import (
     check_format,
     from_16_bit,
 )
-from speechbrain_ram.utils import atomic_path
 
 #: File name endings that are taken for recordings when a person's folder is
 #: searched; any other name is found by its content when it is given itself.
@@ -143,13 +139,7 @@ def _why(path: str | os.PathLike, error: Exception) -> str:
     return str(error)
 
 
-# -- One recording at a time, from any codec to 16-bit mono FLAC or WAV -------
-#
-# Kept apart from :mod:`speechbrain_ram.corpora.convert`, and free of torch, so
-# that worker processes start within a moment.
-
-#: Ending of the new files -> libsndfile's name of the format.
-FORMATS = {"flac": "FLAC", "wav": "WAV"}
+# -- Decoding, from any codec to 16-bit mono ----------------------------------
 
 # An encoder's padding aside, the decoded length is the container's; a file
 # that ends early misses more. 0.26 s is two AAC frames at 8 kHz.
@@ -173,46 +163,6 @@ def import_av():
             "pip install 'speechbrain-ram[m4a]'"
         ) from error
     return av
-
-
-def transcode_chunk(task: tuple) -> list[str]:
-    """Convert some files.
-
-    Arguments
-    ---------
-    task : tuple
-        Source folder, destination folder, names relative to both, ending of
-        the new files, their sample rate.
-
-    Returns
-    -------
-    list of str
-        Of each file 'converted', 'skipped', or ``NAME: reason``.
-    """
-    source, destination, names, to, sample_rate = task
-    outcomes = []
-    for name in names:
-        path = os.path.join(source, name)
-        target = Path(destination, os.path.splitext(name)[0] + f".{to}")
-        if _is_complete(target, sample_rate):
-            outcomes.append("skipped")
-            continue
-        try:
-            samples = decode(path, sample_rate)
-        except DecodeError as error:
-            outcomes.append(f"{name}: {error}")
-            continue
-        _write_checked(target, samples, sample_rate, to)
-        outcomes.append("converted")
-    return outcomes
-
-
-def _is_complete(path: Path, sample_rate: int) -> bool:
-    """Whether an earlier run finished this file: it was renamed then."""
-    try:
-        return soundfile.info(str(path)).samplerate == sample_rate
-    except soundfile.SoundFileError:
-        return False
 
 
 def decode(
@@ -359,29 +309,3 @@ def _from_the_middle(container, stream) -> Iterator:
             continue
         begun = begun or bool(frames)
         yield from frames
-
-
-def _write_checked(
-    target: Path, samples: np.ndarray, sample_rate: int, to: str
-) -> None:
-    """Write, read the header back, rename; leave nothing half-written."""
-    with atomic_path(target) as temporary:
-        try:
-            soundfile.write(
-                temporary,
-                samples,
-                sample_rate,
-                format=FORMATS[to],
-                subtype="PCM_16",
-            )
-            complete = soundfile.info(str(temporary)).frames == len(samples)
-        except soundfile.SoundFileError:
-            complete = False  # libsndfile does not say why
-        if not complete:
-            raise OSError(
-                errno.ENOSPC,
-                "the file could not be written to its end, as when the disk "
-                "is full or a quota is used up. Make room and run again: "
-                "finished files are kept",
-                str(target),
-            )

@@ -12,12 +12,11 @@ and order are the loose manifest's: batches and crops are the same, sample by
 sample (16-bit sources; others are rounded to 16 bits), with any number of
 workers and ranks and after any interruption.
 
-    python -m speechbrain_ram.data.shards train.csv CORPUS OUTPUT
+    speechbrain-ram pack train.csv CORPUS OUTPUT
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -39,7 +38,6 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.utils import SWITCH, one_line_errors
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
@@ -230,25 +228,3 @@ def _check_same(expected, found, listing) -> None:
             "that belong into this shard. Shards of another manifest, seed "
             "or size are in the folder: choose another one."
         )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; ``--help`` shows it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speechbrain_ram.data.shards",
-        description="Pack a corpus into tar shards and a manifest of them.",
-    )
-    parser.add_argument("manifest", help="CSV of the loose recordings")
-    parser.add_argument("data_root", help="their folder")
-    parser.add_argument("output_dir", help="folder of the shards")
-    parser.add_argument("--sample-rate", type=int, default=16000)
-    parser.add_argument("--resample", **SWITCH)
-    parser.add_argument("--mixdown", **SWITCH)
-    parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
-    parser.add_argument("--seed", type=int, default=1986)
-    print(pack_shards(**vars(parser.parse_args(arguments))))
-
-
-if __name__ == "__main__":
-    with one_line_errors("shards"):
-        main()

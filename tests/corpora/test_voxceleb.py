@@ -152,7 +152,9 @@ def test_m4a_must_be_converted_first(tmp_path, vox1):
     from speechbrain_ram.corpora.convert import convert_tree
 
     vox2 = miniature.voxceleb2(tmp_path / "v", VOICES[4:])
-    with pytest.raises(ManifestError, match="m4a files only.*corpora.convert"):
+    with pytest.raises(
+        ManifestError, match="m4a files only.*speechbrain-ram convert"
+    ):
         prepare_voxceleb(vox2, vox1, tmp_path / "out")
     convert_tree(vox2, tmp_path / "flac", workers=1)
     paths = prepare_voxceleb(tmp_path / "flac", vox1, tmp_path / "out")
