@@ -16,6 +16,18 @@ EXTRAS = {
     "map": ["scikit-learn", "matplotlib"],
 }
 
+# The recipes lie beside the package here and inside it in a wheel, so that
+# what they include is found in both: hparams/encoder.yaml.
+RECIPES = {
+    "speechbrain_ram.hparams": "hparams",
+    **{
+        ".".join(["speechbrain_ram", *path.parts]): path.as_posix()
+        for folder in sorted((HERE / "recipes").iterdir())
+        for path in [folder.relative_to(HERE)]
+        if (folder / "hparams").is_dir()
+    },
+}
+
 setup(
     name="speechbrain-ram",
     version=VERSION,
@@ -27,8 +39,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
-    package_data={"speechbrain_ram": ["py.typed", "*/*.html"]},
+    packages=[
+        *find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
+        *RECIPES,
+    ],
+    package_dir=RECIPES,
+    package_data={
+        "speechbrain_ram": ["py.typed", "*/*.html"],
+        "speechbrain_ram.hparams": ["*.yaml"],
+        **{
+            name: ["*.md", "*.tsv", "*.txt", "hparams/*.yaml"]
+            for name in RECIPES
+            if name != "speechbrain_ram.hparams"
+        },
+    },
     entry_points={
         "console_scripts": ["speechbrain-ram = speechbrain_ram.cli.main:main"]
     },
@@ -58,6 +82,7 @@ setup(
             "pytest",
             "ruff",
             "selenium",
+            "setuptools>=70.1",  # which builds wheels by itself
             "sherpa-onnx",
             "webdataset",
             "yamllint",

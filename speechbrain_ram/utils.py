@@ -15,7 +15,6 @@ import platform
 import secrets
 import shutil
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -325,23 +324,6 @@ _CLASSES = (ValueError, OSError, ImportError, MemoryError)
 logger = logging.getLogger(__name__)
 
 
-def _truth(text: str) -> bool:
-    if text not in ("True", "False"):
-        raise ArgumentTypeError(f"True or False is needed, got {text}")
-    return text == "True"
-
-
-#: For `argparse`: a switch that is typed as in a training, ``--mixdown True``,
-#: or alone.
-SWITCH: dict[str, Any] = {
-    "nargs": "?",
-    "type": _truth,
-    "const": True,
-    "default": False,
-    "metavar": "True",
-}
-
-
 def is_user_error(error: BaseException) -> bool:
     """Whether a message of one line says all that a user needs.
 
@@ -375,8 +357,8 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """End the program with one line and status 1 on a user's error.
+def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
+    """End the program with one line on a user's error.
 
     The traceback goes to the logger at level DEBUG: a training run has it in
     OUTPUT/log.txt.
@@ -385,6 +367,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     ---------
     program : str
         What the line begins with, such as 'verify_speakers.py'.
+    status : int
+        That the program exits with.
     """
     try:
         yield
@@ -392,7 +376,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         if not is_user_error(error):
             raise
         logger.debug("Ends with an error:", exc_info=True)
-        sys.exit(f"{program}: {one_line(error)}")
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        sys.exit(status)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.importutils import LazyModule
 
+from speechbrain_ram.cli.train import train
 from speechbrain_ram.corpora.synthetic import make_synthetic
 from speechbrain_ram.verification import plots
-from train_speaker_embeddings import train
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = REPOSITORY / "hparams" / "ram_resnet34.yaml"

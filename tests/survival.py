@@ -178,7 +178,7 @@ def count_events(events, kill_at=None, by=signal.SIGKILL, alone=False):
     """Count what happens in a run; be killed before event `kill_at`."""
     from speechbrain.utils.train_logger import FileTrainLogger
 
-    import train_speaker_embeddings
+    from speechbrain_ram.cli import train
     from speechbrain_ram.training.brain import SpeakerBrain
     from speechbrain_ram.training.checkpoints import SafeCheckpointer
 
@@ -216,7 +216,7 @@ def count_events(events, kill_at=None, by=signal.SIGKILL, alone=False):
     watch(FileTrainLogger, "log_stats")
     watch(SafeCheckpointer, "save_checkpoint")
     watch(SafeCheckpointer, "delete_checkpoints")
-    watch(train_speaker_embeddings, "export_inference")
+    watch(train, "export_inference")
     watch(torch, "save")
     watch(os, "fsync")
     watch(os, "replace")

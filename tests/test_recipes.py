@@ -11,13 +11,14 @@ import pytest
 import speechbrain as sb
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import REPOSITORY
 from hyperpyyaml import resolve_references
 
-import train_speaker_embeddings
-import verify_speakers
+from speechbrain_ram.cli import train as cli_train
+from speechbrain_ram.cli import verify as cli_verify
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.corpora import convert
-from speechbrain_ram.data.manifest import ManifestError
 from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.losses import make_objective, paper_margin_for
 from speechbrain_ram.training.schedules import MarginRise
@@ -47,7 +48,7 @@ def train(recipe, output, *options, **settings):
     command = [str(REPOSITORY / recipe), "--device", "cpu", "--noprogressbar"]
     settings = {**TINY, "output_folder": output, **settings}
     parsed = sb.parse_arguments([*command, *options, *arguments(settings)])
-    train_speaker_embeddings.train(*parsed)
+    cli_train.train(*parsed)
     return output
 
 
@@ -59,11 +60,11 @@ def in_process(monkeypatch):
     def run(command):
         commands.append(command)
         if command[1].endswith("verify_speakers.py"):
-            verify_speakers.main(command[2:])
+            cli_verify.main(command[2:])
         else:
             options = ["--device", "cpu", "--noprogressbar"]
             parsed = sb.parse_arguments([*command[2:], *options])
-            train_speaker_embeddings.train(*parsed)
+            cli_train.train(*parsed)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(sweep.subprocess, "run", run)
@@ -274,16 +275,14 @@ def noises(tmp_path_factory):
 def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
     """Noise, rooms, speeds, rising margin, averaging, then a large margin."""
     margins = []
-    original = train_speaker_embeddings.SpeakerBrain.compute_objectives
+    original = cli_train.SpeakerBrain.compute_objectives
 
     def watch(self, cosines, batch, stage):
         if stage == sb.Stage.TRAIN:
             margins.append(self.hparams.compute_cost.loss_fn.margin)
         return original(self, cosines, batch, stage)
 
-    monkeypatch.setattr(
-        train_speaker_embeddings.SpeakerBrain, "compute_objectives", watch
-    )
+    monkeypatch.setattr(cli_train.SpeakerBrain, "compute_objectives", watch)
     recipe = "recipes/VoxCeleb/hparams/ram_resnet34_strong.yaml"
     run = train(
         recipe,
@@ -352,7 +351,7 @@ def fine_tuned(run, voxceleb, noises, **settings):
         *("--center", "--normalise", "as-norm1", "--top_n", "3"),
         *("--output", str(run.parent / "verified")),
     ]
-    return verify_speakers.main(command)["vox1-O"]
+    return cli_verify.main(command)["vox1-O"]
 
 
 def test_strong_cnceleb(cnceleb, noises, tmp_path):
@@ -380,7 +379,7 @@ def test_any_objective_takes_another_margin(objective):
     brain.hparams.scale, brain.hparams.form = 30.0, "paper"
     brain.hparams.compute_cost = torch.nn.Module()
     brain.hparams.compute_cost.loss_fn = loss_fn
-    train_speaker_embeddings.SpeakerBrain._set_margin(brain, 0.4)
+    cli_train.SpeakerBrain._set_margin(brain, 0.4)
     expected = make_objective(objective, margin=0.4, scale=30.0)
     assert torch.equal(loss_fn(cosines, targets), expected(cosines, targets))
 
@@ -533,12 +532,11 @@ def test_commands_of_the_pages_are_understood(line, monkeypatch, capsys):
         command = command.splitlines()[0]
         assert sweep.main([*shlex.split(command), "--dry_run"]) == 0
         assert "train_speaker_embeddings.py" in capsys.readouterr().out
-    elif words[1] == "-m":
-        assert words[2] == "speechbrain_ram.corpora.convert"
-        with pytest.raises(ManifestError, match="vox2/dev/aac' does not exist"):
-            convert.main(words[3:])
+    elif words[0] == "speechbrain-ram":
+        result = CliRunner().invoke(main, words[1:])
+        assert "vox2/dev/aac' does not exist" in result.stderr
     elif words[1] == "verify_speakers.py":
-        assert verify_speakers.parse(words[2:]).trials
+        assert cli_verify.parse(words[2:]).trials
     else:
         assert words[1] == "train_speaker_embeddings.py"
         file, _, overrides = sb.parse_arguments(words[2:])

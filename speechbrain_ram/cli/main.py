@@ -2,7 +2,8 @@
 
 Results go to stdout, as text or with ``--json`` as one JSON object; progress
 and complaints go to stderr. Exit codes: 0, done (``compare``, ``identify``:
-it is the same, an enrolled speaker); 1, it is another one; 2, an error.
+it is the same, an enrolled speaker); 1, it is another one (``convert``: some
+recordings are broken); 2, an error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import click
 import numpy as np
 
 import speechbrain_ram
+from speechbrain_ram.cli import making
 from speechbrain_ram.cli.common import (
     JsonGroup,
     check_output,
@@ -31,20 +33,18 @@ from speechbrain_ram.cli.common import (
 )
 from speechbrain_ram.utils import atomic_path, keep_freed_memory
 
-# Of an exported graph, in float32: about 1e-6 is usual.
-_LARGEST_DIFFERENCE = 1e-3
-
 
 @click.group(
     cls=JsonGroup, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(speechbrain_ram.__version__)
 def main() -> None:
-    """Tell speakers apart with an encoder trained by speechbrain-ram.
+    """Train speaker encoders, verify them, and tell speakers apart.
 
     \b
-    speechbrain-ram compare -e ENCODER a.wav b.wav
-    speechbrain-ram embed -e ENCODER recordings/ -o out.npz
+    speechbrain-ram train own --corpus DIR --output_folder OUT
+    speechbrain-ram compare -e OUT/inference a.wav b.wav
+    speechbrain-ram embed -e OUT/inference recordings/ -o out.npz
 
     ENCODER is the folder 'inference' of a training run, or one from somebody
     else: nothing that it contains is executed. Recordings are sound files of
@@ -63,6 +63,9 @@ def main() -> None:
 @command
 def compare(folder, a, b, threshold, device):
     """Decide whether recordings A and B are of one speaker.
+
+    \b
+    speechbrain-ram compare -e ENCODER a.wav b.wav --threshold FAR=1%
 
     Exits with 0 for the same speaker, 1 for another, 2 on an error.
     """
@@ -96,6 +99,9 @@ def compare(folder, a, b, threshold, device):
 @command
 def embed(folder, inputs, output, data_root, skip_bad, device):
     """Embed files, folders or a manifest into one .npz.
+
+    \b
+    speechbrain-ram embed -e ENCODER recordings/ more.wav -o out.npz
 
     It holds ids [N], embeddings [N, E] and the encoder's fingerprint.
     """
@@ -137,7 +143,12 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
 @device_option
 @command
 def enroll(folder, database, name, files, folders, device):
-    """Enrol speaker NAME with FILES, or add to what is enrolled."""
+    """Enrol speaker NAME with FILES, or add to what is enrolled.
+
+    \b
+    speechbrain-ram enroll -e ENCODER -d people.db ada ada1.wav ada2.wav
+    speechbrain-ram enroll -e ENCODER -d people.db --folders people/
+    """
     if bool(folders) == bool(name and files):
         raise click.UsageError("Give NAME and FILES, or --folders.")
     if folders:
@@ -175,6 +186,9 @@ def enroll(folder, database, name, files, folders, device):
 def identify(folder, database, file, top, threshold, device):
     """Find the enrolled speaker of FILE.
 
+    \b
+    speechbrain-ram identify -e ENCODER -d people.db who.wav
+
     Exits with 0 if the best score reaches the threshold, else with 1.
     """
     encoder = load_encoder(folder, device)
@@ -198,7 +212,11 @@ def identify(folder, database, file, top, threshold, device):
 @click.argument("name")
 @command
 def forget(folder, database, name):
-    """Remove speaker NAME from the enrolled ones."""
+    """Remove speaker NAME from the enrolled ones.
+
+    \b
+    speechbrain-ram forget -e ENCODER -d people.db ada
+    """
     open_database(database, load_encoder(folder)).remove(name)
     return {"removed": name}, f"{name} removed"
 
@@ -219,6 +237,9 @@ def forget(folder, database, name):
 @command
 def score(folder, trials, root, output, device):
     """Score a trial list.
+
+    \b
+    speechbrain-ram score -e ENCODER trials.txt --root wav/ -o scores.txt
 
     Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL.
     """
@@ -242,93 +263,6 @@ def score(folder, trials, root, output, device):
     return facts, f"{len(listed)} scores in {output}"
 
 
-@main.command()
-@click.argument("scores", nargs=-1, required=True, type=click.Path())
-@command
-def evaluate(scores):
-    """Print EER and detection costs of score files."""
-    from speechbrain_ram.verification import metrics
-    from speechbrain_ram.verification.scores import read_scores
-
-    facts, lines = {}, []
-    for path in scores:
-        trials, values = read_scores(path)
-        result = metrics.evaluate(values, trials.labels)
-        facts[path] = asdict(result)
-        costs = ", ".join(
-            f"minDCF({prior:g}) {cost:.4f}"
-            for prior, cost in result.min_dcf.items()
-        )
-        lines.append(
-            f"{path}: EER {result.eer:.3f} %, {costs} "
-            f"({result.n_target} target, {result.n_nontarget} non-target)"
-        )
-    return facts, "\n".join(lines)
-
-
-@main.command()
-@encoder_option
-@click.argument("output", type=click.Path())
-@click.option(
-    "--for",
-    "client",
-    type=click.Choice(["server", "sherpa-onnx"]),
-    default="server",
-    show_default=True,
-    help="Waveform in, or Kaldi's features in with sherpa-onnx's metadata.",
-)
-@click.option(
-    "--int8",
-    "examples",
-    metavar="FOLDER",
-    help="Make it faster and smaller; speech to find the ranges of values on.",
-)
-@command
-def export(folder, output, client, examples):
-    """Export to ONNX, checked against PyTorch."""
-    from speechbrain_ram.data.recordings import split_into_pieces
-    from speechbrain_ram.export import onnx as onnx_export
-
-    check_output(output, ".onnx")
-    encoder = load_encoder(folder)
-    rate = encoder.sample_rate
-    onnx_export.EXPORTS[client](encoder, output)
-    noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)
-    probes = [noise[:rate], noise]
-    error, cosine = onnx_export.agreement(encoder, output, probes)
-    if not error < _LARGEST_DIFFERENCE:
-        Path(output).unlink()
-        raise ValueError(
-            f"The export to '{output}' differs from PyTorch by {error:.1e}, "
-            f"{_LARGEST_DIFFERENCE} is allowed, so it was deleted. Is "
-            "onnxruntime up to date?"
-        )
-    facts = {"output": output, "difference": error, "cosine": cosine}
-    text = [
-        onnx_export.signature(output),
-        "On 1 and 3 s of noise it differs from PyTorch by "
-        f"{error:.1e} at most.",
-    ]
-    if examples:
-        found = list(recordings([examples], ".").values())
-        some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
-        wavs = [
-            split_into_pieces(path, 0, rate, True, True, 10.0)[0].load()
-            for path in some
-        ]
-        fed = onnx_export.graph_inputs(encoder, output, wavs)
-        onnx_export.quantise(output, output, fed)
-        _, cosine = onnx_export.agreement(encoder, output, wavs)
-        facts["cosine"] = cosine
-        text.append(
-            f"Then quantised on {len(wavs)} files; their embeddings have a "
-            f"cosine of {cosine:.4f} or more with those of PyTorch."
-        )
-    facts["bytes"] = Path(output).stat().st_size
-    size = f"{output}: {facts['bytes'] / 1e6:.1f} MB"
-    return facts, "\n".join([size, *text])
-
-
 @main.command("map")
 @encoder_option
 @click.argument("source", type=click.Path())
@@ -343,6 +277,9 @@ def export(folder, output, client, examples):
 @command
 def draw(folder, source, output, data_root, device):
     """Draw a map of the voices of a folder.
+
+    \b
+    speechbrain-ram map -e ENCODER voices/ -o map.html
 
     SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
     """
@@ -374,7 +311,11 @@ def draw(folder, source, output, data_root, device):
 @device_option
 @command
 def demo(folder, host, port, device):
-    """Serve a web page that compares two recordings."""
+    """Serve a web page that compares two recordings.
+
+    \b
+    speechbrain-ram demo -e ENCODER --port 8000
+    """
     from speechbrain_ram.cli.demo import serve
 
     encoder = load_encoder(folder, device)
@@ -394,7 +335,11 @@ def demo(folder, host, port, device):
 )
 @command
 def info(folder, database):
-    """Show what an encoder is, and who is enrolled."""
+    """Show what an encoder is, and who is enrolled.
+
+    \b
+    speechbrain-ram info -e ENCODER -d people.db
+    """
     from speechbrain_ram.export.folder import FACTS
 
     encoder = load_encoder(folder)
@@ -432,3 +377,8 @@ def info(folder, database):
         counts = [f"{who} ({count})" for who, count in enrolled.items()]
         text["Enrolled (recordings)"] = ", ".join(counts) or "nobody"
     return facts, "\n".join(f"{key}: {value}" for key, value in text.items())
+
+
+for each in vars(making).values():
+    if isinstance(each, click.Command):
+        main.add_command(each)

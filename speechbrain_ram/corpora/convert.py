@@ -1,6 +1,6 @@
 """Recordings of any format to FLAC or WAV: parallel, checked, resumable.
 
-    python -m speechbrain_ram.corpora.convert vox2/dev/aac vox2_flac
+    speechbrain-ram convert vox2/dev/aac vox2_flac
 
 VoxCeleb2's m4a, and videos, need the extra ``m4a`` (PyAV). Every file is
 decoded to its end, mixed down to mono and resampled to 16 kHz where it is not,
@@ -13,11 +13,9 @@ FLAC holds the same samples as WAV in about half the space.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +31,7 @@ from speechbrain_ram.data.manifest import (
     check_outside,
     find_recordings,
 )
-from speechbrain_ram.utils import atomic_path, atomic_writer, one_line_errors
+from speechbrain_ram.utils import atomic_path, atomic_writer
 
 #: Ending of the new files -> libsndfile's name of the format.
 FORMATS = {"flac": "FLAC", "wav": "WAV"}
@@ -63,7 +61,6 @@ def convert_tree(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     to: str = "flac",
-    extensions: Sequence[str] = AUDIO_EXTENSIONS,
     sample_rate: int = 16000,
     workers: int | None = None,
 ) -> Conversion:
@@ -78,8 +75,6 @@ def convert_tree(
         ``broken.txt`` when files cannot be decoded.
     to : str
         'flac' or 'wav'.
-    extensions : sequence of str
-        What to convert.
     sample_rate : int
         In Hz, of the new files.
     workers : int, optional
@@ -102,7 +97,7 @@ def convert_tree(
         raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")
     source, destination = Path(source), Path(destination)
     check_outside(destination, source)
-    names = find_recordings(source, extensions)
+    names = find_recordings(source, AUDIO_EXTENSIONS)
     first: dict[str, str] = {}
     for name in names:
         other = first.setdefault(os.path.splitext(name)[0], name)
@@ -202,36 +197,3 @@ def _write_checked(
                 "finished files are kept",
                 str(target),
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 when every file was converted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speechbrain_ram.corpora.convert",
-        description="Convert recordings to 16 kHz mono FLAC or WAV.",
-    )
-    parser.add_argument("source", help="folder of recordings")
-    parser.add_argument("destination", help="folder for the new files")
-    parser.add_argument("--to", choices=sorted(FORMATS), default="flac")
-    parser.add_argument("--workers", type=int, help="processes")
-    options = parser.parse_args(arguments)
-    result = convert_tree(
-        options.source,
-        options.destination,
-        to=options.to,
-        workers=options.workers,
-    )
-    print(
-        f"{result.converted} converted, {result.skipped} were there already, "
-        f"{len(result.broken)} broken"
-    )
-    if result.broken:
-        print(
-            f"Broken files: {os.path.join(options.destination, 'broken.txt')}"
-        )
-    return 1 if result.broken else 0
-
-
-if __name__ == "__main__":
-    with one_line_errors("convert"):
-        sys.exit(main())

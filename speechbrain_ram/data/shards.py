@@ -12,12 +12,11 @@ and order are the loose manifest's: batches and crops are the same, sample by
 sample (16-bit sources; others are rounded to 16 bits), with any number of
 workers and ranks and after any interruption.
 
-    python -m speechbrain_ram.data.shards train.csv CORPUS OUTPUT
+    speechbrain-ram pack train.csv CORPUS OUTPUT
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -45,7 +44,7 @@ from speechbrain_ram.data.record import (
     read_recorded,
     write_recorded,
 )
-from speechbrain_ram.utils import SWITCH, atomic_path, one_line_errors
+from speechbrain_ram.utils import atomic_path
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
@@ -251,25 +250,3 @@ def _add(file: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     file.addfile(member, io.BytesIO(content))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; ``--help`` shows it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m speechbrain_ram.data.shards",
-        description="Pack a corpus into tar shards and a manifest of them.",
-    )
-    parser.add_argument("manifest", help="CSV of the loose recordings")
-    parser.add_argument("data_root", help="their folder")
-    parser.add_argument("output_dir", help="folder of the shards")
-    parser.add_argument("--sample-rate", type=int, default=16000)
-    parser.add_argument("--resample", **SWITCH)
-    parser.add_argument("--mixdown", **SWITCH)
-    parser.add_argument("--shard-bytes", type=int, default=1_000_000_000)
-    parser.add_argument("--seed", type=int, default=1986)
-    print(pack_shards(**vars(parser.parse_args(arguments))))
-
-
-if __name__ == "__main__":
-    with one_line_errors("shards"):
-        main()

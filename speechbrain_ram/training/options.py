@@ -153,7 +153,7 @@ NULLABLE = {
     "trials_root",
 }
 
-#: What train_speaker_embeddings.py reads of every recipe.
+#: What training reads of every recipe.
 NEEDED = (
     *("batch_size", "checkpointer", "compute_cost", "crop_seconds"),
     *("data_root", "encoder", "epoch_counter", "facts", "form"),

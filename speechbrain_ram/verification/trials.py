@@ -391,7 +391,7 @@ def check_recordings(names: Collection[str], root: str | os.PathLike) -> None:
             f"{len(missing)} of {len(names)} recordings are missing under "
             f"'{root}': {first_ten(missing)}.{missing_hint(root, missing)} Is "
             "this the folder that the names in the list start from? "
-            "verify_speakers.py adapts names from another machine with "
+            "`speechbrain-ram verify` adapts names from another machine with "
             "--strip_prefix, of another audio format with --suffix, and takes "
             "Kaldi's utterances with --kaldi DIR."
         )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from small_encoder import DIM, export_small, voice
 
 from speechbrain_ram.cli import common as cli_common
 from speechbrain_ram.cli.main import main
+from speechbrain_ram.cli.recipes import recipe_file
 from speechbrain_ram.inference import Segment, SpeakerEncoder
 
 
@@ -70,6 +72,48 @@ def test_compare_says_it_with_its_exit_code(run, voices, encoder):
     assert facts["threshold"] == encoder.decision.threshold("EER")
     named = answer(run("compare", a, a, "--json", "--threshold", "FAR=1%"))
     assert named["threshold"] == encoder.decision.threshold("FAR=1%")
+
+
+def test_every_help_has_an_example_that_is_understood():
+    for name, each in main.commands.items():
+        text = CliRunner().invoke(main, [name, "--help"]).output
+        examples = re.findall(
+            rf"^ +speechbrain-ram {name}(?: (.*))?$", text, re.M
+        )
+        assert examples, name
+        for words in examples:
+            each.make_context(name, shlex.split(words.rstrip("\\")))
+
+
+def test_recipes_are_listed_and_found(run, monkeypatch):
+    facts = answer(run("recipes", "--json"))
+    assert {"synthetic", "own", "voxceleb", "voxceleb-strong"} <= set(facts)
+    assert facts["own"]["file"].endswith("YourCorpus/hparams/ram_resnet34.yaml")
+    lines = run("recipes").stdout.splitlines()
+    assert len(lines) == len(facts) + 1
+    assert max(map(len, lines[:-1])) < 120
+    for name in facts:
+        assert recipe_file(name) == facts[name]["file"]
+    assert recipe_file("some/where.yaml") == "some/where.yaml"
+    with pytest.raises(ValueError, match="'vox' is neither.*voxceleb, "):
+        recipe_file("vox")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("train nothing", "'nothing' is neither a YAML file nor a recipe"),
+        ("train own", "needs --corpus"),
+        ("train synthetic --marign 0.2", "Is --margin meant?"),
+        ("train", "Missing argument 'RECIPE'"),
+        ("verify --output out", "--encoder is needed"),
+        ("verify nothing.yaml", "speechbrain-ram verify: error: 'nothing.yaml"),
+    ],
+)
+def test_wrong_options_of_training_and_verification(run, capfd, words, says):
+    result = run(*words.split(), code=2)
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("as_json", [False, True])

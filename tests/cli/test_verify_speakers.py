@@ -1,6 +1,5 @@
 """The script from its options to its reports, with a tiny encoder."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import soundfile
 from conftest import REPOSITORY
 from small_encoder import export_small, voice
 
+from speechbrain_ram.cli import verify as cli_verify
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     Utterance,
@@ -31,10 +31,7 @@ SPEAKERS = {f"s{i}": 90 + 25 * i for i in range(6)}
 @pytest.fixture(scope="module")
 def verify():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("verify_speakers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cli_verify
 
 
 @pytest.fixture(scope="module")

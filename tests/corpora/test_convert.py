@@ -1,4 +1,4 @@
-"""m4a to FLAC and WAV: same sound, no half files, no silent losses."""
+"""Recordings to FLAC and WAV: same sound, no half files, no silent losses."""
 
 import errno
 import os
@@ -8,9 +8,11 @@ import miniature
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.corpora import convert
-from speechbrain_ram.corpora.convert import convert_tree, main
+from speechbrain_ram.corpora.convert import convert_tree
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.containers import decode
 from speechbrain_ram.data.manifest import ManifestError
@@ -149,13 +151,39 @@ def test_without_the_extra(tmp_path, source, monkeypatch):
     assert all('pip install "speechbrain-ram[m4a]"' in why for why in broken)
 
 
-def test_command_line(tmp_path, source, capsys):
-    arguments = [str(source), str(tmp_path / "out"), "--workers", "1"]
-    assert main(arguments) == 0
-    assert "4 converted, 0 were there already, 0 broken" in (
-        capsys.readouterr().out
-    )
+def test_whatever_can_be_read(tmp_path):
+    """Other containers, rates and channels, to the samples that reading has."""
+    rng = np.random.default_rng(0)
+    sound = rng.integers(-(2**15), 2**15, 16000).astype(np.int16)
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    soundfile.write(tmp_path / "in" / "a.flac", sound, 16000)
+    soundfile.write(tmp_path / "in" / "b" / "a.mp3", sound / 2**16, 16000)
+    stereo = np.stack([sound, sound], 1)
+    soundfile.write(tmp_path / "in" / "b" / "c.ogg", stereo, 8000)
+    result = convert_tree(tmp_path / "in", tmp_path / "out", "wav", workers=1)
+    assert result == (3, 0, [])
+    found, _ = soundfile.read(tmp_path / "out" / "a.wav", dtype="int16")
+    np.testing.assert_array_equal(found, sound)  # to the last bit
+    infos = [soundfile.info(path) for path in (tmp_path / "out").rglob("*.wav")]
+    assert {(i.samplerate, i.channels) for i in infos} == {(16000, 1)}
+    assert sorted(i.frames for i in infos) == [16000, 16000, 32000]
+
+
+def test_two_files_that_would_become_one(tmp_path):
+    for ending in ("flac", "wav"):
+        soundfile.write(tmp_path / f"a.{ending}", np.ones(1600) / 2, 16000)
+    with pytest.raises(ManifestError, match="'a.flac' and 'a.wav'.*one file"):
+        convert_tree(tmp_path, tmp_path.parent / "out")
+
+
+def test_command_line(tmp_path, source):
+    def run(code):
+        words = [str(source), str(tmp_path / "out"), "--workers", "1"]
+        result = CliRunner().invoke(main, ["convert", *words])
+        assert result.exit_code == code, result.output
+        return result.stdout
+
+    assert "4 converted, 0 were there already, 0 broken" in run(0)
     os.truncate(m4a_files(source)[0], 10)
     (tmp_path / "out/dev/aac/id00012/21Uxsk56VDQ/00001.flac").unlink()
-    assert main(arguments) == 1
-    assert "broken.txt" in capsys.readouterr().out
+    assert "broken.txt" in run(1)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from click.testing import CliRunner
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataloader import make_dataloader
 
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.data import dataset, shards
 from speechbrain_ram.data.audio import (
     AudioError,
@@ -23,7 +25,7 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from speechbrain_ram.data.shards import main, pack_shards
+from speechbrain_ram.data.shards import pack_shards
 
 
 @pytest.fixture
@@ -266,10 +268,12 @@ prepare: !name:speechbrain_ram.data.shards.prepare_shards
     assert not any(is_packed(row.wav) for row in read_manifest(valid_csv))
 
 
-def test_command_line(corpus, capsys):
+def test_command_line(corpus):
     folders = [corpus / "loose.csv", corpus / "corpus", corpus / "o"]
-    main([*map(str, folders), "--resample", "--mixdown", "True"])
-    manifest = capsys.readouterr().out.strip()
+    options = ["--mixdown", "True", "--resample"]
+    result = CliRunner().invoke(main, ["pack", *map(str, folders), *options])
+    assert result.exit_code == 0, result.output
+    manifest = result.stdout.strip()
     assert len(read_manifest(manifest)) == 9
     with tarfile.open(corpus / "o" / "shard-000000.tar") as file:
         assert len(file.getnames()) == 18

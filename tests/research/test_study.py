@@ -12,10 +12,10 @@ import yaml
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_ram.cli.train import train
 from speechbrain_ram.verification.bootstrap import bootstrap, bootstrap_draws
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.trials import read_trials
-from train_speaker_embeddings import train
 
 sys.path.insert(0, str(REPOSITORY / "research" / "study"))
 import report

@@ -325,13 +325,13 @@ def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
 
 def signal_while_preparing(rank):
     """Send SIGTERM to rank 0, which alone prepares data."""
-    import train_speaker_embeddings
+    from speechbrain_ram.cli import train
     from speechbrain_ram.training.faults import leave_on_signals
 
     def find_run(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    train_speaker_embeddings.find_run = find_run
+    train.find_run = find_run
     leave_on_signals()
 
 

@@ -17,6 +17,7 @@ from speechbrain import parse_arguments
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.checkpoints import Checkpointer
 
+from speechbrain_ram.cli.train import train
 from speechbrain_ram.data.manifest import ManifestError
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.run import (
@@ -30,7 +31,6 @@ from speechbrain_ram.training.settings import (
     learned_settings,
     output_folder_of,
 )
-from train_speaker_embeddings import train
 
 OWN = REPOSITORY / "recipes/YourCorpus/hparams/ram_resnet34.yaml"
 
@@ -248,7 +248,7 @@ def test_other_dev_trials_are_refused(tiny_corpus, run, tmp_path):
 
 def test_split_and_labels_are_read_back(tiny_corpus, run, monkeypatch):
     """Whatever a newer version would draw."""
-    import train_speaker_embeddings
+    from speechbrain_ram.cli import train as cli_train
     from speechbrain_ram.corpora import folder
 
     split = folder.split_by_utterance
@@ -261,7 +261,7 @@ def test_split_and_labels_are_read_back(tiny_corpus, run, monkeypatch):
 
     manifests = (run / "manifests" / "train.csv").read_bytes()
     monkeypatch.setattr(folder, "split_by_utterance", another)
-    monkeypatch.setattr(train_speaker_embeddings, "speaker_labels", shuffled)
+    monkeypatch.setattr(cli_train, "speaker_labels", shuffled)
     run_recipe(tiny_corpus, run)
     assert (run / "manifests" / "train.csv").read_bytes() == manifests
     labels = CategoricalEncoder()

@@ -1,0 +1,278 @@
+"""Train a speaker encoder, verify it, and export it for inference.
+
+Called by ``speechbrain-ram train`` and ``train_speaker_embeddings.py``. Any key
+of the YAML is an option, and so are SpeechBrain's own. Exit status 75: asked to
+leave by a signal or --max_hours, with a checkpoint written
+(docs/robust-training.md).
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NoReturn
+
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import if_main_process
+
+from speechbrain_ram.cli.recipes import recipe_file
+from speechbrain_ram.data.dataset import (
+    original_speakers,
+    speaker_datasets,
+    speaker_labels,
+)
+from speechbrain_ram.data.manifest import embedding_names, read_manifest
+from speechbrain_ram.export.folder import read_folder, start_from
+from speechbrain_ram.inference import encoder_section, export_inference
+from speechbrain_ram.training.advice import session_note, verdict
+from speechbrain_ram.training.brain import SpeakerBrain
+from speechbrain_ram.training.faults import (
+    Interrupted,
+    StopRequest,
+    leave_on_signals,
+)
+from speechbrain_ram.training.options import check_device, check_settings
+from speechbrain_ram.training.run import (
+    begin_run,
+    check_files_of,
+    check_settings_of,
+    data_files,
+    prepare_data,
+    read_run,
+    sole_owner,
+)
+from speechbrain_ram.training.settings import (
+    learned_settings,
+    output_folder_of,
+)
+from speechbrain_ram.utils import (
+    keep_freed_memory,
+    leave_group,
+    n_processes,
+    of_rank_0,
+    one_line_errors,
+)
+from speechbrain_ram.verification.calibration import Decision
+from speechbrain_ram.verification.metrics import eer
+from speechbrain_ram.verification.report import (
+    System,
+    with_intervals,
+    write_report,
+)
+from speechbrain_ram.verification.scores import score_trials, write_scores
+from speechbrain_ram.verification.speakers import known_speakers
+from speechbrain_ram.verification.trials import (
+    check_utterances,
+    read_trials,
+    speakers_beside,
+)
+
+
+def train(hparams_file, run_opts, overrides):
+    """Everything from the YAML to OUTPUT/inference."""
+    # First on every process, since loading the YAML makes folders already.
+    output = output_folder_of(hparams_file, overrides)
+    alone = sole_owner(output) if if_main_process() else nullcontext()
+    with alone:
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        _train(hparams_file, hparams, run_opts, overrides)
+
+
+def _train(hparams_file, hparams, run_opts, overrides):
+    stop = StopRequest(hparams["max_hours"])  # its clock starts here
+    output = Path(hparams["output_folder"])
+    run, (train_csv, valid_csv) = of_rank_0(
+        lambda: find_run(hparams_file, hparams, run_opts, overrides)
+    )
+    # Not before: it writes the YAML of this command.
+    sb.create_experiment_directory(
+        experiment_directory=output,
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+    reading = {
+        "sample_rate": hparams["encoder"]["sample_rate"],
+        "resample": hparams["resample"],
+        "mixdown": hparams["mixdown"],
+    }
+    augment = None
+    if hparams.get("make_augmentation"):
+        augment = hparams["make_augmentation"]()
+    train_set, valid_set, label_encoder = speaker_datasets(
+        train_csv,
+        valid_csv,
+        hparams["data_root"],
+        crop_seconds=hparams["crop_seconds"],
+        label_encoder=run.label_encoder(),
+        seed=hparams["seed"],
+        speeds=hparams["speeds"],
+        augment=augment,
+        **reading,
+    )
+    trials = None
+    if hparams.get("trials"):
+        trials = read_trials(hparams["trials"])
+        check_utterances(trials, hparams["trials_root"])
+
+    # Modules: one row of the classifier for each speaker.
+    classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
+    hparams["checkpointer"].add_recoverable("classifier", classifier)
+    hparams["checkpointer"].add_recoverable("run", run)
+    learned = hparams["checkpointer"].find_checkpoint() is not None
+    if hparams.get("pretrained") and not learned:
+        start_from(
+            hparams["pretrained"],
+            encoder_section(output / "hyperparams.yaml"),
+            hparams["encoder"]["embedding_model"],
+            classifier,
+            label_encoder,
+        )
+    brain = SpeakerBrain(
+        modules={**hparams["modules"], "classifier": classifier},
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+        dev_trials=trials,
+        dev_root=hparams.get("trials_root"),
+        read_options=reading,
+        stop=stop,
+    )
+    loader = {
+        "batch_size": hparams["batch_size"],
+        "num_workers": hparams["num_workers"],
+    }
+    brain.fit(
+        hparams["epoch_counter"],
+        train_set,
+        valid_set,
+        train_loader_kwargs={**loader, "shuffle": True},
+        valid_loader_kwargs=loader,
+    )
+
+    # The best checkpoint becomes the folder that others load.
+    brain.load_best()
+    some = embedding_names(read_manifest(valid_csv))[:1000]
+    embeddings = brain.embed(some, hparams["data_root"])
+    decision, notes = None, []
+    if trials is not None:
+        decision, notes = verify(brain, trials, hparams, output)
+    if if_main_process():
+        names, rows = original_speakers(label_encoder, hparams["speeds"])
+        classifier.weight = torch.nn.Parameter(classifier.weight[rows])
+        export_inference(
+            output / "inference",
+            encoder_section(output / "hyperparams.yaml"),
+            hparams["encoder"]["embedding_model"],
+            classifier,
+            names,
+            torch.from_numpy(embeddings.matrix).mean(dim=0),
+            decision,
+            {**run.facts, **({"note": " ".join(notes)} if notes else {})},
+        )
+        print(f"Inference folder: {output / 'inference'}")
+
+
+def find_run(hparams_file, hparams, run_opts, overrides):
+    """The run that this command begins or continues, and its manifests."""
+    output = Path(hparams["output_folder"])
+    epochs = hparams["number_of_epochs"]
+    settings = learned_settings(hparams_file, overrides)
+    settings["batch_size of all processes"] = (
+        hparams["batch_size"]
+        * n_processes()
+        * (run_opts.get("grad_accumulation_factor") or 1)
+    )
+    run = read_run(output, hparams["save_folder"])
+    if "max_grad_norm" in run_opts.overridden_args:  # SpeechBrain's own
+        settings["max_grad_norm"] = run_opts["max_grad_norm"]
+    start = hparams.get("pretrained")
+    if start and run and not Path(start).exists():
+        settings["pretrained"] = run.settings.get("pretrained")
+    elif start:
+        settings["pretrained"] = read_folder(start).fingerprint
+    if run is not None:
+        check_settings_of(run, settings, epochs, output)
+    if hparams.get("make_corpus"):
+        hparams["make_corpus"]()
+    manifests = prepare_data(hparams["prepare"], run, output)
+    files = data_files(*manifests, hparams.get("trials"))
+    objective = "{objective}, margin {margin}, scale {scale}"
+    if hparams["objective"] in ("ram", "raam"):
+        objective += ", form {form}"
+    facts = {"objective": objective.format(**hparams), **hparams["facts"]}
+    if run is None:
+        labels = speaker_labels(manifests[0], hparams["speeds"])
+        run = begin_run(output, settings, epochs, labels, files, facts)
+    else:
+        check_files_of(run, files, output)
+        run = run.corrected(facts)
+        run.write(output)
+    return run, manifests
+
+
+def verify(brain, trials, hparams, output):
+    """Score the trials with the best checkpoint and say how it did."""
+    embeddings = brain.embed_dev()
+    if not if_main_process():
+        return None, []
+    scores = score_trials(trials, embeddings.ids, embeddings.matrix)
+    name = Path(hparams["trials"]).name
+    write_scores(trials, scores, output / "scores.txt")
+    rate = after = eer(scores, trials.labels)
+    untrained = getattr(brain, "untrained", {}).get("EER")
+    notes = verdict(untrained, rate)
+    systems = {hparams["objective"]: System(scores)}
+    speakers = known_speakers(
+        trials, speaker_of=speakers_beside(hparams["trials"])
+    )
+    if speakers:
+        systems = with_intervals(systems, trials, speakers)
+        after = systems[hparams["objective"]].intervals["EER"]
+    try:
+        said = [*notes, session_note(trials)]
+        write_report(output / "report", name, trials, systems, notes=said)
+        print(f"Report: {output / 'report' / 'results.md'}")
+    except ImportError as error:  # everything but the pictures goes on
+        print(f"No report: {error}")
+    if untrained is not None:
+        print(f"EER before training: {untrained:.2f} %")
+    print(f"EER after training: {after:.2f} %")
+    if speakers:
+        count = len(speakers.names)
+        print(f"In brackets: the 95 % interval over {count} speakers.")
+    for note in notes:
+        print(note)
+    return Decision.fit(scores, trials.labels, name), notes
+
+
+def main(argv):
+    """Train; the exit status."""
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    hparams_file = recipe_file(hparams_file)
+    check_settings(hparams_file, overrides, run_opts)
+    leave_on_signals()
+    keep_freed_memory()
+    sb.utils.distributed.ddp_init_group(run_opts)
+    check_device(run_opts["device"])
+    try:
+        train(hparams_file, run_opts, overrides)
+    except Interrupted as asked:
+        if not asked.told:  # was not training yet, or not any more
+            print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
+        return asked.code
+    finally:
+        # torchrun ends the others when one fails: let that hide no error
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        leave_group()
+    return 0
+
+
+def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
+    """Train and leave; after a user's error with one line and `status`."""
+    with one_line_errors(program, status):
+        sys.exit(main(argv))

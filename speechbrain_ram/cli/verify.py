@@ -1,0 +1,419 @@
+"""Verify speakers: any encoder, any trial lists, scores and a report.
+
+Called by ``speechbrain-ram verify`` and ``verify_speakers.py``; the options are
+in verify_options.py. Each recording is embedded once, whatever lists it is in,
+and kept in OUTPUT/embeddings.safetensors for the next run. OUTPUT/results.md
+sums up, and OUTPUT/LIST/ has each list's scores and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from speechbrain_ram.cli.verify_options import REPLICATES, parse
+from speechbrain_ram.corpora.folder import kaldi_parts
+from speechbrain_ram.data.manifest import (
+    Utterance,
+    embedding_names,
+    read_manifest,
+)
+from speechbrain_ram.data.names import missing_hint
+from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.training.options import check_device
+from speechbrain_ram.utils import (
+    first_ten,
+    keep_freed_memory,
+    leave_group,
+    one_line_errors,
+)
+from speechbrain_ram.verification.bootstrap import Interval
+from speechbrain_ram.verification.calibration import (
+    fit_calibration,
+    pair_quality,
+)
+from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.metrics import Metrics
+from speechbrain_ram.verification.report import (
+    System,
+    results_table,
+    with_intervals,
+    write_report,
+)
+from speechbrain_ram.verification.scores import (
+    TrialVectors,
+    cohort_statistics,
+    normalise,
+    read_scores,
+    speaker_means,
+    trial_vectors,
+    write_scores,
+)
+from speechbrain_ram.verification.speakers import (
+    TrialSpeakers,
+    check_speakers,
+    known_speakers,
+    read_speaker_table,
+    trial_groups,
+    trial_speakers,
+)
+from speechbrain_ram.verification.store import EmbeddingSet, EmbeddingStore
+from speechbrain_ram.verification.trials import (
+    TrialError,
+    TrialList,
+    check_recordings,
+    read_models,
+    read_trials,
+    speakers_beside,
+)
+
+
+def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
+    """From options to reports; returns the metrics of each list."""
+    options = parse(argv, program)
+    output = Path(options.output)
+    if not options.encoder:
+        trials, systems = read_systems(options.scores)
+        known = about(options, trials, {})
+        result = report(options, output, "Scores", trials, systems, *known)
+        print(results_table(*result))
+        return result[0]
+
+    # Everything that can be wrong with the input is found before the work.
+    output.mkdir(parents=True, exist_ok=True)
+    lists = {
+        name: read_list(options, path)
+        for name, path in zip(
+            list_names(options.trials), options.trials, strict=True
+        )
+    }
+    dev = []
+    if options.calibrate_on:
+        dev = [read_list(options, options.calibrate_on)]
+    everything = [*dev, *lists.values()]
+    parts = {}
+    if options.kaldi:
+        parts = kaldi_parts(options.kaldi, options.data_root)
+    places = locate(options, everything, parts)
+    check_recordings(set(places.values()), options.data_root)
+    cohort_rows = read_cohort(options)
+    spoken_by = {name: part.speaker for name, part in parts.items()}
+    known = {
+        name: about(options, trials, spoken_by or speakers_beside(path))
+        for path, (name, trials) in zip(
+            options.trials, lists.items(), strict=True
+        )
+    }
+    others = {}
+    if options.scores:
+        trials, others = read_systems(options.scores)
+        check_same(next(iter(lists.values())), trials, "--scores")
+    encoder = SpeakerEncoder.from_folder(
+        options.encoder,
+        own_device(options.device),
+        resample=options.resample,
+        mixdown=options.mixdown,
+        batch_seconds=options.max_frames and options.max_frames / 100,
+    )
+
+    embeddings = embed(
+        options,
+        encoder,
+        list(places.values()),
+        options.data_root,
+        options.store or output / "embeddings.safetensors",
+    )
+    if parts:
+        embeddings = embeddings.renamed(places)
+    mean, cohort = embed_cohort(options, encoder, cohort_rows)
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        leave_group()
+        if rank > 0:
+            return {}
+
+    calibration = None
+    for trials in dev:
+        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        calibration = fit_calibration(
+            stages[-1], trials.labels, qualities, options.calibration_prior
+        )
+        calibration.save(output / "calibration.json")
+
+    results, intervals = {}, {}
+    for name, trials in lists.items():
+        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        final = stages[-1]
+        if calibration:
+            final = calibration.apply(final, qualities)
+        scale = "Normalised score" if options.normalise else "Cosine score"
+        if calibration:
+            scale = "Log-likelihood ratio"
+        systems = {options.name: System(final, bool(calibration), scale)}
+        if len(stages) > 1:
+            systems["cosine"] = System(stages[0], scale="Cosine score")
+        folder = output / name
+        folder.mkdir(exist_ok=True)
+        write_scores(trials, final, folder / "scores.txt")
+        systems |= others
+        metrics, spread = report(
+            options, folder, name, trials, systems, *known[name]
+        )
+        results[name] = metrics[options.name]
+        intervals[name] = spread[options.name]
+    table = results_table(results, intervals)
+    (output / "results.md").write_text(f"# {options.name}\n\n{table}")
+    print(table)
+    return results
+
+
+def locate(options, lists: list[TrialList], parts) -> dict[str, str]:
+    """Where each utterance is: its own name, or as a Kaldi directory says."""
+    names = [name for trials in lists for name in trials.utterances]
+    if not options.kaldi:
+        return {name: name for name in names}
+    unknown = [name for name in dict.fromkeys(names) if name not in parts]
+    if unknown:
+        raise TrialError(
+            f"{len(unknown)} utterances of the list are not in "
+            f"'{options.kaldi}', for example '{unknown[0]}'. Do the two belong "
+            "together?"
+        )
+    return {name: parts[name].name for name in names}
+
+
+def read_list(options: argparse.Namespace, path: str) -> TrialList:
+    """Read a trial list; LIST.models beside it holds its models, if any."""
+    beside = Path(path).with_suffix(".models")
+    models = options.models or (beside if beside.is_file() else None)
+    trials = read_trials(
+        path,
+        options.form,
+        read_models(models) if models else None,
+        options.strip_prefix,
+        options.suffix,
+    )
+    targets = int(trials.labels.sum())
+    if targets in (0, len(trials)):
+        raise TrialError(
+            f"'{path}' has {targets} targets among {len(trials)} trials, both "
+            "kinds are needed."
+        )
+    return trials
+
+
+def list_names(paths: list[str]) -> list[str]:
+    """File names without ending, with their folders' where two are alike."""
+    stems = Counter(Path(path).stem for path in paths)
+    names = [
+        Path(p).stem
+        if stems[Path(p).stem] == 1
+        else f"{Path(p).resolve().parent.name}_{Path(p).stem}"
+        for p in paths
+    ]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"two trial lists would both be called '{twice[0]}'")
+    return names
+
+
+def read_systems(arguments: list[str]) -> tuple[TrialList, dict[str, System]]:
+    """Read NAME=FILE score files; all must be of one list of trials."""
+    first, systems = None, {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals:
+            raise ValueError(f"--scores needs NAME=FILE, got '{argument}'")
+        trials, scores = read_scores(path)
+        if first is None:
+            first = trials
+        check_same(first, trials, path)
+        systems[name] = System(scores)
+    return first, systems
+
+
+def check_same(one: TrialList, other: TrialList, path: str) -> None:
+    """Two systems are compared only on the same trials in the same order."""
+    same = len(one) == len(other) and (one.labels == other.labels).all()
+    for side in ("enrol", "test"):
+        if not same:
+            break
+        rows = {n: i for i, n in enumerate(getattr(one, f"{side}_ids"))}
+        names = getattr(other, f"{side}_ids")
+        table = np.array([rows.get(name, -1) for name in names])
+        same = (table[getattr(other, side)] == getattr(one, side)).all()
+    if not same:
+        raise ValueError(
+            f"'{path}' holds other trials, or in another order, than the list "
+            "that it is compared on"
+        )
+
+
+def own_device(device: str) -> str:
+    """Join the other ranks if torchrun started us; each takes its GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
+    return device
+
+
+def embed(options, encoder, names, root, store) -> EmbeddingSet:
+    """Embeddings of these recordings, old or new."""
+    return extract(
+        encoder.embedder,
+        names,
+        root,
+        store=EmbeddingStore(store, encoder.fingerprint),
+    )
+
+
+def read_cohort(options) -> list[Utterance]:
+    """The training utterances whose speakers are the cohort."""
+    if not options.cohort:
+        return []
+    rows, seen = [], Counter()
+    for row in read_manifest(options.cohort):
+        seen[row.spk_id] += 1
+        if seen[row.spk_id] <= (options.cohort_per_speaker or np.inf):
+            rows.append(row)
+    adaptive = (options.normalise or "").startswith("as-norm")
+    chosen = adaptive or "cohort_mean" in options.qualities
+    if chosen and options.top_n > len(seen):
+        raise ValueError(
+            f"--top_n {options.top_n} is more than the {len(seen)} speakers "
+            f"of the cohort '{options.cohort}'"
+        )
+    root = options.cohort_root or options.data_root
+    paths = [row.path(root) for row in rows]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(rows)} recordings of the cohort are "
+            f"missing: {first_ten(missing)}.{missing_hint(root, missing)} "
+            "Is --cohort_root right?"
+        )
+    return rows
+
+
+def embed_cohort(
+    options, encoder, rows: list[Utterance]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Mean to centre with, and one unit vector a training speaker."""
+    if not rows:
+        return None, None
+    embeddings = embed(
+        options,
+        encoder,
+        embedding_names(rows),
+        options.cohort_root or options.data_root,
+        Path(options.output) / "cohort.safetensors",
+    )
+    mean = None
+    if options.center:
+        mean = embeddings.matrix.mean(axis=0, dtype=np.float64)
+    speakers = [row.spk_id for row in rows]
+    return mean, speaker_means(embeddings.matrix, speakers, mean)[1]
+
+
+def score(
+    options, trials: TrialList, embeddings: EmbeddingSet, mean, cohort
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Cosines, then normalised ones if asked for; and quality measures."""
+    sides = trial_vectors(trials, embeddings.ids, embeddings.matrix, mean)
+    stages = [sides.cosines()]
+    if options.normalise:
+        stages.append(
+            normalise(
+                stages[0],
+                sides.vectors,
+                sides.enrol,
+                sides.test,
+                cohort,
+                options.normalise,
+                options.top_n,
+            )
+        )
+    return stages, measures(options, trials, sides, embeddings, cohort)
+
+
+def measures(
+    options, trials: TrialList, sides: TrialVectors, embeddings, cohort
+) -> dict[str, np.ndarray]:
+    """Quality measures of each trial, by name; see calibration.py."""
+    rows = {name: row for row, name in enumerate(embeddings.ids)}
+    members = [(name,) for name in trials.utterances]
+    if trials.models:
+        members += [trials.models[model] for model in trials.enrol_ids]
+    members = [[rows[name] for name in each] for each in members]
+    lengths = np.linalg.norm(embeddings.matrix, axis=1)
+    found = {}
+    for quality in options.qualities:
+        if quality == "duration":
+            seconds = [embeddings.seconds[each].sum() for each in members]
+            values = np.log(seconds)
+        elif quality == "magnitude":
+            values = [lengths[each].mean() for each in members]
+        else:
+            values = cohort_statistics(sides.vectors, cohort, options.top_n)[0]
+        found |= pair_quality(quality, values, sides.enrol, sides.test)
+    return found
+
+
+def about(
+    options, trials: TrialList, spoken_by: Mapping[str, str]
+) -> tuple[TrialSpeakers | None, dict[str, np.ndarray]]:
+    """Who speaks in a list, as far as it is known, and its groups."""
+    speakers, rule = None, (options.speaker_pattern, spoken_by)
+    if options.bootstrap is None:
+        speakers = known_speakers(trials, *rule)
+    elif options.bootstrap:
+        speakers = trial_speakers(trials, *rule)
+        check_speakers(trials, speakers)
+    if not options.speakers:
+        return speakers, {}
+    table = read_speaker_table(options.speakers)
+    who = speakers or trial_speakers(trials, *rule)
+    return speakers, trial_groups(trials.labels, who, table, options.group_by)
+
+
+def report(
+    options,
+    folder: Path,
+    title: str,
+    trials: TrialList,
+    systems: dict[str, System],
+    speakers: TrialSpeakers | None,
+    groups: dict[str, np.ndarray],
+) -> tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]:
+    """Intervals where the speakers are known, then the folder."""
+    if speakers:
+        systems = with_intervals(
+            systems,
+            trials,
+            speakers,
+            options.p_targets,
+            REPLICATES if options.bootstrap is None else options.bootstrap,
+            options.seed,
+        )
+    metrics = write_report(
+        folder, title, trials, systems, groups, options.p_targets
+    )
+    return metrics, {name: each.intervals for name, each in systems.items()}
+
+
+def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
+    """Verify and leave; after a user's error with one line and `status`."""
+    keep_freed_memory()
+    with one_line_errors(program, status):
+        main(argv, program)
+    sys.exit()

@@ -1,0 +1,204 @@
+"""The options of verification, on the command line and in a YAML."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.utils import needs_extra
+from speechbrain_ram.verification.metrics import P_TARGETS
+from speechbrain_ram.verification.report import file_name
+from speechbrain_ram.verification.scores import METHODS
+from speechbrain_ram.verification.trials import FORMS
+
+REPLICATES = 1000  # of the bootstrap
+QUALITIES = ("duration", "magnitude", "cohort_mean")
+
+_DESCRIPTION = """Score trial lists with an encoder, and write a report on each.
+
+    speechbrain-ram verify --encoder FOLDER --trials LIST [LIST ...] \\
+        --data_root DIR --output DIR
+    speechbrain-ram verify verify.yaml --device cuda:0
+    speechbrain-ram verify --scores a=one/scores.txt b=two/scores.txt \\
+        --output DIR
+    torchrun --nproc_per_node=2 --no-python speechbrain-ram verify verify.yaml
+
+Every option may also stand in a YAML under its name; the command line wins.
+Each recording is embedded once, whatever lists it is in, and kept in
+OUTPUT/embeddings.safetensors for the next run. OUTPUT/results.md sums up, and
+OUTPUT/LIST/ has each list's scores and report.
+"""
+
+
+def _truth(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"True or False is needed, got {text}")
+    return text == "True"
+
+
+#: A switch that is typed as in a training, ``--mixdown True``,
+#: or alone.
+_SWITCH: dict[str, Any] = {
+    "nargs": "?",
+    "type": _truth,
+    "const": True,
+    "default": False,
+    "metavar": "True",
+}
+
+
+def parse(
+    argv: Sequence[str], program: str | None = None
+) -> argparse.Namespace:
+    """Command line over YAML over defaults."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.print_usage = lambda *_: None  # an error is one line
+    add = parser.add_argument
+    add("hparams", nargs="?", help="YAML with any of the options below")
+    add("--encoder", help="exported folder, run, or checkpoint")
+    add("--trials", nargs="+", default=[], metavar="LIST")
+    add("--data_root", help="folder that the names in the lists start from")
+    add("--output", help="folder for scores, reports and embeddings")
+    add("--name", help="what the system is called (default: its folder)")
+    add("--form", default="voxceleb", choices=list(FORMS))
+    add("--models", help="enrolment list (default: LIST.models if there)")
+    add("--kaldi", help="Kaldi directory whose utterances the lists name")
+    add("--strip_prefix", default="", help="taken off names in the lists")
+    add("--suffix", help="ending that all names shall have, such as .flac")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    help = "frames of 10 ms in a batch (default: 6000 on a GPU, else 200)"
+    add("--max_frames", type=count, help=help)
+    add("--resample", **_SWITCH, help="allow other sample rates")
+    add("--mixdown", **_SWITCH, help="allow several channels")
+    add("--store", help="embeddings file (default: in OUTPUT)")
+    add("--cohort", help="manifest of training speakers")
+    add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
+    add("--cohort_per_speaker", type=count, help="recordings (default: all)")
+    add("--center", **_SWITCH, help="subtract the cohort's mean")
+    add("--normalise", choices=METHODS, help="score normalisation")
+    add("--top_n", type=count, default=300, help="of adaptive normalisation")
+    add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
+    add("--qualities", nargs="*", default=[], choices=QUALITIES)
+    add("--calibration_prior", type=prior, default=0.01)
+    add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
+    help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
+    add("--bootstrap", type=count_or_none, metavar="N", help=help)
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    help = "regular expression (default: LIST.spk2utt, or the first folder)"
+    add("--speaker_pattern", help=help)
+    add("--speakers", help="table of speakers, by which trials are grouped")
+    add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
+    add("--scores", nargs="*", default=[], metavar="NAME=FILE")
+    argv = list(argv)
+    options = parser.parse_args(argv)
+    if options.hparams:
+        argv.remove(options.hparams)
+        options = parser.parse_args([*in_yaml(parser, options.hparams), *argv])
+    check_options(parser, options)
+    return options
+
+
+def in_yaml(parser, path: str) -> list[str]:
+    """The options in a YAML as a command line, so that both are checked."""
+    try:
+        values = load_hyperpyyaml(read_text(path))
+    except TextError as error:
+        parser.error(str(error))
+    except Exception as error:  # it may call anything
+        parser.error(f"'{path}' cannot be read: {error}")
+    known = set(vars(parser.parse_args([]))) - {"hparams"}
+    unknown = set(values) - known
+    if unknown:
+        parser.error(f"'{path}' has unknown keys: {sorted(map(str, unknown))}")
+    arguments = []
+    for name, value in values.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def count(text: str, least: int = 1) -> int:
+    """1 or more."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"{least} or more is needed, got {text}"
+        )
+    return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """0 or more."""
+    return count(text, 0)
+
+
+def prior(text: str) -> float:
+    """A probability between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(
+            f"a prior lies strictly between 0 and 1, got {text}"
+        )
+    return number
+
+
+def check_options(parser, options: argparse.Namespace) -> None:
+    """Say at once which options do not go together."""
+    if not options.output:
+        parser.error("--output is needed")
+    try:
+        with needs_extra("A report", "report"):
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        parser.error(str(error))
+    names = [argument.partition("=")[0] for argument in options.scores]
+    if not options.encoder:
+        if not options.scores or options.trials:
+            parser.error("--encoder is needed, or --scores without --trials")
+        check_names(parser, names)
+        return
+    if not options.trials or not options.data_root:
+        parser.error("--trials and --data_root are needed with --encoder")
+    if options.scores and len(options.trials) > 1:
+        parser.error("--scores can be compared on one list of trials only")
+    needs_cohort = options.normalise or "cohort_mean" in options.qualities
+    if (needs_cohort or options.center) and not options.cohort:
+        parser.error("--normalise, --center and cohort_mean need --cohort")
+    if options.qualities and not options.calibrate_on:
+        parser.error("--qualities need --calibrate_on")
+    if not options.name:
+        folder = Path(options.encoder).resolve()
+        generic = folder.name in ("inference", "save")
+        options.name = folder.parent.name if generic else folder.name
+    names.append(options.name)
+    if options.normalise:
+        names.append("cosine")
+    check_names(parser, names)
+
+
+def check_names(parser, names: list[str]) -> None:
+    """Systems are told apart by their names, also in file names."""
+    files = Counter(map(file_name, names))
+    twice = [name for name in names if files[file_name(name)] > 1]
+    if twice:
+        parser.error(
+            f"two systems need two names, got '{twice[0]}' and '{twice[1]}'; "
+            "--name and --scores NAME=FILE name them"
+        )
