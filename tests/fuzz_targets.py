@@ -106,7 +106,7 @@ def load_edited(encoder):
 
 
 def trained_run(folder, encoder):
-    """A run of which load_encoder takes the best checkpoint."""
+    """A run of which SpeakerEncoder takes the best checkpoint."""
     model = SpeakerEncoder.from_folder(encoder).modules["embedding_model"]
     saved = SafeCheckpointer(folder / "save", {"embedding_model": model})
     checkpoint = saved.save_checkpoint(meta={"EER": 3.5}).path

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from small_encoder import export_small, voice
 
-import verify_speakers
+from speechbrain_ram.cli import verify
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.brain import SpeakerBrain
@@ -95,7 +95,7 @@ def test_long_recordings_are_read_by_one_rule(world):
 
 def test_by_verify_speakers(world, tmp_path):
     root, folder, _, names, rows = world
-    verify_speakers.main(
+    verify.main(
         [
             *("--encoder", str(folder), "--data_root", str(root)),
             *("--trials", str(root / "trials.txt"), "--bootstrap", "0"),
