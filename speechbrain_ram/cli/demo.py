@@ -180,15 +180,13 @@ _MARKERS = ("o", "s", "^")
 _LEGEND = 40
 
 
-def project(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
+def project(embeddings: np.ndarray) -> np.ndarray:
     """Lay embeddings out in the plane.
 
     Arguments
     ---------
     embeddings : np.ndarray
         Shape [N, E]; their lengths do not matter.
-    seed : int
-        Of the optimisation: one seed, one map.
 
     Returns
     -------
@@ -213,7 +211,7 @@ def project(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
         perplexity=min(30.0, (len(embeddings) - 1) / 3),
         metric="cosine",
         init="random",
-        random_state=seed,
+        random_state=0,  # one seed, one map
     ).fit_transform(unit_length(embeddings))
     points = points - (points.max(axis=0) + points.min(axis=0)) / 2
     return points / np.abs(points).max()

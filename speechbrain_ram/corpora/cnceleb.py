@@ -161,7 +161,14 @@ def prepare_cnceleb(
     )
     if join_below is not None:
         rows = join_short(
-            rows, data_root, output_dir / "joined", join_below, _genre
+            rows,
+            data_root,
+            output_dir / "joined",
+            join_below,
+            _genre,
+            sample_rate,
+            resample,
+            mixdown,
         )
     train, valid = split_by_utterance(rows, valid_fraction, seed)
     train_csv, valid_csv = output_dir / "train.csv", output_dir / "valid.csv"
@@ -327,6 +334,8 @@ def join_short(
     join_below: float,
     kind_of: Callable[[str], str],
     sample_rate: int = 16000,
+    resample: bool = False,
+    mixdown: bool = False,
 ) -> list[Utterance]:
     """Join the utterances that are shorter than a length.
 
@@ -338,7 +347,7 @@ def join_short(
     Arguments
     ---------
     rows : iterable of Utterance
-        Whole mono recordings of one sample rate.
+        Whole recordings.
     data_root : path
         The corpus folder.
     output_dir : path
@@ -348,7 +357,10 @@ def join_short(
     kind_of : callable
         From an utterance's ID to its kind; only one kind is joined.
     sample_rate : int
-        In Hz.
+        In Hz, of the joined ones.
+    resample, mixdown : bool
+        Whether recordings of another rate, or of several channels, are joined
+        too.
 
     Returns
     -------
@@ -375,18 +387,23 @@ def join_short(
         joined += [group for group in lists if len(group) > 1]
 
     output_dir = Path(output_dir).resolve()
+    reading = (sample_rate, resample, mixdown)
 
     def write(group: list[Utterance]) -> Utterance:
         stem = os.path.splitext(os.path.basename(group[0].id))[0]
         name = f"{group[0].spk_id}/{stem}-join{len(group)}.flac"
         path = output_dir / name
-        frames = sum(row.stop - row.start for row in group)
-        if not _is_complete(path, frames):
-            pieces = [
-                read_audio(r.path(data_root), r.start, r.stop, sample_rate)
-                for r in group
-            ]
-            _write(path, np.concatenate(pieces), sample_rate)
+        frames = _frames(path)
+        expected = sum(row.duration for row in group) * sample_rate
+        if abs(frames - expected) > len(group):  # each may be rounded
+            samples = np.concatenate(
+                [
+                    read_audio(r.path(data_root), r.start, r.stop, *reading)
+                    for r in group
+                ]
+            )
+            frames = len(samples)
+            _write(path, samples, sample_rate)
         seconds = frames / sample_rate
         return Utterance(
             f"joined/{name}", seconds, str(path), 0, frames, group[0].spk_id
@@ -398,11 +415,12 @@ def join_short(
         return kept + list(bar)
 
 
-def _is_complete(path: Path, frames: int) -> bool:
+def _frames(path: Path) -> int:
+    """Of a recording that may be missing or damaged: then none."""
     try:
-        return audio_info(path).frames == frames
+        return audio_info(path).frames
     except AudioError:
-        return False
+        return 0
 
 
 def _write(path: Path, samples: np.ndarray, sample_rate: int) -> None:

@@ -182,15 +182,13 @@ def prepare_voxceleb(
     return train_csv, valid_csv
 
 
-def find_speaker_folders(root: str | os.PathLike, depth: int = 3) -> list[str]:
+def find_speaker_folders(root: str | os.PathLike) -> list[str]:
     """Find the folders that hold folders of speakers (``idXXXXX``).
 
     Arguments
     ---------
     root : path
-        Where to look.
-    depth : int
-        How many folders deep.
+        Where to look, three folders deep.
 
     Returns
     -------
@@ -205,7 +203,7 @@ def find_speaker_folders(root: str | os.PathLike, depth: int = 3) -> list[str]:
     ['dev/wav']
     """
     found, level = [], [""]
-    for _ in range(depth + 1):
+    for _ in range(4):
         deeper = []
         for relative in level:
             with os.scandir(os.path.join(root, relative)) as entries:

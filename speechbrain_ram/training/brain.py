@@ -91,7 +91,14 @@ class SpeakerBrain(RobustBrain):
         self.best_key = "error" if dev_trials is None else "EER"
         self.dev_embeddings: EmbeddingSet | None = None
         self.embedded_at: int | None = None  # epoch
+        self.untrained: dict[str, float] = {}  # what the trials gave first
+        self.rate: float | None = None  # of the last step
         self.steps_per_epoch = None
+        self.train_set = None
+        self.train_stats: dict[str, float] = {}
+        self.started = 0.0  # the epoch, here
+        self.seen_before = 0
+        self.n_diagnosed: tuple = ()
         self.diagnostics = None
         loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
         if getattr(self.hparams, "margin_diagnostics", True) and hasattr(

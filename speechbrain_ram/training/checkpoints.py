@@ -446,8 +446,13 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if not isinstance(meta["unixtime"], float):
             raise KeyError("unixtime")
     except (
-        *(OSError, ValueError, yaml.YAMLError, KeyError, AttributeError),
-        *(TypeError, RecursionError),  # another kind of data; brackets
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        KeyError,
+        AttributeError,
+        TypeError,  # another kind of data
+        RecursionError,  # brackets
     ) as e:
         raise DamagedCheckpoint(
             f"'{path / METAFNAME}' is damaged ({type(e).__name__}: {e})."

@@ -146,22 +146,23 @@ RULES = {
     **dict.fromkeys(_SWITCHES.split(), _TRUTH),
 }
 
+_NULLABLE = """
+average_checkpoints join_below lists_folder max_hours musan pretrained rirs
+sitw sitw_overlap trials trials_root
+"""
+
 #: Those that may be null.
-NULLABLE = {
-    *("average_checkpoints", "join_below", "lists_folder", "max_hours"),
-    *("musan", "pretrained", "rirs", "sitw", "sitw_overlap", "trials"),
-    "trials_root",
-}
+NULLABLE = frozenset(_NULLABLE.split())
+
+_NEEDED = """
+batch_size checkpointer compute_cost crop_seconds data_root encoder
+epoch_counter facts form learning_rate make_classifier margin max_hours mixdown
+modules num_workers objective opt_class output_folder prepare resample scale
+seed speeds train_logger verify_every
+"""
 
 #: What training reads of every recipe.
-NEEDED = (
-    *("batch_size", "checkpointer", "compute_cost", "crop_seconds"),
-    *("data_root", "encoder", "epoch_counter", "facts", "form"),
-    *("learning_rate", "make_classifier", "margin", "max_hours", "mixdown"),
-    *("modules", "num_workers", "objective", "opt_class", "output_folder"),
-    *("prepare", "resample", "scale", "seed", "speeds", "train_logger"),
-    "verify_every",
-)
+NEEDED = tuple(_NEEDED.split())
 
 
 def check_settings(

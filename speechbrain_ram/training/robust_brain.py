@@ -106,6 +106,8 @@ class RobustBrain(sb.Brain):
         self.faults: dict[sb.Stage, FaultList] = {}
         self._resumed: dict | None = None  # of the epoch that goes on
         self._random: dict | None = None  # to be set before the next step
+        self._log_to_restore: str | None = None
+        self._buffers_before: list[tuple] = []
 
     # -- the run ----------------------------------------------------------
 
@@ -210,7 +212,8 @@ class RobustBrain(sb.Brain):
             len(dataset),
             rest.pop("batch_size", 1),
             int(os.environ.get("SB_GLOBAL_SEED", 0)),
-            *((self.rank, n_processes()) if n_processes() > 1 else (0, 1)),
+            self.rank if n_processes() > 1 else 0,
+            n_processes(),
         )
         return {**rest, "batch_sampler": self.train_sampler}
 
@@ -453,7 +456,9 @@ class RobustBrain(sb.Brain):
                 "The run was begun with %d threads and goes on with %d: the "
                 "last bits of its numbers will not be those of a run that was "
                 "never interrupted. With OMP_NUM_THREADS=%d they are.",
-                *(before, now, before),
+                before,
+                now,
+                before,
             )
 
     def _check_same_epoch(self, state: dict, path) -> None:

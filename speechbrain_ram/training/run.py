@@ -167,8 +167,12 @@ def _parse(file: Path) -> Run:
                 raise TypeError("a value is of another type")
             return run
     except (
-        *(OSError, ValueError, KeyError, TypeError),
-        *(AttributeError, RecursionError),
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
     ) as error:
         raise RunError(
             f"'{file}' cannot be read ({error}). Was it edited, or cut off?"

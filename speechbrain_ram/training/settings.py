@@ -23,12 +23,10 @@ lists_folder trials trials_root pretrained batch_size
 """  # the last as that of all processes together
 
 #: Where nothing is written.
-_CORPORA = frozenset(
-    [
-        *("data_root", "data_folder", "corpus", "trials_root", "sitw"),
-        *("voxceleb1", "voxceleb2", "cnceleb1", "cnceleb2"),
-    ]
-)
+_CORPORA = """
+data_root data_folder corpus trials_root sitw voxceleb1 voxceleb2 cnceleb1
+cnceleb2
+"""
 
 #: How a run is run, and what it tells.
 _WAYS = """
@@ -44,12 +42,11 @@ FREE = frozenset((_PLACES + _WAYS).split())
 _ADDED = frozenset(["musan", "rirs"])
 
 #: Objects that teach nothing, or that other parts of the identity describe.
-_NOT_LEARNED = frozenset(
-    [
-        *("prepare", "make_corpus", "modules", "epoch_counter", "facts"),
-        *("train_logger", "checkpointer", "corpus_name"),
-    ]
-)
+_OBJECTS = """
+prepare make_corpus modules epoch_counter facts train_logger checkpointer
+corpus_name
+"""
+_NOT_LEARNED = frozenset(_OBJECTS.split())
 
 
 def learned_settings(
@@ -106,7 +103,7 @@ def output_folder_of(
     output = Path(recipe["output_folder"])
     if recipe.get("make_corpus") is None:  # else it lies where it is made
         corpus = str(recipe.get("corpus"))
-        for key in _CORPORA & set(recipe):
+        for key in set(_CORPORA.split()) & set(recipe):
             if not isinstance(recipe[key], str):
                 continue
             place = recipe[key]

@@ -30,7 +30,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
-from scipy.special import ndtri
 
 #: Prior probabilities of a target that results are reported at.
 P_TARGETS = (0.01, 0.001, 0.05)
@@ -409,56 +408,6 @@ def threshold_at_far(
     allowed = int(far * curve.n_nontarget + 1e-9)
     k = int(np.searchsorted(-curve.false_alarms, -allowed))
     return float(curve.thresholds[k]), float(curve.misses[k] / curve.n_target)
-
-
-def roc_points(
-    scores: ArrayLike, labels: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the ROC, from (1, 1) to (0, 0).
-
-    Arguments
-    ---------
-    scores, labels : array
-        As for :func:`error_curve`.
-
-    Returns
-    -------
-    tuple of np.ndarray
-        False-alarm rates and hit rates (1 - FNR), shape [M] each.
-
-    Example
-    -------
-    >>> [rates.tolist() for rates in roc_points([0.9, 0.1], [1, 0])]
-    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
-    """
-    curve = error_curve(scores, labels).corners()
-    return curve.fpr, 1 - curve.fnr
-
-
-def det_points(
-    scores: ArrayLike, labels: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the DET curve, on normal-deviate axes.
-
-    Arguments
-    ---------
-    scores, labels : array
-        As for :func:`error_curve`.
-
-    Returns
-    -------
-    tuple of np.ndarray
-        Probits of the false-alarm rates and of the miss rates, shape [M];
-        rates of 0 and 1 are -inf and +inf.
-
-    Example
-    -------
-    >>> fpr, fnr = det_points([0.9, 0.3, 0.4, 0.1], [1, 1, 0, 0])
-    >>> fpr.tolist()
-    [inf, 0.0, 0.0, -inf, -inf]
-    """
-    curve = error_curve(scores, labels).corners()
-    return ndtri(curve.fpr), ndtri(curve.fnr)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,12 @@ _STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = ("s", "^", "D", "v", "P")
 # Ticks of a DET axis in percent. Those named first are labelled first, the
 # others where there is room.
+# fmt: off
 _TICKS = (
-    *(1, 10, 0.1, 0.01, 0.001, 50, 5, 0.5, 0.05, 0.005, 90, 20, 2, 0.2, 0.02),
-    *(0.002, 99, 40, 30, 60, 80, 70, 95, 98),
+    1, 10, 0.1, 0.01, 0.001, 50, 5, 0.5, 0.05, 0.005, 90, 20, 2, 0.2, 0.02,
+    0.002, 99, 40, 30, 60, 80, 70, 95, 98,
 )
+# fmt: on
 _STEP = 0.015  # probits between the points of a curve that are drawn
 _FEW = 30  # Doddington's rule: fewer errors than this say little about a rate
 _STYLE = {

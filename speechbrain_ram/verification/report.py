@@ -26,6 +26,8 @@ from speechbrain_ram.verification.plots import det_plot, histogram
 from speechbrain_ram.verification.speakers import TrialSpeakers
 from speechbrain_ram.verification.trials import TrialList
 
+_WORST = 20  # errors that are listed, half of them misses
+
 
 @dataclass(frozen=True, eq=False)
 class System:
@@ -95,7 +97,6 @@ def write_report(
     systems: Mapping[str, System],
     groups: Mapping[str, np.ndarray] | None = None,
     p_targets: Sequence[float] = P_TARGETS,
-    n_worst: int = 20,
     notes: Sequence[str] = (),
 ) -> dict[str, Metrics]:
     """Write the folder.
@@ -116,8 +117,6 @@ def write_report(
         :func:`speechbrain_ram.verification.speakers.trial_groups`.
     p_targets : sequence of float
         Priors for minDCF.
-    n_worst : int
-        How many errors are listed, half of them misses.
     notes : sequence of str
         What must be read before the numbers.
 
@@ -163,7 +162,7 @@ def write_report(
         system.scores, labels, groups or {}, metrics[first], p_targets
     )
     worst = worst_errors(
-        trials, system.scores, metrics[first].eer_threshold, n_worst
+        trials, system.scores, metrics[first].eer_threshold, _WORST
     )
     intervals = {name: each.intervals for name, each in systems.items()}
     differences = {

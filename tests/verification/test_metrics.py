@@ -256,7 +256,8 @@ def test_agrees_with_scikit_learn(decimals, dtype):
     for row in zip(thresholds, fpr, fnr, strict=True):
         assert mine[row[0]] == pytest.approx(row[1:])
 
-    fpr, tpr = metrics.roc_points(scores, labels)
+    corners = metrics.error_curve(scores, labels).corners()
+    fpr, tpr = corners.fpr, 1 - corners.fnr
     fpr_all, tpr_all, _ = roc_curve(labels, scores)
     assert np.trapezoid(tpr[::-1], fpr[::-1]) == pytest.approx(
         np.trapezoid(tpr_all, fpr_all)
@@ -378,14 +379,6 @@ def test_the_threshold_nearest_to_the_eer_is_named():
     # FNR, FPR at 1: 0, 1/3; at 2: 1, 1/3: the first is nearer
     trials = [0.0, 0.0, 1.0, 2.0], [0, 0, 1, 0]
     assert metrics.error_curve(*trials).eer()[1] == 1.0
-
-
-def test_det_points_are_probits_of_the_corners():
-    scores, labels = random_trials(500)
-    curve = metrics.error_curve(scores, labels).corners()
-    fpr, fnr = metrics.det_points(scores, labels)
-    np.testing.assert_allclose(ndtr(fpr), curve.fpr, atol=1e-12)
-    np.testing.assert_allclose(ndtr(fnr), curve.fnr, atol=1e-12)
 
 
 def test_evaluate_says_the_same_as_the_functions():
