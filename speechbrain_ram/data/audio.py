@@ -180,21 +180,9 @@ class Audio:
         rate: int,
         path: str | os.PathLike,
     ) -> torch.Tensor:
-        """Make of samples what was asked for, or refuse them.
+        """Samples [samples, channels], float32, as :meth:`read` gives them.
 
-        Arguments
-        ---------
-        samples : np.ndarray
-            Shape [samples, channels], float32.
-        rate : int
-            In Hz.
-        path : path
-            What they are called in an error.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [samples], at `sample_rate`.
+        They are refused as there; `path` is what they are called then.
         """
         self.check(path, samples.shape[1], rate)
         several = samples.shape[1] > 1
