@@ -8,7 +8,6 @@ verification, SpeakerEncoder and the conversion.
 import io
 import os
 import struct
-import threading
 import tracemalloc
 
 import numpy as np
@@ -314,18 +313,6 @@ def test_pipes_devices_and_folders(tmp_path, refuses):
     refuses(tmp_path / "a.wav", "is a named pipe.*Save it as a file first")
     refuses("/dev/zero", "is a device or a socket")
     refuses(tmp_path, "is a folder")
-
-
-def test_a_pipe_with_a_writer_is_left_alone(tmp_path):
-    path = tmp_path / "a.wav"
-    os.mkfifo(path)
-    writer = threading.Thread(target=lambda: open(path, "wb").close())
-    writer.start()
-    with pytest.raises(AudioError, match="named pipe"):
-        Audio().read(path)
-    open(path, "rb").close()  # where it was not met yet
-    writer.join(10)
-    assert not writer.is_alive()
 
 
 @pytest.mark.parametrize(
