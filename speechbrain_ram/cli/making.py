@@ -44,9 +44,11 @@ def recipes():
     return facts, "\n".join([*lines, f"Their files are in {names.home()}"])
 
 
-@click.command(context_settings=_PASSED_ON)
+@click.command(context_settings=_PASSED_ON, options_metavar="")
 @click.argument("recipe")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "options", nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]..."
+)
 def train(recipe, options):
     """Train an encoder, verify it and export it.
 
