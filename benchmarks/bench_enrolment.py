@@ -80,11 +80,11 @@ def main() -> None:
             path = Path(folder) / "speakers.db"
             database = EnrolmentDatabase(path, "benchmark", DIM)
             start = time.perf_counter()
-            database.enroll_many(dict(zip(names, models, strict=True)))
+            database.enrol_many(dict(zip(names, models, strict=True)))
             seconds = time.perf_counter() - start
             table.add(f"{size:,}", "enrol all at once", f"{seconds:.2f} s", "")
             start = time.perf_counter()
-            database.enroll("one more", models[0] + models[1])
+            database.enrol("one more", models[0] + models[1])
             seconds = time.perf_counter() - start
             megabytes = path.stat().st_size / 1e6
             table.add(

@@ -168,7 +168,7 @@ def enroll(folder, database, name, files, folders, device):
     everything = [file for group in found.values() for file in group]
     rows = encoder.embed(everything, progress=True)
     ends = np.cumsum([len(group) for group in found.values()])[:-1]
-    counts = opened.enroll_many(
+    counts = opened.enrol_many(
         dict(zip(found, np.split(rows, ends), strict=True))
     )
     text = [f"{who}: {count} recordings" for who, count in counts.items()]

@@ -84,9 +84,9 @@ class EnrolmentDatabase:
     -------
     >>> path = getfixture("tmp_path") / "speakers.db"
     >>> database = EnrolmentDatabase(path, fingerprint="f00d", embedding_dim=3)
-    >>> database.enroll("ada", np.eye(3)[:2])
+    >>> database.enrol("ada", np.eye(3)[:2])
     2
-    >>> database.enroll("bob", np.eye(3)[2:])
+    >>> database.enrol("bob", np.eye(3)[2:])
     1
     >>> best = database.identify(np.array([1.0, 0.0, 0.0]), top=1)[0]
     >>> best.name, round(best.score, 4)
@@ -113,7 +113,7 @@ class EnrolmentDatabase:
             with self._connection():
                 pass  # says now, not at the first search, what is wrong
 
-    def enroll(self, name: str, embeddings: np.ndarray) -> int:
+    def enrol(self, name: str, embeddings: np.ndarray) -> int:
         """Add recordings to a speaker's model, a new one if need be.
 
         Arguments
@@ -128,9 +128,9 @@ class EnrolmentDatabase:
         int
             Recordings that the speaker's model now averages.
         """
-        return self.enroll_many({name: embeddings})[name]
+        return self.enrol_many({name: embeddings})[name]
 
-    def enroll_many(
+    def enrol_many(
         self, recordings: Mapping[str, np.ndarray]
     ) -> dict[str, int]:
         """Add to the models of several speakers: all of them or, if it fails,

@@ -28,8 +28,8 @@ def _random(shape, seed=0):
 def test_a_model_is_the_mean_of_unit_vectors(tmp_path):
     embeddings = _random((3, 8)) * [[1.0], [50.0], [0.01]]
     database = _open(tmp_path)
-    assert database.enroll("ada", embeddings[:2]) == 2
-    assert database.enroll("ada", embeddings[2]) == 3
+    assert database.enrol("ada", embeddings[:2]) == 2
+    assert database.enrol("ada", embeddings[2]) == 3
     assert database.speakers() == {"ada": 3}
     units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     model = units.mean(axis=0)
@@ -43,7 +43,7 @@ def test_a_model_is_the_mean_of_unit_vectors(tmp_path):
 def test_identify_is_a_sort_of_all_cosines(tmp_path_factory, speakers, top):
     database = _open(tmp_path_factory.mktemp("db"))
     models = _random((speakers, 8), seed=speakers)
-    database.enroll_many({f"s{i:02d}": m for i, m in enumerate(models)})
+    database.enrol_many({f"s{i:02d}": m for i, m in enumerate(models)})
     test = _random(8, seed=99)
     cosines = models @ test / np.linalg.norm(models, axis=1)
     cosines /= np.linalg.norm(test)
@@ -59,14 +59,14 @@ def test_names_break_ties(tmp_path):
     database = _open(tmp_path, dim=2)
     names = [f"s{i:03d}" for i in range(150)]
     models = {name: np.eye(2)[int(name[1:]) % 2] for name in names}
-    database.enroll_many(models)
+    database.enrol_many(models)
     found = database.identify(np.array([2.0, 0.0]), top=100)
     assert [m.name for m in found] == names[0::2] + names[1:50:2]
     assert [m.score for m in found] == [1.0] * 75 + [0.0] * 25
 
 
 def test_it_is_all_in_the_file(tmp_path):
-    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    _open(tmp_path).enrol("ada", np.eye(8)[0])
     moved = tmp_path / "elsewhere.db"
     (tmp_path / "who.db").rename(moved)
     again = EnrolmentDatabase(moved, "f00d", 8)
@@ -75,9 +75,9 @@ def test_it_is_all_in_the_file(tmp_path):
 
 def test_a_reader_sees_what_another_wrote(tmp_path):
     reader, writer = _open(tmp_path), _open(tmp_path)
-    writer.enroll("ada", np.eye(8)[0])
+    writer.enrol("ada", np.eye(8)[0])
     assert [m.name for m in reader.identify(np.ones(8))] == ["ada"]
-    writer.enroll("bob", np.eye(8)[1])
+    writer.enrol("bob", np.eye(8)[1])
     assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
     writer.remove("ada")
     assert [m.name for m in reader.identify(np.ones(8))] == ["bob"]
@@ -94,8 +94,8 @@ def test_deleted_speakers_are_not_found_where_the_inode_comes_back(tmp_path):
     """Another file in the place of the first, alike in all SQLite counts."""
     path, other = tmp_path / "who.db", tmp_path / "other" / "who.db"
     other.parent.mkdir()
-    _open(tmp_path).enroll_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
-    _open(other.parent).enroll_many({"bob": np.eye(8)[1]})
+    _open(tmp_path).enrol_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    _open(other.parent).enrol_many({"bob": np.eye(8)[1]})
     reader = _open(tmp_path)
     assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
     before = _same_for_sqlite(path)
@@ -107,9 +107,9 @@ def test_deleted_speakers_are_not_found_where_the_inode_comes_back(tmp_path):
 def test_a_restored_copy_that_went_another_way_is_seen(tmp_path):
     """The same file with as many writes, but other ones."""
     path, reader = tmp_path / "who.db", _open(tmp_path)
-    reader.enroll("ada", np.eye(8)[0])
+    reader.enrol("ada", np.eye(8)[0])
     copy = path.read_bytes()
-    reader.enroll("bob", np.eye(8)[1])
+    reader.enrol("bob", np.eye(8)[1])
     assert [m.name for m in reader.identify(np.ones(8))] == ["ada", "bob"]
     before = _same_for_sqlite(path)
     path.write_bytes(copy)
@@ -129,7 +129,7 @@ def test_a_restored_copy_that_went_another_way_is_seen(tmp_path):
 )
 def test_what_another_program_writes_is_seen(tmp_path, statement):
     database = _open(tmp_path)
-    database.enroll_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    database.enrol_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
     assert database.score("ada", np.eye(8)[0]) == 1.0
     raw = sqlite3.connect(tmp_path / "who.db")
     raw.execute("PRAGMA journal_mode = WAL")  # which leaves the counter alone
@@ -140,12 +140,12 @@ def test_what_another_program_writes_is_seen(tmp_path, statement):
     raw.close()
 
 
-def _enroll_many(path, worker, start):
+def _enrol_many(path, worker, start):
     start.wait()
     database = EnrolmentDatabase(path, "f00d", 8)
     for i in range(10):
-        database.enroll(f"only-{worker}-{i}", np.eye(8)[worker])
-        database.enroll("shared", np.eye(8)[worker])
+        database.enrol(f"only-{worker}-{i}", np.eye(8)[worker])
+        database.enrol("shared", np.eye(8)[worker])
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
@@ -153,7 +153,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     start = context.Event()
     workers = [
         context.Process(
-            target=_enroll_many, args=(tmp_path / "who.db", worker, start)
+            target=_enrol_many, args=(tmp_path / "who.db", worker, start)
         )
         for worker in range(3)
     ]
@@ -172,7 +172,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 def test_reading_and_writing_back_cannot_be_interleaved(tmp_path):
     databases = [_open(tmp_path), _open(tmp_path)]
-    databases[0].enroll("ada", np.eye(8)[0])
+    databases[0].enrol("ada", np.eye(8)[0])
     both_have_read = threading.Barrier(2)
     failures = []
 
@@ -186,7 +186,7 @@ def test_reading_and_writing_back_cannot_be_interleaved(tmp_path):
 
         database._vectors = wait_for_the_other
         try:
-            database.enroll("ada", np.eye(8)[0])
+            database.enrol("ada", np.eye(8)[0])
         except EnrolmentError as error:
             failures.append(error)
 
@@ -201,20 +201,20 @@ def test_reading_and_writing_back_cannot_be_interleaved(tmp_path):
 
 def test_a_writer_waits_and_then_says_so(tmp_path):
     database = _open(tmp_path, timeout=0.1)
-    database.enroll("ada", np.eye(8)[0])
+    database.enrol("ada", np.eye(8)[0])
     other = sqlite3.connect(tmp_path / "who.db")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(EnrolmentError, match=r"be writing for over 0\.1 s"):
-        database.enroll("bob", np.eye(8)[1])
+        database.enrol("bob", np.eye(8)[1])
     other.rollback()
     other.close()
-    assert database.enroll("bob", np.eye(8)[1]) == 1
+    assert database.enrol("bob", np.eye(8)[1]) == 1
 
 
 def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     database = _open(tmp_path)
     both = {"ada": np.eye(8)[:1], "bob": np.eye(8)[1:2]}
-    database.enroll_many(both)
+    database.enrol_many(both)
     vectors, calls = database._vectors, []
 
     def fails_the_second_time(blob):
@@ -226,22 +226,22 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(database, "_vectors", fails_the_second_time)
         with pytest.raises(OSError, match="No space"):
-            database.enroll_many(both)
+            database.enrol_many(both)
     assert database.speakers() == {"ada": 1, "bob": 1}
     with pytest.raises(EnrolmentError, match="'cy'"):
-        database.enroll_many({"dan": np.ones((1, 8)), "cy": np.ones((0, 8))})
+        database.enrol_many({"dan": np.ones((1, 8)), "cy": np.ones((0, 8))})
     assert database.speakers() == {"ada": 1, "bob": 1}
 
 
 @pytest.mark.parametrize(("fingerprint", "dim"), [("beef", 8), ("f00d", 16)])
 def test_another_encoder_is_refused(tmp_path, fingerprint, dim):
-    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    _open(tmp_path).enrol("ada", np.eye(8)[0])
     with pytest.raises(EnrolmentError, match="was made with another (enc|num)"):
         _open(tmp_path, dim=dim, fingerprint=fingerprint)
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
-    _open(tmp_path).enroll("ada", np.eye(8)[0])
+    _open(tmp_path).enrol("ada", np.eye(8)[0])
     monkeypatch.setattr(enrolment, "_FORMAT", "speechbrain-ram enrolment 3")
     with pytest.raises(EnrolmentError, match="another format .*2; now it is"):
         _open(tmp_path)
@@ -269,7 +269,7 @@ def test_other_files_are_refused_and_kept(tmp_path):
 def test_damage_is_seen(tmp_path):
     """A flipped bit in a model, or around it, gives no other answer."""
     database, probe = _open(tmp_path), _random(8, seed=1)
-    database.enroll("ada", _random(8))
+    database.enrol("ada", _random(8))
     answer, path = database.identify(probe), tmp_path / "who.db"
     raw = sqlite3.connect(path)
     (total,) = raw.execute("SELECT total FROM speakers").fetchone()
@@ -286,7 +286,7 @@ def test_damage_is_seen(tmp_path):
             refused.add(bit // 8)
     assert refused >= set(range(start, start + 64))  # model and checksum
     path.write_bytes(whole.replace(total, total[::-1]))
-    for call in (database.identify, lambda x: database.enroll("ada", x)):
+    for call in (database.identify, lambda x: database.enrol("ada", x)):
         database._cache = None
         with pytest.raises(EnrolmentError, match="damaged: the model of 'ada'"):
             call(probe)
@@ -306,20 +306,20 @@ def test_damage_is_seen(tmp_path):
 def test_bad_embeddings(tmp_path, value, message):
     database = _open(tmp_path)
     with pytest.raises(EnrolmentError, match=message):
-        database.enroll("ada", value)
+        database.enrol("ada", value)
     assert not (tmp_path / "who.db").exists()
 
 
 @pytest.mark.parametrize("name", ["", " ada", "a\nb", "a\x00b"])
 def test_bad_names(tmp_path, name):
     with pytest.raises(EnrolmentError, match="is no name for a speaker"):
-        _open(tmp_path).enroll(name, np.eye(8)[0])
+        _open(tmp_path).enrol(name, np.eye(8)[0])
 
 
 def test_strange_but_printable_names(tmp_path):
     database = _open(tmp_path)
     for name in ("'; DROP TABLE speakers; --", "王芳", "a/b c"):
-        database.enroll(name, np.eye(8)[0])
+        database.enrol(name, np.eye(8)[0])
         assert database.score(name, np.eye(8)[0]) == 1.0
     assert len(database.speakers()) == 3
 
@@ -330,7 +330,7 @@ def test_nobody_there(tmp_path):
     assert not (tmp_path / "who.db").exists()
     with pytest.raises(EnrolmentError, match="Nobody is enrolled"):
         database.identify(np.ones(8))
-    database.enroll("ada", np.eye(8)[0])
+    database.enrol("ada", np.eye(8)[0])
     for call in (database.remove, lambda n: database.score(n, np.ones(8))):
         with pytest.raises(EnrolmentError, match="Nobody called 'bob'"):
             call("bob")
@@ -340,4 +340,4 @@ def test_nobody_there(tmp_path):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(EnrolmentError, match="nowhere' is not a folder"):
-        _open(tmp_path / "nowhere").enroll("ada", np.eye(8)[0])
+        _open(tmp_path / "nowhere").enrol("ada", np.eye(8)[0])
