@@ -64,6 +64,7 @@ class Audio:
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "a.wav"
     >>> soundfile.write(path, np.zeros(1600), 16000)
     >>> audio = Audio(sample_rate=16000)
