@@ -31,12 +31,14 @@ from speechbrain_ram.utils import one_line_errors
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(error, line, caplog):
+@pytest.mark.parametrize("status", [1, 2])
+def test_what_a_user_can_mend_is_one_line(error, line, status, caplog, capsys):
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(SystemExit) as left, one_line_errors("train.py"):
+    with pytest.raises(SystemExit) as left, one_line_errors("a.py", status):
         raise error
-    assert left.value.code.startswith(f"train.py: {line}")
-    assert "\n" not in left.value.code
+    assert left.value.code == status
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"a.py: {line}")
     assert caplog.records[0].exc_info[1] is error  # for OUTPUT/log.txt
 
 
