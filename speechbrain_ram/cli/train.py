@@ -224,7 +224,7 @@ def verify(brain, trials, hparams, output):
     name = Path(hparams["trials"]).name
     write_scores(trials, scores, output / "scores.txt")
     rate = after = eer(scores, trials.labels)
-    untrained = getattr(brain, "untrained", {}).get("EER")
+    untrained = brain.untrained.get("EER")
     notes = verdict(untrained, rate)
     systems = {hparams["objective"]: System(scores)}
     speakers = known_speakers(

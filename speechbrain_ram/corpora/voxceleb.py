@@ -253,7 +253,7 @@ def _training_recordings(root: Path) -> list[tuple[str, str]]:
         logger.warning(
             "%d of %d utterances under '%s' are m4a, whose crops take long to "
             "decode in every epoch. Convert them once: "
-            "python -m speechbrain_ram.corpora.convert %s CONVERTED_FOLDER",
+            "speechbrain-ram convert %s CONVERTED_FOLDER",
             left,
             len(chosen),
             root,
