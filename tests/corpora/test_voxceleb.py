@@ -158,7 +158,7 @@ def test_m4a_is_read_and_better_converted(tmp_path, vox1, caplog):
     assert "utterances under" not in caplog.text
     paths = prepare_voxceleb(vox2, vox1, tmp_path / "out2")
     assert "8 of 8 utterances" in caplog.text
-    assert "corpora.convert" in caplog.text
+    assert "speechbrain-ram convert" in caplog.text
     assert all(row.id.endswith(".m4a") for row in rows_of(paths))
     # converted in place, but for one
     for path in sorted((tmp_path / "flac").rglob("*.flac"))[1:]:
