@@ -91,7 +91,11 @@ def compare(folder, a, b, threshold, device):
 @encoder_option
 @click.argument("inputs", nargs=-1, required=True, type=click.Path())
 @click.option(
-    *("-o", "--output"), required=True, metavar="FILE", help="Ends with .npz."
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="Ends with .npz.",
 )
 @data_root_option
 @click.option("--skip-bad", is_flag=True, help="Leave unusable files out.")
@@ -231,7 +235,11 @@ def forget(folder, database, name):
     help="Where the list's paths start.",
 )
 @click.option(
-    *("-o", "--output"), required=True, metavar="FILE", help="Of the scores."
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="Of the scores.",
 )
 @device_option
 @command
@@ -267,7 +275,8 @@ def score(folder, trials, root, output, device):
 @encoder_option
 @click.argument("source", type=click.Path())
 @click.option(
-    *("-o", "--output"),
+    "-o",
+    "--output",
     required=True,
     metavar="FILE",
     help="Interactive (.html) or an image (.png, .svg, .pdf).",

@@ -34,8 +34,20 @@ from speechbrain_ram.data.lengths import (
 
 #: File name endings that are taken for recordings when a folder is searched.
 AUDIO_EXTENSIONS = (
-    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".sph"),
-    *(".aiff", ".aif", ".aifc", ".au", ".caf", ".w64"),
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".mp2",
+    ".sph",
+    ".aiff",
+    ".aif",
+    ".aifc",
+    ".au",
+    ".caf",
+    ".w64",
     *containers.VIDEO_EXTENSIONS,
 )
 

@@ -18,8 +18,18 @@ from speechbrain_ram.data.lengths import AudioError, AudioInfo
 
 #: Their usual file name endings; the reader goes by the first bytes.
 VIDEO_EXTENSIONS = (
-    *(".m4a", ".mp4", ".mov", ".3gp", ".mkv", ".webm", ".avi"),
-    *(".wmv", ".wma", ".flv", ".mpg", ".mpeg"),
+    ".m4a",
+    ".mp4",
+    ".mov",
+    ".3gp",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".wmv",
+    ".wma",
+    ".flv",
+    ".mpg",
+    ".mpeg",
 )
 
 # First bytes of Matroska and WebM, ASF (WMV, WMA), FLV, MPEG.
