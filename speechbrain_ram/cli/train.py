@@ -99,38 +99,14 @@ def _train(hparams_file, hparams, run_opts, overrides):
         "resample": hparams["resample"],
         "mixdown": hparams["mixdown"],
     }
-    augment = None
-    if hparams.get("make_augmentation"):
-        augment = hparams["make_augmentation"]()
-    train_set, valid_set, label_encoder = speaker_datasets(
-        train_csv,
-        valid_csv,
-        hparams["data_root"],
-        crop_seconds=hparams["crop_seconds"],
-        label_encoder=run.label_encoder(),
-        seed=hparams["seed"],
-        speeds=hparams["speeds"],
-        augment=augment,
-        **reading,
+    train_set, valid_set, label_encoder = _datasets(
+        hparams, run, train_csv, valid_csv, reading
     )
     trials = None
     if hparams.get("trials"):
         trials = read_trials(hparams["trials"])
         check_utterances(trials, hparams["trials_root"])
-
-    # Modules: one row of the classifier for each speaker.
-    classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
-    hparams["checkpointer"].add_recoverable("classifier", classifier)
-    hparams["checkpointer"].add_recoverable("run", run)
-    learned = hparams["checkpointer"].find_checkpoint() is not None
-    if hparams.get("pretrained") and not learned:
-        start_from(
-            hparams["pretrained"],
-            encoder_section(output / "hyperparams.yaml"),
-            hparams["encoder"]["embedding_model"],
-            classifier,
-            label_encoder,
-        )
+    classifier = _classifier(hparams, run, label_encoder)
     brain = SpeakerBrain(
         modules={**hparams["modules"], "classifier": classifier},
         opt_class=hparams["opt_class"],
@@ -175,6 +151,43 @@ def _train(hparams_file, hparams, run_opts, overrides):
             {**run.facts, **({"note": " ".join(notes)} if notes else {})},
         )
         print(f"Inference folder: {output / 'inference'}")
+
+
+def _datasets(hparams, run, train_csv, valid_csv, reading):
+    """Crops to train on and to validate with, and the label encoder."""
+    augment = None
+    if hparams.get("make_augmentation"):
+        augment = hparams["make_augmentation"]()
+    return speaker_datasets(
+        train_csv,
+        valid_csv,
+        hparams["data_root"],
+        crop_seconds=hparams["crop_seconds"],
+        label_encoder=run.label_encoder(),
+        seed=hparams["seed"],
+        speeds=hparams["speeds"],
+        augment=augment,
+        **reading,
+    )
+
+
+def _classifier(hparams, run, label_encoder):
+    """One row for each speaker, perhaps those of another encoder."""
+    classifier = hparams["make_classifier"](out_neurons=len(label_encoder))
+    hparams["checkpointer"].add_recoverable("classifier", classifier)
+    hparams["checkpointer"].add_recoverable("run", run)
+    learned = hparams["checkpointer"].find_checkpoint() is not None
+    if hparams.get("pretrained") and not learned:
+        start_from(
+            hparams["pretrained"],
+            encoder_section(
+                Path(hparams["output_folder"]) / "hyperparams.yaml"
+            ),
+            hparams["encoder"]["embedding_model"],
+            classifier,
+            label_encoder,
+        )
+    return classifier
 
 
 def find_run(hparams_file, hparams, run_opts, overrides):

@@ -37,6 +37,7 @@ from speechbrain_ram.utils import (
 )
 from speechbrain_ram.verification.bootstrap import Interval
 from speechbrain_ram.verification.calibration import (
+    Calibration,
     fit_calibration,
     pair_quality,
 )
@@ -150,22 +151,12 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
 
     results, intervals = {}, {}
     for name, trials in lists.items():
-        stages, qualities = score(options, trials, embeddings, mean, cohort)
-        final = stages[-1]
-        if calibration:
-            final = calibration.apply(final, qualities)
-        scale = "Normalised score" if options.normalise else "Cosine score"
-        if calibration:
-            scale = "Log-likelihood ratio"
-        systems = {options.name: System(final, bool(calibration), scale)}
-        if len(stages) > 1:
-            systems["cosine"] = System(stages[0], scale="Cosine score")
+        scored = score(options, trials, embeddings, mean, cohort)
         folder = output / name
         folder.mkdir(exist_ok=True)
-        write_scores(trials, final, folder / "scores.txt")
-        systems |= others
+        systems = written(options, folder, trials, *scored, calibration)
         metrics, spread = report(
-            options, folder, name, trials, systems, *known[name]
+            options, folder, name, trials, systems | others, *known[name]
         )
         results[name] = metrics[options.name]
         intervals[name] = spread[options.name]
@@ -173,6 +164,27 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     (output / "results.md").write_text(f"# {options.name}\n\n{table}")
     print(table)
     return results
+
+
+def written(
+    options,
+    folder: Path,
+    trials: TrialList,
+    stages: list[np.ndarray],
+    qualities: dict[str, np.ndarray],
+    calibration: Calibration | None,
+) -> dict[str, System]:
+    """Write the final scores of a list; what is reported of it."""
+    final = stages[-1]
+    scale = "Normalised score" if options.normalise else "Cosine score"
+    if calibration:
+        final = calibration.apply(final, qualities)
+        scale = "Log-likelihood ratio"
+    write_scores(trials, final, folder / "scores.txt")
+    systems = {options.name: System(final, bool(calibration), scale)}
+    if len(stages) > 1:
+        systems["cosine"] = System(stages[0], scale="Cosine score")
+    return systems
 
 
 def locate(options, lists: list[TrialList], parts) -> dict[str, str]:
