@@ -5,6 +5,7 @@ is asked of everything that reads: the reader, the manifest, training crops,
 verification, SpeakerEncoder and the conversion.
 """
 
+import copy
 import io
 import os
 import struct
@@ -33,7 +34,7 @@ from speechbrain_ram.data.manifest import (
     find_recordings,
 )
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.verification.embeddings import extract
+from speechbrain_ram.verification.embeddings import Embedder, extract
 
 RATE = 16000
 
@@ -48,6 +49,11 @@ def noise():
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "encoder"
     return SpeakerEncoder.from_folder(export_small(folder))
+
+
+def strict(encoder):
+    """How lists are embedded where nothing else is asked for."""
+    return Embedder(encoder.encode)
 
 
 # -- The same samples by every way --------------------------------------------
@@ -242,7 +248,7 @@ def test_a_length_that_no_header_knows(tmp_path, encoder, name):
         assert crops[0]["sig"].shape == (RATE,)
     expected = encoder.embed(whole)
     np.testing.assert_allclose(encoder.embed(path), expected, atol=1e-4)
-    found = extract(encoder.encoder.encode, [f"s/{name}"], corpus)
+    found = extract(strict(encoder), [f"s/{name}"], corpus)
     np.testing.assert_allclose(found.matrix, expected, atol=1e-4)
     assert convert_tree(corpus, tmp_path / "out", workers=1).converted == 1
     (target,) = (tmp_path / "out").rglob("*.flac")
@@ -277,7 +283,7 @@ def refuses(request, encoder):
             elif request.param == "embed":
                 encoder.embed(path)
             else:
-                extract(encoder.encoder.encode, [path], "/")
+                extract(strict(encoder), [path], "/")
         assert path in str(caught.value)
 
     return check
@@ -329,7 +335,7 @@ def test_nobody_is_heard(tmp_path, encoder, wav, why):
     with pytest.raises(AudioError, match=f"a.wav' {why}"):
         encoder.embed(tmp_path / "a.wav")
     with pytest.raises(AudioError, match=f"a.wav' {why}"):
-        extract(encoder.encoder.encode, ["good.wav", "a.wav"], tmp_path)
+        extract(strict(encoder), ["good.wav", "a.wav"], tmp_path)
 
 
 # -- Bounded memory -----------------------------------------------------------
@@ -459,11 +465,12 @@ def test_an_array_of_another_rate(encoder):
     high = encoder.embed((wav, 32000))
     resampled = Audio(resample=True).convert(wav[:, None], 32000, "a")
     np.testing.assert_allclose(high, encoder.embed(resampled), atol=1e-5)
-    strict = SpeakerEncoder(encoder.encoder, resample=False, mixdown=False)
+    plain = copy.copy(encoder)
+    plain.resample = plain.mixdown = False
     with pytest.raises(AudioError, match="32000 Hz, 16000 Hz is needed"):
-        strict.embed((wav, 32000))
+        plain.embed((wav, 32000))
     with pytest.raises(AudioError, match="has 2 channels"):
-        strict.embed((np.stack([wav, wav], 1), RATE))
+        plain.embed((np.stack([wav, wav], 1), RATE))
 
 
 @pytest.mark.parametrize(
@@ -515,7 +522,7 @@ def test_utterances_may_be_videos_and_m4a(tmp_path, encoder, monkeypatch):
     labels.update_from_iterable("ab")
     crops = CropDataset(rows, tmp_path, labels, crop_seconds=1.0)
     assert all(item["sig"].std() > 0.01 for item in crops)
-    found = extract(encoder.encoder.encode, names, tmp_path)
+    found = extract(strict(encoder), names, tmp_path)
     expected = encoder.embed([tmp_path / name for name in names])
     np.testing.assert_allclose(found.matrix, expected, atol=1e-4)
     assert isinstance(rows[0], Utterance)
