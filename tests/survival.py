@@ -25,6 +25,7 @@ PROCESSES.set_forkserver_preload(
         "survival",
         "torch._dynamo",  # by the optimiser
         "matplotlib.figure",  # by the report
+        "scipy.optimize",  # by metrics and calibration
     ]
 )
 
