@@ -25,7 +25,9 @@ PROCESSES.set_forkserver_preload(
         "survival",
         "torch._dynamo",  # by the optimiser
         "matplotlib.figure",  # by the report
-        "scipy.optimize",  # by metrics and calibration
+        # Loader workers come from here, too. One that imported scipy itself
+        # would have BLAS threads, which take signals, before its shield is up.
+        "scipy.optimize",
     ]
 )
 
