@@ -34,6 +34,7 @@ from speechbrain_ram.utils import (
     keep_freed_memory,
     leave_group,
     one_line_errors,
+    rank,
 )
 from speechbrain_ram.verification.bootstrap import Interval
 from speechbrain_ram.verification.calibration import (
@@ -135,11 +136,10 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     if parts:
         embeddings = embeddings.renamed(places)
     mean, cohort = embed_cohort(options, encoder, cohort_rows)
-    if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        leave_group()
-        if rank > 0:
-            return {}
+    follower = rank() > 0
+    leave_group()
+    if follower:
+        return {}
 
     calibration = None
     for trials in dev:
