@@ -199,15 +199,15 @@ class SpeakerEncoder(LoadedEncoder):
                 planned[position] = embedder.plan(item, position)
             except AudioError as error:
                 failed(position, error)
-        order = list(planned)
-        samples = [sum(p.samples for p in planned[i]) for i in order]
-        batches = [
-            [order[i] for i in batch] for batch in embedder.batches(samples)
-        ]
+        samples = {i: sum(p.samples for p in planned[i]) for i in planned}
+        batches = embedder.batches(samples)
         embeddings = np.zeros((len(items), self.embedding_dim), np.float32)
         with (
             tqdm(
-                total=len(order), unit="rec", desc="embed", disable=not progress
+                total=len(planned),
+                unit="rec",
+                desc="embed",
+                disable=not progress,
             ) as bar,
             embedder.embedding(
                 batches, planned.pop, names.__getitem__, warn=True

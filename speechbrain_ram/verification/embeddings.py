@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -114,13 +114,18 @@ class Embedder:
             recording, position, self.sample_rate, self.resample, self.mixdown
         )
 
-    def batches(self, samples: Sequence[int]) -> list[list[int]]:
-        """Group recordings of so many samples each."""
+    def batches(self, samples: Mapping[int, int]) -> list[list[int]]:
+        """Group recordings, given by position, of so many samples each."""
         seconds = self.batch_seconds
         if seconds is None:
             on_cpu = torch.device(self.device).type == "cpu"
             seconds = _CPU_SECONDS if on_cpu else _DEVICE_SECONDS
-        return length_batches(samples, int(seconds * self.sample_rate))
+        most = int(seconds * self.sample_rate)
+        place = list(samples)
+        return [
+            [place[i] for i in batch]
+            for batch in length_batches(list(samples.values()), most)
+        ]
 
     @contextmanager
     def embedding(
@@ -353,18 +358,12 @@ class _Plan:
             todo = _not_in(known, utterances, self.files)
             mine = todo[rank() :: n_processes()]
             found = together(lambda: self._look(pool, mine, check))
-        samples = _in_turn(found, len(todo))
         self.n_new = len(todo)
-        self.seconds = {
-            i: n / embedder.sample_rate
-            for i, n in zip(todo, samples, strict=True)
-        }
+        samples = dict(zip(todo, _in_turn(found, len(todo)), strict=True))
+        self.seconds = {i: n / embedder.sample_rate for i, n in samples.items()}
         batches = embedder.batches(samples)
         self.most = math.ceil(len(batches) / n_processes())  # of one process
-        self.batches = [
-            [todo[i] for i in batch]
-            for batch in batches[rank() :: n_processes()]
-        ]
+        self.batches = batches[rank() :: n_processes()]
 
     def _look(
         self,
