@@ -147,13 +147,13 @@ def number_or_name(threshold: str | None) -> float | str | None:
 
 def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
     """Files, folders and manifests as recordings by unique names."""
-    from speechbrain_ram.data.manifest import read_manifest
+    from speechbrain_ram.data.manifest import find_recordings, read_manifest
     from speechbrain_ram.inference import Segment
 
     found: dict[str, Any] = {}
     for item in inputs:
         if os.path.isdir(item):
-            for name in recordings_below(item):
+            for name in find_recordings(item):
                 found[os.path.join(item, name)] = Path(item) / name
         elif item.endswith(".csv"):
             for row in read_manifest(item):
@@ -162,13 +162,6 @@ def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
         else:
             found[item] = Path(item)
     return found
-
-
-def recordings_below(folder: str | os.PathLike) -> list[str]:
-    """Sound and video files below a folder, relative to it, sorted."""
-    from speechbrain_ram.data.manifest import find_recordings
-
-    return find_recordings(folder)
 
 
 def _show_warning(message, category, *_) -> None:

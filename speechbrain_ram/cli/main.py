@@ -28,7 +28,6 @@ from speechbrain_ram.cli.common import (
     number_or_name,
     open_database,
     recordings,
-    recordings_below,
     threshold_option,
 )
 from speechbrain_ram.utils import atomic_path, keep_freed_memory
@@ -156,6 +155,8 @@ def enroll(folder, database, name, files, folders, device):
     if bool(folders) == bool(name and files):
         raise click.UsageError("Give NAME and FILES, or --folders.")
     if folders:
+        from speechbrain_ram.data.manifest import find_recordings
+
         parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
         if not parents:
             raise ValueError(
@@ -163,7 +164,7 @@ def enroll(folder, database, name, files, folders, device):
                 "needed, with recordings in it."
             )
         found = {
-            p.name: [p / file for file in recordings_below(p)] for p in parents
+            p.name: [p / file for file in find_recordings(p)] for p in parents
         }
     else:
         found = {name: [Path(file) for file in files]}
