@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import miniature
@@ -436,6 +437,38 @@ def test_your_own_corpus_of_parts(corpus, tmp_path):
         (calls / name).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match="only there"):
         train(recipe, tmp_path / "own", number_of_epochs=2, **options)
+
+
+def test_a_run_on_shards_is_continued(voxceleb, tmp_path):
+    """Its recipe packs what it prepares; the shards are made once."""
+    hparams = tmp_path / "a" / "b" / "hparams"
+    hparams.mkdir(parents=True)
+    (tmp_path / "hparams").mkdir()
+    encoder = REPOSITORY / "hparams" / "encoder.yaml"
+    (tmp_path / "hparams" / encoder.name).write_text(encoder.read_text())
+    own = REPOSITORY / "recipes/YourCorpus/hparams/ram_resnet34.yaml"
+    before, prepare, after = re.split(
+        r"^(prepare: (?:.*\n)(?: .*\n)+)", own.read_text(), flags=re.M
+    )
+    packing = f"""prepare: !name:speechbrain_ram.data.shards.prepare_shards
+{textwrap.indent(prepare, "    ")}    data_root: !ref <data_root>
+    output_dir: !ref <manifests>
+    shards: {tmp_path / "shards"}
+"""
+    (hparams / own.name).write_text(before + packing + after)
+    made = []
+    for epochs in (1, 2):
+        run = train(
+            hparams / own.name,
+            tmp_path / "run",
+            corpus=voxceleb["voxceleb2"] / "dev" / "aac",
+            number_of_epochs=epochs,
+        )
+        made.append((tmp_path / "shards" / "shard-000000.tar").stat())
+    assert made[0].st_mtime_ns == made[1].st_mtime_ns
+    assert "epoch: 2" in (run / "train_log.txt").read_text()
+    (row, *_) = (run / "manifests" / "packed.csv").read_text().split()[1:]
+    assert "shard-000000.tar#" in row
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 import wave
 from collections.abc import Callable
@@ -136,9 +137,10 @@ def pack_shards(
 
 
 def prepare_shards(
-    prepare: Callable[[], tuple[str, str]],
+    prepare: Callable[..., tuple[str, str]],
     data_root: str | os.PathLike,
     output_dir: str | os.PathLike,
+    shards: str | os.PathLike,
     **options,
 ) -> tuple[Path, str]:
     """Prepare a corpus and pack its training part: for the YAML's ``prepare``.
@@ -146,9 +148,15 @@ def prepare_shards(
     Arguments
     ---------
     prepare : callable
-        What the YAML called before: returns the manifests of training and
-        validation.
-    data_root, output_dir, **options
+        What the YAML called before: takes `output_dir`, returns the manifests
+        of training and validation.
+    data_root : path
+        The corpus folder.
+    output_dir : path
+        Takes the manifests, the packed one too.
+    shards : path
+        Folder of the shards.
+    **options
         As for :func:`pack_shards`.
 
     Returns
@@ -156,8 +164,13 @@ def prepare_shards(
     tuple of path
         The packed manifest of training, the loose one of validation.
     """
-    train_csv, valid_csv = prepare()
-    return pack_shards(train_csv, data_root, output_dir, **options), valid_csv
+    train_csv, valid_csv = prepare(output_dir=output_dir)
+    packed = Path(output_dir) / "packed.csv"
+    with atomic_path(packed) as temporary:
+        shutil.copy(
+            pack_shards(train_csv, data_root, shards, **options), temporary
+        )
+    return packed, valid_csv
 
 
 def _assign(rows, sample_rate, shard_bytes, seed) -> list[list[Utterance]]:

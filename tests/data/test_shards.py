@@ -260,7 +260,8 @@ prepare: !name:speechbrain_ram.data.shards.prepare_shards
         data_root: {corpus}/corpus
         output_dir: {corpus}/manifests
     data_root: {corpus}/corpus
-    output_dir: {corpus}/shards
+    output_dir: {corpus}/manifests
+    shards: {corpus}/shards
     progress: False
 """
     train_csv, valid_csv = load_hyperpyyaml(yaml)["prepare"]()
