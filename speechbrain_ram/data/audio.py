@@ -1,4 +1,4 @@
-"""Reading recordings: one place that says no to bad audio, by name.
+"""Reading recordings: one place that refuses bad audio, by name.
 
 Everything that opens a recording in this package does so here, so that a
 wrong sample rate, a stereo file, a truncated or silent-by-NaN file, a pipe or
@@ -63,29 +63,10 @@ _AT_ONCE = 2**29
 
 @dataclass(frozen=True)
 class Audio:
-    """The reader of recordings.
+    """The reader: recordings at one rate in Hz, others only where allowed.
 
-    Arguments
-    ---------
-    sample_rate : int
-        The rate in Hz that the caller needs.
-    resample : bool
-        Whether a file of another rate may be converted.
-    mixdown : bool
-        Whether the channels of a multi-channel file may be averaged.
-
-    Example
-    -------
-    >>> import soundfile
-    >>> path = getfixture("tmp_path") / "a.wav"
-    >>> soundfile.write(path, np.zeros(1600), 16000)
-    >>> audio = Audio(sample_rate=16000)
-    >>> audio.info(path)
-    AudioInfo(frames=1600, sample_rate=16000, channels=1)
-    >>> audio.read(path, start=100, stop=500).shape
-    torch.Size([400])
-    >>> [len(window) for window in audio.windows(path, seconds=0.06)]
-    [800, 800]
+    `resample` allows another rate, `mixdown` several channels, which are
+    averaged.
     """
 
     sample_rate: int = 16000
@@ -93,15 +74,10 @@ class Audio:
     mixdown: bool = False
 
     def info(self, path: str | os.PathLike) -> AudioInfo:
-        """Length, rate and channels of a recording.
+        """Length, rate and channels of a recording, an AudioError if it is bad.
 
-        From its header, or, where that only estimates the length, by decoding.
-
-        Raises
-        ------
-        AudioError
-            The file is missing, empty, cut short, no regular file, or not
-            audio.
+        From its header, or by decoding where a header only estimates the
+        length.
         """
         with opened(path) as file:
             if containers.is_container(file.head):
@@ -118,28 +94,11 @@ class Audio:
     def read(
         self, path: str | os.PathLike, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
-        """Read a mono waveform, or a piece of one, and check it.
+        """Read a checked mono waveform, float32 [samples], or a piece of one.
 
-        Arguments
-        ---------
-        path : path
-            A file, or a recording in a shard.
-        start, stop : int
-            Samples at the file's own rate, end exclusive. `stop=None` reads
-            to the end, and so does one beyond it.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [samples], float32, at `sample_rate`.
-
-        Raises
-        ------
-        AudioError
-            As :meth:`info`; another sample rate or several channels where
-            that was not allowed; a rate that nothing sensible converts; NaN
-            or infinite samples; samples that the header promises and that
-            cannot be decoded.
+        `start` and `stop` are samples at the file's own rate, end exclusive;
+        `None`, or what lies beyond the end, is the end. The AudioError says
+        what is wrong with the file, its rate, its channels or its samples.
         """
         if is_packed(path):
             return read_packed(path, start, stop)
@@ -169,20 +128,7 @@ class Audio:
     def windows(
         self, path: str | os.PathLike, seconds: float = 60.0
     ) -> Iterator[torch.Tensor]:
-        """Read a recording in equal windows, so that memory is bounded.
-
-        Arguments
-        ---------
-        path : path
-            The file.
-        seconds : float
-            Longest window.
-
-        Yields
-        ------
-        torch.Tensor
-            Shape [samples], as :meth:`read` gives it.
-        """
+        """Read a recording in equal windows, so that memory is bounded."""
         info = self.info(path)
         for start, stop in cut(0, info.frames, info.sample_rate, seconds):
             yield self.read(path, start, stop)
@@ -193,9 +139,8 @@ class Audio:
         rate: int,
         path: str | os.PathLike,
     ) -> torch.Tensor:
-        """Samples [samples, channels], float32, as :meth:`read` gives them.
-
-        They are refused as there; `path` is what they are called then.
+        """Turn samples [samples, channels] of `path` into what :meth:`read`
+        gives.
         """
         self.check(path, samples.shape[1], rate)
         several = samples.shape[1] > 1
@@ -216,8 +161,8 @@ class Audio:
     def check(self, path: str | os.PathLike, channels: int, rate: int) -> None:
         """Refuse several channels or another rate where that is not allowed.
 
-        Where it is, refuse rates between which a filter would fill the memory,
-        as damaged headers have them.
+        Also refuse rates, as damaged headers have them, for which the filter of
+        the conversion would fill the memory.
         """
         if channels > 1 and not self.mixdown:
             raise AudioError(
@@ -255,8 +200,8 @@ class Audio:
         """Read 16-bit mono WAV by its bytes, without libsndfile.
 
         libsndfile takes 0.2 ms for a crop of 2 s, most of it to turn integers
-        into floats one by one; converted at once they take 0.03 ms. The
-        samples are the same to the last bit.
+        into floats one by one; converted at once they take 0.03 ms. The samples
+        are the same to the last bit.
         """
         info = check_promise(path, samples.info, file.size)
         stop = _within(path, start, stop, info.frames)
@@ -304,13 +249,7 @@ def read_audio(
 def cut(
     start: int, stop: int, rate: int, seconds: float
 ) -> list[tuple[int, int]]:
-    """Bounds of equal windows of at most some seconds.
-
-    Example
-    -------
-    >>> cut(0, 60 * 8000, 8000, 25.0)
-    [(0, 160000), (160000, 320000), (320000, 480000)]
-    """
+    """Bounds of equal windows, each of at most some seconds."""
     n = max(math.ceil((stop - start) / rate / seconds), 1)
     cuts = [start + (stop - start) * i // n for i in range(n + 1)]
     return list(zip(cuts, cuts[1:], strict=False))
@@ -319,36 +258,13 @@ def cut(
 def pad_waveforms(
     waveforms: Sequence[torch.Tensor], hop: int = 160
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch waveforms so that the host's masks fit their feature frames.
+    """Batch B waveforms: [B, N] with zeros behind, relative lengths [B].
 
     SpeechBrain's Fbank makes ``n // hop + 1`` frames of n samples, and its
     masks keep frame i of T while ``i < rel * T``. Lengths relative to samples
     are a frame off there; these are relative to frames and exact. With k of T
-    frames valid, ``rel = (k - 0.5) / T``, half a frame away from rounding.
-
-    Arguments
-    ---------
-    waveforms : sequence of torch.Tensor
-        B mono waveforms, each of shape [samples].
-    hop : int
-        Samples from one feature frame to the next.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Waveforms [B, N] padded with zeros, N a whole number of hops, and
-        relative lengths [B], 1 where every frame is valid.
-
-    Raises
-    ------
-    AudioError
-        There is no waveform, or one is empty or not one-dimensional.
-
-    Example
-    -------
-    >>> wavs, lens = pad_waveforms([torch.ones(320), torch.ones(100)])
-    >>> wavs.shape, lens
-    (torch.Size([2, 320]), tensor([1.0000, 0.1667]))
+    frames valid, ``rel = (k - 0.5) / T``, half a frame away from rounding. N is
+    a whole number of hops.
     """
     shapes = [tuple(wav.shape) for wav in waveforms]
     if not shapes or any(len(s) != 1 or s[0] == 0 for s in shapes):
@@ -398,37 +314,12 @@ _MARK = ".tar#"
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Whether a path names samples in a shard.
-
-    Example
-    -------
-    >>> is_packed("/shards/shard-000002.tar#51756"), is_packed("/a.wav")
-    (True, False)
-    """
+    """Whether a path names samples in a shard."""
     return _MARK in str(path)
 
 
 def read_packed(path: str, start: int, stop: int) -> torch.Tensor:
-    """Read samples of a packed utterance.
-
-    Arguments
-    ---------
-    path : str
-        ``SHARD.tar#BYTE`` from a packed manifest.
-    start, stop : int
-        Samples of the utterance, end exclusive.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [stop - start], float32 in [-1, 1]: bit for bit what
-        :meth:`Audio.read` gives of a 16-bit source.
-
-    Raises
-    ------
-    AudioError
-        The shard is missing or truncated.
-    """
+    """Read samples of a packed utterance, as :meth:`Audio.read` does."""
     shard, _, offset = path.rpartition("#")
     try:
         data = os.pread(

@@ -41,7 +41,7 @@ class File(NamedTuple):
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[File]:
-    """Open a regular file; what goes wrong in the block is said in words."""
+    """Open a regular file; errors in the block become an AudioError."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     # Without these, opening a pipe waits for somebody who writes into it.
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -91,7 +91,7 @@ def decoder_of(
 
 
 def _endless(file: File, estimated: bool) -> _Forward:
-    """Decode on while there is something."""
+    """A decoder that goes on to the end, wherever the header says it is."""
     if estimated:
         # libsndfile stops where it estimates the end, from the size of the
         # file; no frame is 64 times smaller than another.

@@ -35,30 +35,14 @@ _CHUNK = 256  # files a task: handing over costs far less than reading
 
 
 class Header(NamedTuple):
-    """One file, as its header and its folder describe it.
+    """One file, as its header and its folder describe it."""
 
-    Arguments
-    ---------
-    size : int
-        Bytes.
-    mtime_ns : int
-        Time of the last change, nanoseconds.
-    frames : int
-        Samples per channel.
-    sample_rate : int
-        In Hz.
-    channels : int
-        1 is mono.
-    verified : bool
-        Whether the file was decoded to its end.
-    """
-
-    size: int
-    mtime_ns: int
-    frames: int
+    size: int  # bytes
+    mtime_ns: int  # of the last change
+    frames: int  # samples a channel
     sample_rate: int
     channels: int
-    verified: bool
+    verified: bool  # decoded to its end
 
 
 @contextmanager
@@ -66,11 +50,6 @@ def many_objects() -> Iterator[None]:
     """Spare the garbage collector a million tuples, none of them in a cycle.
 
     It would go through all of them again and again while they become more.
-
-    Example
-    -------
-    >>> with many_objects():
-    ...     rows = [(i, str(i)) for i in range(1000)]
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -88,36 +67,12 @@ def read_headers(
     verify: bool = False,
     workers: int | None = None,
 ) -> list[Header | AudioError]:
-    """Read headers, those that a cache does not know already.
+    """Read headers, or find what is wrong, in the order of `names`.
 
-    Arguments
-    ---------
-    data_root : path
-        The corpus folder.
-    names : sequence of str
-        Paths relative to it, or absolute.
-    cache : path, optional
-        Read first and written last, also when the reading is interrupted.
-    verify : bool
-        Decode each file to its end, once.
-    workers : int, optional
-        Threads that wait for a slow disk, or decode; 4 a processor by
-        default.
-
-    Returns
-    -------
-    list of Header or AudioError
-        In the order of `names`; the error says what is wrong with a file.
-
-    Example
-    -------
-    >>> import numpy, soundfile
-    >>> root = getfixture("tmp_path")
-    >>> soundfile.write(root / "a.wav", numpy.zeros(24000), 16000)
-    >>> read_headers(root, ["a.wav"])[0].frames
-    24000
-    >>> print(read_headers(root, ["b.wav"])[0])  # doctest: +ELLIPSIS
-    '...b.wav' does not exist. Is data_root the right folder?
+    Names are relative to `data_root` or absolute. `cache` is a file that is
+    read first and written last, also when the reading is interrupted. `verify`
+    decodes each file to its end, once. `workers` threads, by default 4 a
+    processor, wait for a slow disk, or decode.
     """
     root = Path(data_root)
     known = _read_cache(cache, root) if cache else {}
@@ -179,7 +134,7 @@ def _examine(
     except AudioError as error:
         return error
     except (OSError, ValueError):
-        try:  # the reader says best what is wrong
+        try:  # the reader says what is wrong
             Audio().info(path)
         except AudioError as error:
             return error

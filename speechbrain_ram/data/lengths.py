@@ -41,19 +41,9 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """How long a recording is, and in what form.
+    """How long a recording is, and in what form."""
 
-    Arguments
-    ---------
-    frames : int
-        Samples per channel.
-    sample_rate : int
-        In Hz.
-    channels : int
-        1 is mono.
-    """
-
-    frames: int
+    frames: int  # samples a channel
     sample_rate: int
     channels: int
 
@@ -64,27 +54,13 @@ class AudioInfo:
 
 
 class Samples(NamedTuple):
-    """Where in a file its samples lie, by its header.
+    """Where in a file its samples lie, by its header."""
 
-    Arguments
-    ---------
-    first : int
-        Their first byte.
-    size : int
-        Their bytes.
-    unknown : bool
-        Whether the header does not say how many, so that all are meant.
-    info : AudioInfo, optional
-        Of PCM and float in WAV.
-    bare : bool
-        Whether they are 16-bit little-endian mono: to be read without more.
-    """
-
-    first: int
-    size: int
-    unknown: bool
-    info: AudioInfo | None = None
-    bare: bool = False
+    first: int  # byte
+    size: int  # bytes
+    unknown: bool  # the header does not say how many: all that follow
+    info: AudioInfo | None = None  # of PCM and float in WAV
+    bare: bool = False  # 16-bit little-endian mono
 
 
 def find_samples(
@@ -92,21 +68,8 @@ def find_samples(
 ) -> Samples | None:
     """Find the samples of an uncompressed format; None for other formats.
 
-    Arguments
-    ---------
-    path : path
-        Named in the errors.
-    file : int
-        Its descriptor.
-    size : int
-        Its bytes.
-    head : bytes
-        The first of them.
-
-    Raises
-    ------
-    AudioError
-        The header promises more than there is, or no samples.
+    `path` is named in errors, `file` is a descriptor of `size` bytes that begin
+    with `head`. It is an AudioError if the header promises more than is there.
     """
     start = head[:4]
     if start in _CHUNKS:
@@ -183,7 +146,7 @@ def _walk(file: int, size: int, head: bytes) -> tuple | None:
 
 
 def _only_chunks(file: int, place: int, size: int, start: bytes) -> bool:
-    """Whether what follows the samples is chunks with names, to the end."""
+    """Whether only named chunks follow the samples, to the end."""
     layout = _CHUNKS[start][0]
     for _ in range(_MOST_CHUNKS):
         if place >= size:
@@ -212,10 +175,7 @@ def _sphere(head: bytes) -> tuple | None:
 
 
 def flac_info(head: bytes) -> AudioInfo | None:
-    """What STREAMINFO says; None of anything else.
-
-    Where the file came out of a pipe, it counts 0 samples.
-    """
+    """What STREAMINFO says, 0 samples if written to a pipe; else None."""
     if head[:4] != b"fLaC" or len(head) < 42 or head[4] & 0x7F:
         return None
     # 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples

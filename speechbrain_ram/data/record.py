@@ -23,13 +23,7 @@ class RecordError(ValueError):
 
 
 def checksum(*parts: str | bytes | memoryview) -> str:
-    """128 bits of BLAKE2b over some parts and over where they end.
-
-    Example
-    -------
-    >>> checksum("ab", "c") == checksum("a", "bc")
-    False
-    """
+    """128 bits of BLAKE2b over some parts and over where they end."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         part = memoryview(part.encode() if isinstance(part, str) else part)
@@ -41,22 +35,8 @@ def checksum(*parts: str | bytes | memoryview) -> str:
 def seal(made_with: Mapping[str, Any], *content: str | bytes) -> str:
     """The record of a file, one line of JSON.
 
-    Arguments
-    ---------
-    made_with : mapping
-        Names, which stand in messages, and values, all of them JSON's.
-    *content : str, bytes or buffer
-        What the file holds besides.
-
-    Example
-    -------
-    >>> record = seal({"sample_rate": 8000}, b"samples")
-    >>> check(record, {"sample_rate": 8000}, b"samples")
-    >>> check(record, {"sample_rate": 16000}, b"samples")
-    Traceback (most recent call last):
-    ...
-    speechbrain_ram.data.record.RecordError: it was made with another \
-sample_rate (8000; now it is 16000)
+    `made_with` are JSON values under the names that messages use, `content` is
+    what the file holds besides.
     """
     sums = checksum(json.dumps(made_with), *content)
     return json.dumps({"made_with": made_with, "checksum": sums})
@@ -99,13 +79,7 @@ def write_recorded(
 def read_recorded(
     path: str | os.PathLike, made_with: Mapping[str, Any]
 ) -> Any | None:
-    """What :func:`write_recorded` wrote; None if there is no such file.
-
-    Raises
-    ------
-    RecordError
-        The file was made with other values, is damaged, or something else.
-    """
+    """What :func:`write_recorded` wrote; None if there is no such file."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:

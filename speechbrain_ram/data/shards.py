@@ -65,41 +65,12 @@ def pack_shards(
 ) -> Path:
     """Pack the utterances of a manifest; an interrupted call can be repeated.
 
-    Arguments
-    ---------
-    manifest : path
-        Of the loose recordings.
-    data_root : path
-        Their folder, in which nothing is written.
-    output_dir : path
-        For ``shard-000000.tar``, ..., a record beside each of what it was
-        made from, and ``manifest.csv`` of all.
-    sample_rate : int
-        In Hz, of the packed samples.
-    resample, mixdown : bool
-        As for :class:`speechbrain_ram.data.audio.Audio`.
-    shard_bytes : int
-        About the size of a shard: as many utterances as the durations in the
-        manifest say will fit.
-    seed : int
-        Of the order of the utterances in the shards.
-    progress : bool
-        Whether to show a progress bar on stderr.
-
-    Returns
-    -------
-    Path
-        The packed manifest. It holds the absolute path of `output_dir`: after
-        moving the shards, pack again there, which only rewrites the manifest.
-        A shard that is gone, or whose size is another, is made again.
-
-    Raises
-    ------
-    ManifestError
-        A bad manifest, shards of other rows, of another `data_root` or of
-        another setting in `output_dir`, or an `output_dir` inside the corpus.
-    AudioError
-        A recording cannot be used.
+    Writes ``shard-000000.tar``, ... of about `shard_bytes`, a record beside
+    each of what it was made from, and ``manifest.csv`` of all, whose path is
+    returned. It holds the absolute path of `output_dir`: after moving the
+    shards, pack again there, which only rewrites the manifest. A shard that is
+    gone, or whose size is another, is made again. Other rows or settings than
+    before are an error.
     """
     check_outside(output_dir, data_root)
     output = Path(output_dir).absolute()

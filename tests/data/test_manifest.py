@@ -13,6 +13,8 @@ from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
+    check_outside,
+    check_overlap,
     embedding_names,
     find_recordings,
     read_manifest,
@@ -273,3 +275,19 @@ def test_a_manifest_with_speakers_that_look_the_same(tmp_path):
     write_manifest(rows, tmp_path / "m.csv")
     with pytest.raises(ManifestError, match="differ only in"):
         read_manifest(tmp_path / "m.csv")
+
+
+def test_nobody_both_trains_and_tests():
+    check_overlap(["id1", "id2"], ["id3"], "my test")
+    with pytest.raises(
+        ManifestError, match="^1 training speakers .* my test: id3.*Drop them"
+    ):
+        check_overlap(["id1", "id3"], ["id3"], "my test", "Drop them.")
+
+
+def test_nothing_is_written_into_a_corpus(tmp_path):
+    check_outside(tmp_path / "results", tmp_path / "corpus")
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    for inside in ("corpus", "corpus/results", "link/results"):
+        with pytest.raises(ManifestError, match="lies within the corpus"):
+            check_outside(tmp_path / inside, tmp_path / "corpus")
