@@ -139,9 +139,7 @@ class Audio:
         rate: int,
         path: str | os.PathLike,
     ) -> torch.Tensor:
-        """Turn samples [samples, channels] of `path` into what :meth:`read`
-        gives.
-        """
+        """Samples [samples, channels] of `path` as :meth:`read` gives them."""
         self.check(path, samples.shape[1], rate)
         several = samples.shape[1] > 1
         samples = samples.mean(axis=1) if several else samples[:, 0]
