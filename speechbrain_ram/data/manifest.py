@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ from speechbrain_ram.data.names import (
     part_of,
     read_text,
 )
-from speechbrain_ram.utils import atomic_writer, first_ten
+from speechbrain_ram.utils import atomic_writer, first_ten, number, whole_number
 
 logger = get_logger(__name__)
 
@@ -44,6 +43,8 @@ COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
 
 #: What stands for the corpus folder in the `wav` column.
 ROOT_PREFIX = "$data_root/"
+
+_LARGEST = 2**48  # seconds or samples: nine years at 1 MHz
 
 
 class ManifestError(ValueError):
@@ -237,11 +238,6 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
             rows = list(_checked_rows(path))
     except TextError as error:
         raise ManifestError(str(error)) from error
-    except csv.Error as error:
-        raise ManifestError(
-            f"'{path}' cannot be read as CSV: {error}. Is it a manifest, and "
-            "was it copied whole?"
-        ) from error
     if not rows:
         raise ManifestError(f"The manifest '{path}' holds no utterances.")
     check_speakers((row.spk_id for row in rows), path)
@@ -251,12 +247,14 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
 def _checked_rows(path: Path) -> Iterator[Utterance]:
     """The rows of a manifest, each with an ID of its own."""
     line_of_id: dict[str, int] = {}
-    with io.StringIO(read_text(path), newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
+    reader = csv.DictReader(
+        io.StringIO(read_text(path), newline=""), skipinitialspace=True
+    )
+    try:
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
         if missing:
             raise ManifestError(
-                f"{path}, line 1: found the columns {reader.fieldnames}, "
+                f"{path}, line 1: found the columns {reader.fieldnames!s:.99}, "
                 f"expected {','.join(COLUMNS)} ({', '.join(missing)} missing)."
             )
         for record in reader:
@@ -264,35 +262,44 @@ def _checked_rows(path: Path) -> Iterator[Utterance]:
             row = _parse_row(record, place)
             if row.id in line_of_id:
                 raise ManifestError(
-                    f"{place}: the ID '{row.id}' stands in line "
+                    f"{place}: the ID {row.id!r:.200} stands in line "
                     f"{line_of_id[row.id]} already; expected unique IDs."
                 )
             line_of_id[row.id] = reader.line_num
             yield row
+    except csv.Error as error:
+        raise ManifestError(
+            f"{path}, line {reader.line_num + 1}: not CSV ({error}). Is it a "
+            "manifest, and was it copied whole?"
+        ) from error
 
 
 def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
     """Turn one CSV record into an utterance, or say what is wrong with it."""
     if None in record or None in record.values():
+        found = [value for value in record.values() if value]
         raise ManifestError(
-            f"{place}: found {[v for v in record.values() if v is not None]}, "
-            f"expected {len(COLUMNS)} values: {','.join(COLUMNS)}."
+            f"{place}: found {found!s:.300}, expected {len(COLUMNS)} values: "
+            f"{','.join(COLUMNS)}."
         )
 
-    def number(column, kind, low, text):
+    def read(column, kind, low, text):
         try:
             value = kind(record[column])
         except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
+            value = low - 1
+        if not low <= value < _LARGEST:
             raise ManifestError(
-                f"{place}: {column} is '{record[column]}', expected {text}."
+                f"{place}: {column} is {record[column]!r:.80}, expected "
+                f"{text}, in ASCII digits."
             )
         return value
 
-    duration = number("duration", float, 1e-9, "seconds above 0")
-    start = number("start", int, 0, "a sample number, 0 or more")
-    stop = number("stop", int, start + 1, f"a sample number above {start}")
+    duration = read("duration", number, 1e-9, "seconds above 0")
+    start = read("start", whole_number, 0, "a sample number, 0 or more")
+    stop = read(
+        "stop", whole_number, start + 1, f"a sample number above {start}"
+    )
     for column in ("ID", "wav", "spk_id"):
         if not record[column]:
             raise ManifestError(f"{place}: {column} is empty.")
@@ -301,7 +308,7 @@ def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
         wav.startswith(ROOT_PREFIX) or os.path.isabs(wav)
     ):
         raise ManifestError(
-            f"{place}: wav is '{wav}', expected '{ROOT_PREFIX}' and a path "
+            f"{place}: wav is {wav!r:.99}, expected '{ROOT_PREFIX}' and a path "
             "under the corpus folder, or an absolute path."
         )
     return Utterance(record["ID"], duration, wav, start, stop, record["spk_id"])
