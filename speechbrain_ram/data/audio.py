@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import soundfile
 import torch
 
 from speechbrain_ram.data import containers
-from speechbrain_ram.data.files import File, decoder_of, opened
+from speechbrain_ram.data.files import BLOCK, File, decoder_of, opened
 from speechbrain_ram.data.lengths import (
+    RATES,
     AudioError,
     AudioInfo,
     Samples,
@@ -31,6 +33,7 @@ from speechbrain_ram.data.lengths import (
     find_samples,
     flac_info,
 )
+from speechbrain_ram.utils import whole_number
 
 #: File name endings that are taken for recordings when a folder is searched.
 AUDIO_EXTENSIONS = (
@@ -50,9 +53,6 @@ AUDIO_EXTENSIONS = (
     ".w64",
     *containers.VIDEO_EXTENSIONS,
 )
-
-#: Hz; outside, a header is damaged rather than a recording unusual.
-_RATES = (1_000, 1_000_000)
 
 #: Coefficients of torchaudio's filter between two rates: 64 MB of float32.
 _FILTER = 2**24
@@ -81,7 +81,7 @@ class Audio:
         """
         with opened(path) as file:
             if containers.is_container(file.head):
-                return containers.sound_of(path)
+                return check_promise(path, containers.sound_of(path), file.size)
             samples = find_samples(path, file.number, file.size, file.head)
             info = samples and samples.info or flac_info(file.head)
             if not (info and info.frames) and not (samples and samples.info):
@@ -104,7 +104,7 @@ class Audio:
             return read_packed(path, start, stop)
         with opened(path) as file:
             if containers.is_container(file.head):
-                return self._read_container(path, start, stop)
+                return self._read_container(path, file, start, stop)
             samples = find_samples(path, file.number, file.size, file.head)
             if samples and samples.bare:
                 waveform = self._read_bare(path, file, samples, start, stop)
@@ -114,16 +114,17 @@ class Audio:
                 rate = decoder.samplerate
                 info = AudioInfo(frames, rate, decoder.channels)
                 check_promise(path, info, file.size)
+                self.check(path, info.channels, rate)
                 wanted = _within(path, start, stop, frames) - start
                 if start:
                     decoder.seek(start)
-                data = decoder.read(wanted, dtype="float32", always_2d=True)
+                data = _mono(decoder, wanted)
         if len(data) < wanted:
             raise AudioError(
                 f"'{path}' is truncated: its header promises {wanted} "
                 f"samples, {len(data)} could be read. Was a copy interrupted?"
             )
-        return self.convert(data, rate, path)
+        return self._checked(data, rate, path)
 
     def windows(
         self, path: str | os.PathLike, seconds: float = 60.0
@@ -143,6 +144,12 @@ class Audio:
         self.check(path, samples.shape[1], rate)
         several = samples.shape[1] > 1
         samples = samples.mean(axis=1) if several else samples[:, 0]
+        return self._checked(samples, rate, path)
+
+    def _checked(
+        self, samples: np.ndarray, rate: int, path: str | os.PathLike
+    ) -> torch.Tensor:
+        """Finite samples, at the rate that is needed."""
         if not np.isfinite(samples).all():
             bad = int((~np.isfinite(samples)).sum())
             raise AudioError(
@@ -177,11 +184,11 @@ class Audio:
             )
         common = math.gcd(rate, self.sample_rate)
         size = rate * self.sample_rate // common**2
-        if not _RATES[0] <= rate <= _RATES[1] or size > _FILTER:
+        if not RATES[0] <= rate <= RATES[1] or size > _FILTER:
             raise AudioError(
                 f"'{path}' has a sample rate of {rate} Hz, which cannot be "
                 f"converted to {self.sample_rate} Hz here: allowed are "
-                f"{_RATES[0]} to {_RATES[1]} Hz with a product of at most "
+                f"{RATES[0]} to {RATES[1]} Hz with a product of at most "
                 f"{_FILTER} when the two are divided by their greatest "
                 f"common divisor, {common}. Is the header damaged? If not, "
                 "convert the file with sox or ffmpeg."
@@ -214,10 +221,14 @@ class Audio:
         return _from_16_bit(np.frombuffer(data, "<i2"))
 
     def _read_container(
-        self, path: str | os.PathLike, start: int, stop: int | None
+        self,
+        path: str | os.PathLike,
+        file: File,
+        start: int,
+        stop: int | None,
     ) -> torch.Tensor:
         """Read the sound of a video, at the rate that is needed."""
-        info = containers.sound_of(path)
+        info = check_promise(path, containers.sound_of(path), file.size)
         self.check(path, info.channels, info.sample_rate)
         ratio = self.sample_rate / info.sample_rate
         stop = _within(path, start, stop, info.frames)  # padding may follow
@@ -281,6 +292,18 @@ def pad_waveforms(
     return padded, lens
 
 
+def _mono(decoder: soundfile.SoundFile, wanted: int) -> np.ndarray:
+    """Read up to so many samples; channels are averaged block by block."""
+    if decoder.channels == 1:
+        return decoder.read(wanted, dtype="float32")
+    samples, have = np.empty(wanted, np.float32), 0
+    size = BLOCK // decoder.channels
+    while len(block := decoder.read(min(size, wanted - have), dtype="float32")):
+        block.mean(axis=1, out=samples[have : have + len(block)])
+        have += len(block)
+    return samples[:have]
+
+
 def _from_16_bit(samples: np.ndarray) -> torch.Tensor:
     """16-bit samples as float32 in [-1, 1), as libsndfile makes them."""
     floats = samples.astype(np.float32)
@@ -316,27 +339,35 @@ def is_packed(path: str | os.PathLike) -> bool:
     return _MARK in str(path)
 
 
-def read_packed(path: str, start: int, stop: int) -> torch.Tensor:
+def read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
     """Read samples of a packed utterance, as :meth:`Audio.read` does."""
     shard, _, offset = path.rpartition("#")
     try:
-        data = os.pread(
-            _descriptor(shard), 2 * (stop - start), int(offset) + 2 * start
-        )
-    except OSError as error:
+        place = whole_number(offset)
+        file = _descriptor(shard)
+        there = max(os.fstat(file).st_size - place, 0) // 2
+    except (OSError, ValueError) as error:
         raise AudioError(
             f"'{path}' cannot be read: {error}. Were the shards moved since "
             "they were packed?"
         ) from error
-    if len(data) < 2 * (stop - start):
+    if place < 0 or stop is None or not 0 <= start < stop:
+        raise AudioError(
+            f"'{path}' has no samples {start} to {stop}: both are needed, of a "
+            "packed manifest."
+        )
+    if there < stop:
         raise AudioError(
             f"'{path}' is truncated: samples {start} to {stop} were asked "
-            f"for, {len(data) // 2} could be read. Was a copy interrupted?"
+            f"for, {max(there - start, 0)} could be read. Was a copy "
+            "interrupted?"
         )
+    data = os.pread(file, 2 * (stop - start), place + 2 * start)
     return _from_16_bit(np.frombuffer(data, "<i2"))
 
 
 @cache
 def _descriptor(shard: str) -> int:
     """Open a shard once a process; pread() shares no position with others."""
-    return os.open(shard, os.O_RDONLY)
+    # A pipe would wait for somebody who writes into it.
+    return os.open(shard, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

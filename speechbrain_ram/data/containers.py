@@ -85,12 +85,14 @@ def decode(
         resampler = av.AudioResampler("s16", "mono", sample_rate)
         for frame in chain(frames, [None]):  # None: what is left inside
             for part in resampler.resample(frame):
-                pieces.append(part.to_ndarray()[0])
-                have += len(pieces[-1])
+                part = part.to_ndarray()[0]
+                if have + len(part) > skip:
+                    pieces.append(part[max(skip - have, 0) :])
+                have += len(part)
             if wanted is not None and have >= skip + wanted:
                 break
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-    samples = samples[skip:][:wanted]
+    samples = samples[:wanted]
     if len(samples) == 0:
         raise AudioError(f"'{path}' holds no samples.")
     seconds = (start + len(samples)) / sample_rate
@@ -111,10 +113,9 @@ def sound_of(path: str | os.PathLike) -> AudioInfo:
         end = stream.duration
         if end is None:
             end = _last_moment(path, container, stream)
-        samples = round(end * stream.time_base * stream.rate)
-        if samples <= 0:
-            raise AudioError(f"'{path}' holds no samples.")
-        return AudioInfo(samples, stream.rate, stream.channels)
+        rate = stream.rate or 0
+        samples = round(end * stream.time_base * rate)
+        return AudioInfo(samples, rate, stream.channels or 0)
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
             if not container.streams.audio:
                 raise AudioError(f"'{path}' has no audio stream.")
             yield container, container.streams.audio[0]
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ArithmeticError, TypeError) as error:
         raise AudioError(f"'{path}' cannot be decoded: {error}") from error
 
 

@@ -14,6 +14,10 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+#: Hz and channels of which a header is believed.
+RATES = (1_000, 384_000)
+_CHANNELS = 1024  # libsndfile reads no more
+
 # No format needs less for silence: FLAC has up to 65,535 samples in 14 bytes.
 _SAMPLES_PER_BYTE = 10_000
 
@@ -104,6 +108,11 @@ def find_samples(
         rate and channels and block
     ):
         return Samples(first, length, unknown)
+    if block != channels * -(-bits // 8):  # rounded up to bytes
+        raise AudioError(
+            f"'{path}' is damaged: its header says {channels} channels of "
+            f"{bits} bits in blocks of {block} bytes."
+        )
     info = AudioInfo(length // block, rate, channels)
     bare = (kind, channels, block, bits) == (_PCM, 1, 2, 16)
     return Samples(first, length, unknown, info, bare)
@@ -186,7 +195,9 @@ def flac_info(head: bytes) -> AudioInfo | None:
 def mp3_is_counted(file: int, head: bytes) -> bool:
     """Whether an MP3 file says how many frames it has (Xing's header)."""
     place = 0
-    while head[:3] == b"ID3" and len(head) >= 10:
+    for _ in range(_MOST_CHUNKS):
+        if head[:3] != b"ID3" or len(head) < 10:
+            break
         a, b, c, d = head[6:10]  # 7 bits each
         place += 10 + (a << 21 | b << 14 | c << 7 | d)
         head = os.pread(file, 4096, place)
@@ -197,7 +208,16 @@ def mp3_is_counted(file: int, head: bytes) -> bool:
 def check_promise(
     path: str | os.PathLike, info: AudioInfo, size: int
 ) -> AudioInfo:
-    """Refuse lengths that cannot be: memory is taken for them at once."""
+    """Refuse what cannot be: memory and time are taken for it at once."""
+    if not (
+        1 <= info.channels <= _CHANNELS
+        and RATES[0] <= info.sample_rate <= RATES[1]
+    ):
+        raise AudioError(
+            f"'{path}' is damaged: its header says {info.channels} channels at "
+            f"{info.sample_rate} Hz; up to {_CHANNELS} channels at {RATES[0]} "
+            f"to {RATES[1]} Hz are read."
+        )
     if info.frames <= 0:
         raise AudioError(
             f"'{path}' holds no samples (an empty recording, or one that was "

@@ -44,7 +44,7 @@ COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
 #: What stands for the corpus folder in the `wav` column.
 ROOT_PREFIX = "$data_root/"
 
-_LARGEST = 2**48  # seconds or samples: nine years at 1 MHz
+_LARGEST = 2**48  # seconds or samples: 23 years at 384 kHz
 
 
 class ManifestError(ValueError):
