@@ -288,26 +288,26 @@ def _as_array(
 
 def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
     """Floats as they are, whole numbers by the full scale of their type."""
-    kind, loudest = array.dtype, 0
+    kind, loudest, scale = array.dtype, 0, 1.0
     if np.issubdtype(kind, np.signedinteger) and array.size:
         loudest = max(abs(int(array.min())), abs(int(array.max())))
-    if kind == np.uint8:
-        array = (array - 128.0) / 128
-    elif kind == np.int64:
-        if loudest > 2**15:
-            raise AudioError(
-                f"{name} has int64 numbers up to {loudest}; 16-bit numbers, up "
-                "to 32768, are read. Pass it as int32 if that is its scale, or "
-                "as floats in [-1, 1]."
-            )
-        array = array / 2.0**15
-    elif kind == np.int32 and 0 < loudest <= 2**15:
+    if kind == np.int64 and loudest > 2**15:
+        raise AudioError(
+            f"{name} has int64 numbers up to {loudest}; 16-bit numbers, up to "
+            "32768, are read. Pass it as int32 if that is its scale, or as "
+            "floats in [-1, 1]."
+        )
+    if kind == np.int32 and 0 < loudest <= 2**15:
         raise AudioError(
             f"{name} has int32 numbers up to {loudest}, a tiny part of the "
             "range of 32 bits. Are they 16-bit numbers? Pass it as int16."
         )
+    if kind == np.int64:
+        scale = 2.0**15
+    elif kind == np.uint8:
+        scale = 2.0**7
     elif np.issubdtype(kind, np.signedinteger):
-        array = array / (np.iinfo(kind).max + 1.0)
+        scale = np.iinfo(kind).max + 1.0
     elif not np.issubdtype(kind, np.floating):
         raise AudioError(
             f"{name} has samples of type {kind}; floats in [-1, 1], or int16, "
@@ -315,4 +315,8 @@ def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
         )
     if not np.isfinite(array).all():
         raise AudioError(f"{name} has samples that are NaN or infinite.")
-    return array.astype(np.float32)
+    floats = array.astype(np.float32)
+    if kind == np.uint8:
+        floats -= 128
+    floats /= scale  # a power of two: exact
+    return floats
