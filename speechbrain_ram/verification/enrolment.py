@@ -46,51 +46,18 @@ class EnrolmentError(ValueError):
 
 @dataclass(frozen=True)
 class Match:
-    """One candidate of a search.
-
-    Arguments
-    ---------
-    name : str
-        The enrolled speaker.
-    score : float
-        Cosine in [-1, 1], higher is more alike.
-    """
+    """One candidate of a search, with its cosine."""
 
     name: str
     score: float
 
 
 class EnrolmentDatabase:
-    """Speaker models in one file, for one encoder.
+    """Speaker models in one file, for the encoder of this fingerprint.
 
-    Arguments
-    ---------
-    path : path
-        The file. It is created when the first speaker is enrolled, in a
-        folder that exists.
-    fingerprint : str
-        Identifies the encoder; embeddings of two encoders never mix.
-    embedding_dim : int
-        Size of its embeddings.
-    timeout : float
-        Seconds to wait for another process that is writing.
-
-    Raises
-    ------
-    EnrolmentError
-        Not such a database, of another format, or filled by another encoder.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "speakers.db"
-    >>> database = EnrolmentDatabase(path, fingerprint="f00d", embedding_dim=3)
-    >>> database.enrol("ada", np.eye(3)[:2])
-    2
-    >>> database.enrol("bob", np.eye(3)[2:])
-    1
-    >>> best = database.identify(np.array([1.0, 0.0, 0.0]), top=1)[0]
-    >>> best.name, round(best.score, 4)
-    ('ada', 0.7071)
+    The file is created when the first speaker is enrolled, in a folder that
+    exists. `timeout` is how many seconds to wait for another process that
+    writes.
     """
 
     def __init__(
@@ -114,37 +81,18 @@ class EnrolmentDatabase:
                 pass  # says now, not at the first search, what is wrong
 
     def enrol(self, name: str, embeddings: np.ndarray) -> int:
-        """Add recordings to a speaker's model, a new one if need be.
-
-        Arguments
-        ---------
-        name : str
-            Any text of one line.
-        embeddings : np.ndarray
-            Shape [N, E] or [E]; their lengths do not matter.
-
-        Returns
-        -------
-        int
-            Recordings that the speaker's model now averages.
+        """Add recordings [N, E] or [E] to one speaker, as :meth:`enrol_many`
+        does.
         """
         return self.enrol_many({name: embeddings})[name]
 
     def enrol_many(
         self, recordings: Mapping[str, np.ndarray]
     ) -> dict[str, int]:
-        """Add to the models of several speakers: all of them or, if it fails,
+        """Add recordings to speakers' models: to all of them or, if it fails,
         none.
 
-        Arguments
-        ---------
-        recordings : mapping of str to np.ndarray
-            Embeddings of each speaker, shape [N, E] or [E].
-
-        Returns
-        -------
-        dict of str to int
-            Recordings that each model now averages.
+        Returns how many recordings each model now averages.
         """
         units = {
             _checked_name(name): self._units(np.atleast_2d(embeddings))
@@ -177,13 +125,7 @@ class EnrolmentDatabase:
         return counts
 
     def remove(self, name: str) -> None:
-        """Forget a speaker.
-
-        Arguments
-        ---------
-        name : str
-            An enrolled speaker; another one raises EnrolmentError.
-        """
+        """Forget an enrolled speaker."""
         with self._connection() as connection, _transaction(connection):
             cursor = connection.execute(
                 "DELETE FROM speakers WHERE name = ?", [name]
@@ -205,19 +147,9 @@ class EnrolmentDatabase:
             )
 
     def identify(self, embedding: np.ndarray, top: int = 5) -> list[Match]:
-        """Search all models for the speakers of one recording.
+        """The `top` models closest to one recording's embedding, best first.
 
-        Arguments
-        ---------
-        embedding : np.ndarray
-            Shape [E].
-        top : int
-            How many candidates to return at most.
-
-        Returns
-        -------
-        list of Match
-            Best first; names break ties, so that the answer is one.
+        Names break ties, so that there is one answer.
         """
         if top < 1:
             raise EnrolmentError(f"top is {top}, 1 or more is needed.")
@@ -250,12 +182,8 @@ class EnrolmentDatabase:
         return float(np.clip(models[names.index(name)] @ unit, -1.0, 1.0))
 
     def models(self) -> tuple[list[str], np.ndarray]:
-        """All speaker models, read again only after somebody wrote.
-
-        Returns
-        -------
-        tuple of list of str and np.ndarray
-            Names in sorted order, and unit vectors of shape [S, E], float32.
+        """Sorted names, and unit vectors [S, E]; read again only after a
+        write.
         """
         if not self.path.exists():
             return [], np.zeros((0, self.embedding_dim), np.float32)
@@ -339,8 +267,9 @@ class EnrolmentDatabase:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         if number("application_id") != _APPLICATION_ID:
             raise EnrolmentError(
-                f"'{self.path}' is an SQLite file, but no enrolment database, "
-                "or one of an older version. Enrol anew in a new file."
+                f"'{self.path}' is an SQLite file, but not an enrolment "
+                "database, or one of an older version. Enrol anew in a new "
+                "file."
             )
         (record,) = connection.execute("SELECT seal FROM record").fetchone()
         try:
@@ -355,8 +284,8 @@ class EnrolmentDatabase:
 def _checked_name(name: str) -> str:
     if not name or name != name.strip() or not name.isprintable():
         raise EnrolmentError(
-            f"{name!r} is no name for a speaker: one printable line without "
-            "spaces around it is needed."
+            f"{name!r} is not a name for a speaker: one printable line "
+            "without spaces around it is needed."
         )
     return name
 

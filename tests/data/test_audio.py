@@ -34,7 +34,8 @@ from speechbrain_ram.data.manifest import (
     find_recordings,
 )
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.verification.embeddings import Embedder, extract
+from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embeddings import extract
 
 RATE = 16000
 

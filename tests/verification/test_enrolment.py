@@ -262,7 +262,7 @@ def test_other_files_are_refused_and_kept(tmp_path):
     raw = sqlite3.connect(path)
     raw.execute("CREATE TABLE other (x)")
     raw.close()
-    with pytest.raises(EnrolmentError, match="no enrolment database"):
+    with pytest.raises(EnrolmentError, match="not an enrolment database"):
         _open(tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_bad_embeddings(tmp_path, value, message):
 
 @pytest.mark.parametrize("name", ["", " ada", "a\nb", "a\x00b"])
 def test_bad_names(tmp_path, name):
-    with pytest.raises(EnrolmentError, match="is no name for a speaker"):
+    with pytest.raises(EnrolmentError, match="is not a name for a speaker"):
         _open(tmp_path).enrol(name, np.eye(8)[0])
 
 
