@@ -34,29 +34,12 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSet:
-    """Recordings and their embeddings, row by row.
-
-    Arguments
-    ---------
-    ids : tuple of str
-        U unique utterance names.
-    matrix : np.ndarray
-        Shape [U, E] float32, not scaled.
-    seconds : np.ndarray
-        Shape [U] float32, durations.
-    files : np.ndarray
-        Shape [U, 3] int64, of :func:`file_state`.
-
-    Raises
-    ------
-    StoreError
-        The shapes do not fit together, or an id is there twice.
-    """
+    """Recordings, each named once, and their embeddings, row by row."""
 
     ids: tuple[str, ...]
-    matrix: np.ndarray
-    seconds: np.ndarray
-    files: np.ndarray
+    matrix: np.ndarray  # [U, E] float32, not scaled
+    seconds: np.ndarray  # [U] float32
+    files: np.ndarray  # [U, 3] int64, of :func:`file_state`
 
     def __post_init__(self) -> None:
         shapes = [np.shape(x) for x in (self.matrix, self.seconds, self.files)]
@@ -77,26 +60,10 @@ class EmbeddingSet:
 
 
 class EmbeddingStore:
-    """Where the embeddings of one encoder are kept.
+    """Where the embeddings of one encoder are kept, usually NAME.safetensors.
 
-    Arguments
-    ---------
-    path : path
-        The file, usually ``NAME.safetensors``; need not exist.
-    fingerprint : str
-        Of the encoder: changes when its weights or its front-end change.
-
-    Example
-    -------
-    >>> store = EmbeddingStore(getfixture("tmp_path") / "e.safetensors", "x1")
-    >>> store.load() is None
-    True
-    >>> row = EmbeddingSet(
-    ...     ("a.wav",), np.zeros((1, 2)), np.ones(1), np.zeros((1, 3))
-    ... )
-    >>> store.save(row)
-    >>> store.load().ids
-    ('a.wav',)
+    The file need not exist. The fingerprint changes with the encoder's weights
+    and its front-end.
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: str):
@@ -105,13 +72,7 @@ class EmbeddingStore:
         self.parts = self.path.with_name(self.path.name + ".parts")
 
     def load(self) -> EmbeddingSet | None:
-        """Everything stored, None if there is nothing.
-
-        Raises
-        ------
-        StoreError
-            The file is another encoder's, damaged, or something else.
-        """
+        """Everything stored, None if there is nothing."""
         paths = [self.path] if self.path.exists() else []
         if self.parts.is_dir():
             paths += sorted(self.parts.glob("*.safetensors"))
@@ -179,18 +140,7 @@ def _content(arrays: Mapping[str, np.ndarray]) -> Iterator[str | memoryview]:
 
 
 def merge(sets: Sequence[EmbeddingSet]) -> EmbeddingSet | None:
-    """Join sets; of a name that is in several, the last row stays.
-
-    Arguments
-    ---------
-    sets : sequence of EmbeddingSet
-        Of one encoder.
-
-    Returns
-    -------
-    EmbeddingSet or None
-        None for no sets.
-    """
+    """Join sets of one encoder; of a name in several, the last row stays."""
     if len(sets) < 2:
         return sets[0] if sets else None
     names = [name for each in sets for name in each.ids]

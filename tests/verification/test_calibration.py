@@ -170,7 +170,7 @@ def test_other_qualities_than_fitted_are_refused():
 def test_other_files_are_no_calibrations(tmp_path, text):
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration.json' is no calib"):
+    with pytest.raises(ValueError, match=r"calibration.json' is not a calib"):
         Calibration.load(path)
     path.write_text("{}", encoding="utf-16")
     with pytest.raises(ValueError, match=r"calibration.json', line 1: not te"):

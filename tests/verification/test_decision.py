@@ -97,8 +97,8 @@ def test_thresholds_are_finite():
 )
 def test_damaged_data(decision, change):
     data = {**decision.to_dict(), **change}
-    with pytest.raises(ValueError, match="no thresholds and score distrib"):
+    with pytest.raises(ValueError, match="not thresholds and score distrib"):
         Decision.from_dict(data)
     del data["calibration"]
-    with pytest.raises(ValueError, match="no thresholds and score distrib"):
+    with pytest.raises(ValueError, match="not thresholds and score distrib"):
         Decision.from_dict(data)

@@ -22,7 +22,7 @@ from survival import PROCESSES
 from speechbrain_ram.data.audio import AudioError, pad_waveforms
 from speechbrain_ram.utils import ahead, leave_group
 from speechbrain_ram.verification import embeddings as module
-from speechbrain_ram.verification.embeddings import length_batches
+from speechbrain_ram.verification.embedder import length_batches
 from speechbrain_ram.verification.store import (
     EmbeddingSet,
     EmbeddingStore,

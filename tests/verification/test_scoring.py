@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_ram.verification import scores as scoring
+from speechbrain_ram.verification import trials as trials_module
 from speechbrain_ram.verification.scores import (
     read_scores,
     score_trials,
@@ -183,7 +184,7 @@ def test_scores_survive_the_file_to_the_last_bit(tmp_path_factory, values):
 
 
 def test_score_files_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_CHUNK", 3)
+    monkeypatch.setattr(trials_module, "_CHUNK", 3)
     trials, _ = random_list(n=20)
     scores = np.arange(20, dtype=np.float32) / 8
     write_scores(trials, scores, tmp_path / "scores.txt")

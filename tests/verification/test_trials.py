@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.verification import fields
 from speechbrain_ram.verification import trials as module
 from speechbrain_ram.verification.scores import read_scores, write_scores
 from speechbrain_ram.verification.trials import (
@@ -168,7 +169,7 @@ def test_errors_name_file_line_text_and_expectation(
 
 
 def test_a_late_error_is_found_in_its_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(fields, "_CHUNK", 4)
     lines = ["1 a b\n"] * 11 + ["maybe a b\n"]
     with pytest.raises(TrialError, match="line 12: 'maybe a b'"):
         read_trials(write(tmp_path, "".join(lines)))
@@ -269,7 +270,8 @@ def test_writing_and_reading_back(tmp_path_factory, wanted):
 
 
 def test_chunks_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    for each in (fields, module):
+        monkeypatch.setattr(each, "_CHUNK", 7)
     wanted = [(f"e{i % 5}", f"t{i * i % 11}", i % 2) for i in range(50)]
     path = write(tmp_path, "".join(f"{y} {e} {t}\n" for e, t, y in wanted))
     trials = read_trials(path)
@@ -398,7 +400,7 @@ def test_spaces_and_tabs_between_fields(tmp_path, line, spaces, first):
 
 def test_long_lists_between_tabs(tmp_path, monkeypatch):
     """In chunks as other lists; a bad line in a later one is found."""
-    monkeypatch.setattr("speechbrain_ram.verification.trials._CHUNK", 3)
+    monkeypatch.setattr("speechbrain_ram.verification.fields._CHUNK", 3)
     expected = [(f"a {i}.wav", f"b{i % 4}.wav", i % 2) for i in range(8)]
     text = "".join(f"{y}\t{e}\t{t}\n" for e, t, y in expected)
     assert rows(read_trials(write(tmp_path, text))) == expected
