@@ -11,8 +11,8 @@ from conftest import RECIPE, REPOSITORY
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.training.checkpoints import CheckpointError
-from speechbrain_ram.training.faults import Interrupted
-from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.training.faults import Interrupted, WorkerError
+from speechbrain_ram.training.robust_brain import NonFiniteError
 from speechbrain_ram.utils import one_line_errors
 
 

@@ -130,7 +130,12 @@ def _train(hparams_file, hparams, run_opts, overrides):
         valid_loader_kwargs=loader,
     )
 
-    # The best checkpoint becomes the folder that others load.
+    _export(brain, hparams, run, label_encoder, classifier, valid_csv)
+
+
+def _export(brain, hparams, run, label_encoder, classifier, valid_csv):
+    """The best checkpoint becomes the folder that others load."""
+    output, trials = Path(hparams["output_folder"]), brain.dev_trials
     brain.load_best()
     some = embedding_names(read_manifest(valid_csv))[:1000]
     embeddings = brain.embed(some, hparams["data_root"])

@@ -43,8 +43,7 @@ def _truth(text: str) -> bool:
     return text == "True"
 
 
-#: A switch that is typed as in a training, ``--mixdown True``,
-#: or alone.
+#: A switch, typed alone or as in a training: ``--mixdown True``.
 _SWITCH: dict[str, Any] = {
     "nargs": "?",
     "type": _truth,
@@ -77,8 +76,8 @@ def parse(
     add("--strip_prefix", default="", help="taken off names in the lists")
     add("--suffix", help="ending that all names shall have, such as .flac")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    help = "frames of 10 ms in a batch (default: 6000 on a GPU, else 200)"
-    add("--max_frames", type=count, help=help)
+    text = "frames of 10 ms in a batch (default: 6000 on a GPU, else 200)"
+    add("--max_frames", type=count, help=text)
     add("--resample", **_SWITCH, help="allow other sample rates")
     add("--mixdown", **_SWITCH, help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")
@@ -92,11 +91,11 @@ def parse(
     add("--qualities", nargs="*", default=[], choices=QUALITIES)
     add("--calibration_prior", type=prior, default=0.01)
     add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
-    help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
-    add("--bootstrap", type=count_or_none, metavar="N", help=help)
+    text = f"replicates for intervals (default: {REPLICATES}), 0 for none"
+    add("--bootstrap", type=count_or_none, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of the bootstrap")
-    help = "regular expression (default: LIST.spk2utt, or the first folder)"
-    add("--speaker_pattern", help=help)
+    text = "regular expression (default: LIST.spk2utt, or the first folder)"
+    add("--speaker_pattern", help=text)
     add("--speakers", help="table of speakers, by which trials are grouped")
     add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
     add("--scores", nargs="*", default=[], metavar="NAME=FILE")

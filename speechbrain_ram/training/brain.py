@@ -318,28 +318,14 @@ class SpeakerBrain(RobustBrain):
     def encode(
         self, waveforms: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Embed a padded batch.
-
-        Arguments
-        ---------
-        waveforms : torch.Tensor
-            Shape [B, samples].
-        lengths : torch.Tensor
-            Shape [B], relative.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [B, E], float32.
-        """
+        """Embed a batch [B, samples] of relative lengths [B] as [B, E]."""
         waveforms = waveforms.to(self.device)
         lengths = lengths.to(self.device)
         with self.evaluation_ctx:
             feats = self.modules.compute_features(waveforms)
             feats = self.modules.mean_var_norm(feats, lengths)
-            # Without wrappers: DDP would synchronise ranks that have unequal
-            # numbers of batches, a compiled graph would be compiled anew for
-            # each length.
+            # Without wrappers: DDP would wait for ranks with fewer batches, a
+            # compiled graph would be compiled again for each length.
             encoder = _unwrapped(self.modules["embedding_model"])
             return encoder(feats, lengths).squeeze(1).float()
 
@@ -375,19 +361,7 @@ class SpeakerBrain(RobustBrain):
             self.dev_embeddings = embedded  # by these weights
 
     def embed(self, utterances: Sequence[str], root: str) -> EmbeddingSet:
-        """Embed recordings, with all processes.
-
-        Arguments
-        ---------
-        utterances : sequence of str
-            Paths relative to `root`.
-        root : str
-            Their folder.
-
-        Returns
-        -------
-        EmbeddingSet
-        """
+        """Embed recordings, by paths relative to `root`, with all processes."""
         self.modules.eval()
         with self.stop.listening():
             embeddings = extract(

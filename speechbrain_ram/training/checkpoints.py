@@ -57,12 +57,7 @@ class SafeCheckpointer(Checkpointer):
     clock set back        does not change which one is the newest
     ====================  ===================================================
 
-    Arguments
-    ---------
-    checkpoints_dir : path
-        As for SpeechBrain's.
-    *args, **kwargs
-        As for SpeechBrain's.
+    It takes the same arguments.
 
     Example
     -------
@@ -86,23 +81,7 @@ class SafeCheckpointer(Checkpointer):
     def save_checkpoint(
         self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
     ) -> Checkpoint | None:
-        """Write one checkpoint; its folder appears when it is complete.
-
-        Arguments
-        ---------
-        meta, end_of_epoch, name, verbosity
-            As for SpeechBrain's.
-
-        Returns
-        -------
-        Checkpoint or None
-            None on other ranks than 0.
-
-        Raises
-        ------
-        CheckpointError
-            The disk is full, or the folder cannot be written.
-        """
+        """Write one checkpoint; its folder appears when it is complete."""
         try:
             part = super().save_checkpoint(
                 meta or {}, end_of_epoch, name, logging.DEBUG
@@ -136,13 +115,8 @@ class SafeCheckpointer(Checkpointer):
     ) -> None:
         """Write one checkpoint, then remove those of least importance.
 
-        Arguments
-        ---------
-        meta, end_of_epoch, name, num_to_keep, keep_recent, importance_keys
-            As for SpeechBrain's, whose own method adds to its default of
-            `importance_keys` with every call.
-        max_keys, min_keys, ckpt_predicate, verbosity
-            As for SpeechBrain's.
+        SpeechBrain's own method adds to its default `importance_keys` in
+        every call.
         """
         self.save_checkpoint(meta, end_of_epoch, name, verbosity)
         recent = [ckpt_recency] if keep_recent else []
@@ -167,15 +141,8 @@ class SafeCheckpointer(Checkpointer):
     ) -> None:
         """Remove checkpoints, but never the newest nor the one before it.
 
-        Should the newest turn out to be damaged, there is one to fall back
-        on. Damaged ones are not removed: a person may want to look.
-
-        Arguments
-        ---------
-        num_to_keep, min_keys, max_keys, importance_keys
-            As for SpeechBrain's.
-        ckpt_predicate, verbosity
-            As for SpeechBrain's.
+        Should the newest turn out to be damaged, there is one to fall back on.
+        Damaged ones are not removed: a person may want to look.
         """
         if num_to_keep < 0:
             raise ValueError(f"num_to_keep is {num_to_keep}, below 0.")
@@ -202,13 +169,7 @@ class SafeCheckpointer(Checkpointer):
     # -- reading ----------------------------------------------------------
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints that are whole; each is checked once.
-
-        Raises
-        ------
-        CheckpointError
-            One was written by a newer version of this package.
-        """
+        """All checkpoints that are whole; each is checked once."""
         found = []
         for path in self._list_checkpoint_dirs():
             if path in self._damaged:
@@ -225,19 +186,7 @@ class SafeCheckpointer(Checkpointer):
     def recover_if_possible(
         self, importance_key=None, max_key=None, min_key=None, **kwargs
     ) -> Checkpoint | None:
-        """Load the newest, or the best, checkpoint that is whole.
-
-        Arguments
-        ---------
-        importance_key, max_key, min_key, **kwargs
-            As for SpeechBrain's.
-
-        Raises
-        ------
-        CheckpointError
-            There are checkpoints, and every one is damaged. Or a process
-            does not see the one that rank 0 chose.
-        """
+        """Load the newest, or the best, checkpoint that is whole."""
         chosen = self.choose_checkpoints(
             importance_key=importance_key,
             max_key=max_key,
@@ -254,22 +203,8 @@ class SafeCheckpointer(Checkpointer):
         """`find_checkpoints` for several processes: what rank 0 finds.
 
         Disks that machines share may show each of them another folder. All
-        processes must call this.
-
-        Arguments
-        ---------
-        **how
-            As for SpeechBrain's ``find_checkpoints``.
-
-        Returns
-        -------
-        list of Checkpoint
-
-        Raises
-        ------
-        CheckpointError
-            There are checkpoints, and every one is damaged. Or a process
-            does not see what rank 0 chose.
+        processes must call this. Raises where every checkpoint is damaged, or a
+        process does not see what rank 0 chose.
         """
 
         def find() -> list[Checkpoint]:
@@ -299,13 +234,8 @@ class SafeCheckpointer(Checkpointer):
     def load_modules(self, checkpoint: Checkpoint) -> None:
         """Load the weights of a checkpoint, and nothing else.
 
-        `recover_if_possible` would also set counters, random generators and
-        the log back to where that checkpoint was written.
-
-        Arguments
-        ---------
-        checkpoint : Checkpoint
-            From :meth:`find_checkpoint`.
+        `recover_if_possible` would also set counters, random generators and the
+        log back to where that checkpoint was written.
         """
         everything = self.recoverables
         self.recoverables = {
@@ -414,25 +344,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Describe a checkpoint folder, after checking every byte.
-
-    Arguments
-    ---------
-    path : path
-        A folder ``CKPT+...``.
-
-    Returns
-    -------
-    Checkpoint
-        SpeechBrain's: path, meta and paramfiles.
-
-    Raises
-    ------
-    DamagedCheckpoint
-        A file is missing or not what was written.
-    CheckpointError
-        The format number is of a newer version.
-    """
+    """Describe a checkpoint folder, after checking every byte."""
     path = Path(path)
     try:
         text = (path / METAFNAME).read_text(encoding="utf-8")

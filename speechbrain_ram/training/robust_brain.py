@@ -30,7 +30,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.training.checkpoints import CheckpointError, is_full_disk
+from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.distributed import (
     JointBatchSampler,
     Tally,
@@ -47,7 +47,7 @@ from speechbrain_ram.training.faults import (
     SkipUnreadable,
     StopRequest,
     ending_workers,
-    is_full_shared_memory,
+    explained,
     let_worker_outlive_signals,
 )
 from speechbrain_ram.utils import (
@@ -64,10 +64,6 @@ _LOADER_TIMEOUT = 600  # seconds without a batch: a worker hangs
 
 class NonFiniteError(RuntimeError):
     """Loss or gradients were NaN or infinite too often in a row."""
-
-
-class WorkerError(RuntimeError):
-    """A process that loads data died, or hangs."""
 
 
 @functools.partial(register_checkpoint_hooks, save_on_main_only=False)
@@ -101,6 +97,7 @@ class RobustBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         self.stop = stop or StopRequest(getattr(self.hparams, "max_hours", 0))
         self.stopping = False
+        self.train_sampler: JointBatchSampler | None = None
         self.tally = Tally()
         self.n_bad_steps = self.bad_in_a_row = self.n_scaled_down = 0
         self.faults: dict[sb.Stage, FaultList] = {}
@@ -112,15 +109,7 @@ class RobustBrain(sb.Brain):
     # -- the run ----------------------------------------------------------
 
     def fit(self, *args, **kwargs):
-        """Train; see ``speechbrain.Brain.fit``.
-
-        Raises
-        ------
-        Interrupted
-            A signal, or ``max_hours``; a SystemExit with status 75.
-        FaultError, NonFiniteError, WorkerError, CheckpointError
-            Training cannot go on; the same command continues it.
-        """
+        """Train; raises Interrupted (status 75), or says what stopped it."""
         with self.stop.listening(), ending_workers():
             try:
                 super().fit(*args, **kwargs)
@@ -129,29 +118,7 @@ class RobustBrain(sb.Brain):
                 leaving.told = True
                 raise
             except (OSError, RuntimeError) as error:
-                raise self._explained(error) from error
-
-    def _explained(self, error: Exception) -> Exception:
-        """Put into plain words what comes from below."""
-        text = str(error)
-        goes_on = self._how_to_go_on()
-        if is_full_shared_memory(error):
-            return WorkerError(
-                "/dev/shm is too small for what the loader's workers hand "
-                "over. Try --num_workers 0, or give it more room (docker run "
-                f"--shm-size 8g). {goes_on} ({text.strip().splitlines()[-1]})"
-            )
-        if is_full_disk(error):
-            return CheckpointError(f"the disk is full: {error}. {goes_on}")
-        if "DataLoader worker" in text or "DataLoader timed out" in text:
-            return WorkerError(
-                f"a process that loads data died or hangs: {text} The system "
-                "kills what takes too much memory; try a lower --num_workers. "
-                + goes_on
-            )
-        if n_processes() > 1 and "onnection" in text:
-            return RuntimeError(f"another process died: {text} {goes_on}")
-        return error
+                raise explained(error, self._how_to_go_on()) from error
 
     def _how_to_go_on(self) -> str:
         found = self.checkpointer and self.checkpointer.find_checkpoint()
@@ -220,14 +187,7 @@ class RobustBrain(sb.Brain):
     # -- the step ---------------------------------------------------------
 
     def fit_batch(self, batch: Batch) -> torch.Tensor:
-        """One step, or none where the batch is no good.
-
-        Returns
-        -------
-        torch.Tensor
-            The loss; NaN, which the running average leaves out, where the
-            step was skipped.
-        """
+        """One step; its loss, or NaN (which averages leave out) if skipped."""
         self._restore_random()
         sizes = self._agree(batch, sb.Stage.TRAIN)
         if 0 in sizes:  # a process has nothing to train on
@@ -255,7 +215,7 @@ class RobustBrain(sb.Brain):
         overflow = False
         if finite and should_step:
             finite = self._step_if_finite()
-            # Above 1 it may be the scale that does not fit.
+            # From 1 on, the scale itself may be what overflows.
             overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not finite:
             self.tally = before

@@ -56,21 +56,11 @@ class RunError(ValueError):
 class Run:
     """The identity of a run.
 
-    Arguments
-    ---------
-    id : str
-        Random, so that no two runs have the same.
-    settings : dict
-        From :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        That the first command asked for; more may be asked for later.
-    speakers : list of str
-        In the order of the classifier's rows.
-    files : dict of str to dict
-        For ``train``, ``valid`` and, where there are some, ``trials``: the
-        number of lines and a checksum.
-    facts : dict
-        What the model card states.
+    `settings` are from :func:`.settings.learned_settings`; `epochs` is what the
+    first command asked for, later ones may ask for more; `speakers` are in the
+    order of the classifier's rows; `files` has the number of lines and a
+    checksum of ``train``, ``valid`` and perhaps ``trials``; `facts` are the
+    model card's.
     """
 
     id: str
@@ -119,26 +109,10 @@ class Run:
 def read_run(
     folder: str | os.PathLike, save_folder: str | os.PathLike
 ) -> Run | None:
-    """Read what run an output folder belongs to.
+    """The run of an output folder; None where nothing has been learned yet.
 
-    Arguments
-    ---------
-    folder : path
-        The output folder.
-    save_folder : path
-        Its checkpoints, which keep the same: the newest is asked where
-        ``run.json`` is lost.
-
-    Returns
-    -------
-    Run or None
-        None where nothing has been learned yet: a first command that failed
-        may be corrected.
-
-    Raises
-    ------
-    RunError
-        ``run.json`` cannot be read, or checkpoints are of an unknown run.
+    A first command that failed may be corrected. Where ``run.json`` is lost,
+    the newest checkpoint has the same. Raises a RunError where neither tells.
     """
     folder = Path(folder)
     checkpoints = sorted(Path(save_folder).glob("CKPT*"))
@@ -150,8 +124,7 @@ def read_run(
             return _parse(file)
     raise RunError(
         f"'{folder}' holds a trained encoder but no {RUN_FILE}, so that "
-        "nobody knows which data and settings it comes from. "
-        + _ways_out(folder)
+        "its data and settings are unknown. " + _ways_out(folder)
     )
 
 
@@ -189,25 +162,7 @@ def check_settings_of(
     epochs: int,
     folder: str | os.PathLike,
 ) -> None:
-    """Refuse a command whose settings are not those of the run.
-
-    Arguments
-    ---------
-    run : Run
-        The run in the folder.
-    settings : mapping
-        Of the command, from
-        :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        ``number_of_epochs`` of the command.
-    folder : path
-        The output folder, for the message.
-
-    Raises
-    ------
-    RunError
-        Names every setting that differs, with both values.
-    """
+    """Refuse a command whose settings are not those of the run."""
     names = [*run.settings, *(n for n in settings if n not in run.settings)]
     missing = object()
     differ = {
@@ -262,25 +217,7 @@ def prepare_data(
     """Call a recipe's `prepare`; a run that goes on keeps its manifests.
 
     The corpus is looked at again in either case. A run that goes on has it
-    compared with its own manifests, which are then read back.
-
-    Arguments
-    ---------
-    prepare : functools.partial
-        Of the YAML; its argument `output_dir` is where manifests go.
-    run : Run, optional
-        The run that goes on.
-    folder : path
-        The output folder, for messages.
-
-    Returns
-    -------
-    train_csv, valid_csv : pathlib.Path
-
-    Raises
-    ------
-    RunError
-        The corpus has other utterances or speakers than the run's.
+    compared with its own manifests: a RunError says where it is another.
     """
     if run is None:
         return prepare()
@@ -292,7 +229,7 @@ def prepare_data(
         cache = kept / "headers.cache"
         if cache.exists():
             shutil.copy2(cache, fresh)
-        with _quiet():  # what it draws is not what the run has
+        with _quiet():  # its own split is not the run's
             manifests = prepare(output_dir=fresh)
         for manifest in fresh.iterdir():
             if not (kept / manifest.name).exists():  # was deleted
@@ -384,13 +321,7 @@ def _described(file: Path) -> dict:
 def check_files_of(
     run: Run, files: Mapping[str, dict], folder: str | os.PathLike
 ) -> None:
-    """Refuse manifests or trials that are not those the run began with.
-
-    Raises
-    ------
-    RunError
-        Names the file, with its number of lines before and now.
-    """
+    """Refuse manifests or trials that are not those the run began with."""
     what = {
         "train": "the training manifest",
         "valid": "the validation manifest",
@@ -418,24 +349,7 @@ def begin_run(
 ) -> Run:
     """Give a run its identity and write it into its folder.
 
-    Arguments
-    ---------
-    folder : path
-        The output folder.
-    settings : mapping
-        From :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        ``number_of_epochs``.
-    label_encoder : CategoricalEncoder
-        Of the training speakers.
-    files : mapping
-        From :func:`data_files`.
-    facts : mapping
-        For the model card. Of an absolute path the name is kept alone.
-
-    Returns
-    -------
-    Run
+    Of an absolute path among the facts, only the name is kept.
     """
     ind2lab = label_encoder.ind2lab
     run = Run(
@@ -461,19 +375,9 @@ def _without_path(value: Any) -> Any:
 
 @contextmanager
 def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes out of an output folder.
+    """Keep other processes out of an output folder, made if missing.
 
     The system lets go of the lock when its owner ends, however it ends.
-
-    Arguments
-    ---------
-    folder : path
-        Made where it is missing.
-
-    Raises
-    ------
-    RunError
-        Another process trains there, or the path is not a folder.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock", timeout=0)

@@ -359,7 +359,7 @@ def test_a_folder_without_it(run):
     (run / RUN_FILE).unlink()
     for file in run.rglob("run.ckpt"):
         file.unlink()
-    with pytest.raises(RunError, match="nobody knows which data"):
+    with pytest.raises(RunError, match="data and settings are unknown"):
         read_run(run, run / "save")
 
 
