@@ -293,7 +293,7 @@ def draw(folder, source, output, data_root, device):
 
     SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
     """
-    from speechbrain_ram.cli import demo as similarity_map
+    from speechbrain_ram.cli import similarity_map
     from speechbrain_ram.data.manifest import read_manifest
 
     check_output(output, ".html", ".png", ".svg", ".pdf")
