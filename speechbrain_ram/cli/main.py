@@ -37,7 +37,8 @@ from speechbrain_ram.utils import atomic_path, keep_freed_memory
     cls=JsonGroup, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(speechbrain_ram.__version__)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Train speaker encoders, verify them, and tell speakers apart.
 
     \b
@@ -50,7 +51,8 @@ def main() -> None:
     any rate and length, and videos where PyAV is installed. Every command
     exits with 2 on an error.
     """
-    keep_freed_memory()
+    if context.invoked_subcommand != "demo":  # which lives on, mostly idle
+        keep_freed_memory()
 
 
 @main.command()
