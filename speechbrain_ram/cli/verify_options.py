@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hyperpyyaml import load_hyperpyyaml
+import ruamel.yaml
+from ruamel.yaml.constructor import ConstructorError
 
-from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.data.plain import YAML_BYTES, limited_text, parse_yaml
 from speechbrain_ram.utils import needs_extra
 from speechbrain_ram.verification.metrics import P_TARGETS
 from speechbrain_ram.verification.report import file_name
@@ -108,26 +110,68 @@ def parse(
     return options
 
 
+class _Reference(str):
+    """What stands behind !ref, such as <data_root>/lists."""
+
+
+class _Options(ruamel.yaml.SafeConstructor):
+    """Plain values, and references to them; every other tag is refused."""
+
+    def reference(self, node: ruamel.yaml.Node) -> _Reference:
+        return _Reference(self.construct_scalar(node))
+
+    def refuse(self, node: ruamel.yaml.Node) -> None:
+        raise ConstructorError(
+            problem=f"the tag {node.tag}: options are plain values, nothing "
+            "is built from them",
+            problem_mark=node.start_mark,
+        )
+
+
+_Options.add_constructor("!ref", _Options.reference)
+_Options.add_constructor(None, _Options.refuse)
+
+
 def in_yaml(parser, path: str) -> list[str]:
     """The options in a YAML as a command line, so that both are checked."""
+    reader = ruamel.yaml.YAML(typ="safe", pure=True)
+    reader.Constructor = _Options
     try:
-        values = load_hyperpyyaml(read_text(path))
-    except TextError as error:
+        values = parse_yaml(limited_text(path, YAML_BYTES), path, reader)
+    except ValueError as error:
         parser.error(str(error))
-    except Exception as error:  # it may call anything
+    except OSError as error:
         parser.error(f"'{path}' cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"'{path}' cannot be read: it has no OPTION: VALUE.")
     known = set(vars(parser.parse_args([]))) - {"hparams"}
     unknown = set(values) - known
     if unknown:
         parser.error(f"'{path}' has unknown keys: {sorted(map(str, unknown))}")
+
+    def text(name: str, value: Any) -> str:
+        if isinstance(value, (dict, list)):
+            parser.error(
+                f"'{path}': {name} is {str(value)[:80]}; a value or a list of "
+                "values is needed."
+            )
+        if not isinstance(value, _Reference):
+            return str(value)
+        for key in re.findall("<(.*?)>", value):
+            if not isinstance(values.get(key), (str, int, float)):
+                parser.error(f"'{path}': {name} refers to <{key}>, no value.")
+            if isinstance(values[key], _Reference):
+                parser.error(f"'{path}': {name} refers to a reference, {key}.")
+        return re.sub("<(.*?)>", lambda key: str(values[key[1]]), value)
+
     arguments = []
     for name, value in values.items():
         if value is True:
             arguments.append(f"--{name}")
         elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *(text(name, each) for each in value)]
         elif value is not None and value is not False:
-            arguments.append(f"--{name}={value}")
+            arguments.append(f"--{name}={text(name, value)}")
     return arguments
 
 
