@@ -33,6 +33,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.manifest import read_manifest
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer, first_ten
 
 logger = get_logger(__name__)
@@ -42,6 +43,8 @@ logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt
 FORMAT = 1
 
 RUN_FILE = "run.json"
+
+_LARGEST = 2**26  # bytes of run.json: the names of a million speakers
 
 #: What the model card says of itself; it may be corrected later.
 _CORRECTABLE = ("name", "language", "license")
@@ -129,31 +132,47 @@ def read_run(
 
 
 def _parse(file: Path) -> Run:
+    names = {field.name for field in dataclasses.fields(Run)}
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        number = data.pop("format")
+        data = read_json(file, _LARGEST)
+        number = data.pop("format") if isinstance(data, dict) else None
         if number == FORMAT:
+            if set(data) != names:
+                raise ValueError(f"it has {', '.join(data)}"[:200])
             run = Run(**data)
-            kinds = (str, dict, int, list, dict, dict)
-            values = dataclasses.astuple(run)
-            if not all(map(isinstance, values, kinds)):
-                raise TypeError("a value is of another type")
+            _check_values(run)
             return run
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise RunError(
             f"'{file}' cannot be read ({error}). Was it edited, or cut off?"
         ) from error
     raise RunError(
-        f"'{file}' has format {number}, this version of speechbrain-ram reads "
-        f"format {FORMAT}. Was it written by a newer one?"
+        f"'{file}' has format {str(number)[:80]}, this version of "
+        f"speechbrain-ram reads format {FORMAT}. Was it written by a newer one?"
     )
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def _check_values(run: Run) -> None:
+    """Raise a ValueError that names a value of another kind than written."""
+    for name, is_right in (
+        ("id", isinstance(run.id, str)),
+        ("settings", isinstance(run.settings, dict)),
+        ("epochs", type(run.epochs) is int and run.epochs > 0),
+        ("speakers", _are_texts(run.speakers)),
+        ("facts", isinstance(run.facts, dict)),
+        ("files", isinstance(run.files, dict)),
+    ):
+        if not is_right:
+            raise ValueError(f"{name} is {str(getattr(run, name))[:80]!r}")
+    if len(set(run.speakers)) < len(run.speakers):
+        raise ValueError("speakers has a name twice")
+    for name, file in run.files.items():
+        if not isinstance(file, dict) or type(file.get("lines")) is not int:
+            raise ValueError(f"files says of {name} {str(file)[:80]!r}")
 
 
 def check_settings_of(
@@ -391,7 +410,9 @@ def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
             "Give the name of a folder."
         ) from None
     except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
+        who = "unknown"
+        if owner.exists():
+            who = owner.read_text(encoding="utf-8", errors="replace")[:200]
         raise RunError(
             f"'{folder}' is in use by another process: {who.strip()}. Wait "
             "for it, stop it, or give another --output_folder."

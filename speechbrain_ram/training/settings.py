@@ -5,6 +5,7 @@ A recipe is read as it stands: nothing that it names is built.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,6 +144,8 @@ def _flatten(node: Any, name: str, settings: dict[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))  # JSON has no such number
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
