@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -228,6 +229,23 @@ class MarginDiagnostics:
             classes = _joined(self.classes)
             summary["gradient_classes"] = classes[classes.isfinite()].mean()
         return {name: float(value) for name, value in summary.items()}
+
+
+def is_diagnosed(state: Any) -> bool:
+    """Whether it is None or a state of :class:`MarginDiagnostics`."""
+    if state is None:
+        return True
+    if not isinstance(state, dict):
+        return False
+    samples, classes = state.get("samples"), state.get("classes")
+    return isinstance(state.get("n_classes"), int) and all(
+        each is None
+        or isinstance(each, torch.Tensor)
+        and each.dtype == torch.float32
+        and each.dim() == (2 if each is samples else 1)
+        and (each is classes or len(each) == 6)
+        for each in (samples, classes)
+    )
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import functools
 import os
-import zipfile
+from collections.abc import Mapping
 
 import speechbrain as sb
 import torch
@@ -50,6 +50,7 @@ from speechbrain_ram.training.faults import (
     explained,
     let_worker_outlive_signals,
 )
+from speechbrain_ram.training.state import COUNTERS, Check, read_state
 from speechbrain_ram.utils import (
     all_numbers,
     atomic_writer,
@@ -81,7 +82,8 @@ class RobustBrain(sb.Brain):
                         step with the checkpoints
     ==================  =====================================================
 
-    A subclass lists in `kept_attributes` what else its epochs carry over.
+    A subclass names in `kept_attributes` what else its epochs carry over, with
+    a test of what a checkpoint may set it to.
 
     Arguments
     ---------
@@ -91,7 +93,7 @@ class RobustBrain(sb.Brain):
         As for ``speechbrain.Brain``.
     """
 
-    kept_attributes: tuple[str, ...] = ()
+    kept_attributes: Mapping[str, Check] = {}
 
     def __init__(self, *args, stop: StopRequest | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -360,11 +362,8 @@ class RobustBrain(sb.Brain):
         state = {
             "step": self.step,
             "avg_train_loss": self.avg_train_loss,
-            "optimizer_step": self.optimizer_step,
+            **{name: getattr(self, name) for name in COUNTERS},
             "tally": dataclasses.asdict(self.tally.joint()),
-            "n_bad_steps": self.n_bad_steps,
-            "bad_in_a_row": self.bad_in_a_row,
-            "n_scaled_down": self.n_scaled_down,
             "faults": self.faults[sb.Stage.TRAIN].messages,
             "joint_batch": self.train_sampler.joint_size,
             "threads": torch.get_num_threads(),
@@ -381,29 +380,21 @@ class RobustBrain(sb.Brain):
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
-        if not zipfile.is_zipfile(path):  # SpeechBrain's own, by a Brain
-            super()._recover(path, end_of_epoch)
+        rank = self.rank if n_processes() > 1 else 0
+        state = read_state(path, self.kept_attributes, rank)
+        for name in ("step", "avg_train_loss", *COUNTERS):
+            setattr(self, name, state.get(name, 0))
+        if "tally" not in state:  # SpeechBrain's own, by a Brain
             return
-        state = torch.load(path, weights_only=True)
         self._check_same_threads(state)
         if not end_of_epoch:
             self._check_same_epoch(state, path)
             self._resumed = state["tally"]
-        for name in (
-            "step",
-            "avg_train_loss",
-            "optimizer_step",
-            "n_bad_steps",
-            "bad_in_a_row",
-            "n_scaled_down",
-        ):
-            setattr(self, name, state[name])
         for name, value in state["kept"].items():
             setattr(self, name, value)
         self.faults[sb.Stage.TRAIN].restore(state["faults"])
         self._log_to_restore = state["log"]
-        rank = self.rank if n_processes() > 1 else 0
-        self._random = state["random"][min(rank, len(state["random"]) - 1)]
+        self._random = state["random"]
         if end_of_epoch:
             # The next draw is the loader's; within an epoch that was earlier.
             self._restore_random()
@@ -437,5 +428,5 @@ class RobustBrain(sb.Brain):
         log = getattr(self.hparams.train_logger, "save_file", None)
         if log is None or not os.path.exists(log):
             return None
-        with open(log, encoding="utf-8") as file:
+        with open(log, encoding="utf-8", errors="replace") as file:
             return file.read()
