@@ -30,7 +30,7 @@ from speechbrain_ram.cli.common import (
     recordings,
     threshold_option,
 )
-from speechbrain_ram.utils import atomic_path, keep_freed_memory
+from speechbrain_ram.utils import atomic_path, keep_freed_memory, printable
 
 
 @click.group(
@@ -118,7 +118,7 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
     failures = failures or {}
     ids = [name for i, name in enumerate(found) if i not in failures]
     for reason in failures.values():
-        click.echo(f"Left out: {reason}", err=True)
+        click.echo(f"Left out: {printable(reason)}", err=True)
     with atomic_path(output) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,

@@ -54,6 +54,7 @@ from speechbrain_ram.utils import (
     n_processes,
     of_rank_0,
     one_line_errors,
+    printable,
 )
 from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.metrics import eer
@@ -264,7 +265,7 @@ def verify(brain, trials, hparams, output):
         count = len(speakers.names)
         print(f"In brackets: the 95 % interval over {count} speakers.")
     for note in notes:
-        print(note)
+        print(printable(note))
     return Decision.fit(scores, trials.labels, name), notes
 
 

@@ -34,6 +34,7 @@ from speechbrain_ram.utils import (
     keep_freed_memory,
     leave_group,
     one_line_errors,
+    printable,
     rank,
 )
 from speechbrain_ram.verification.bootstrap import Interval
@@ -97,7 +98,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         trials, systems = read_systems(options.scores)
         known = about(options, trials, {})
         result = report(options, output, "Scores", trials, systems, *known)
-        print(results_table(*result))
+        print(printable(results_table(*result)))
         return result[0]
     output.mkdir(parents=True, exist_ok=True)
     given = read_inputs(options)
@@ -145,7 +146,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         intervals[name] = spread[options.name]
     table = results_table(results, intervals)
     (output / "results.md").write_text(f"# {options.name}\n\n{table}")
-    print(table)
+    print(printable(table))
     return results
 
 

@@ -8,13 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ruamel.yaml
 from ruamel.yaml.constructor import ConstructorError
 
 from speechbrain_ram.data.plain import YAML_BYTES, limited_text, parse_yaml
-from speechbrain_ram.utils import needs_extra
+from speechbrain_ram.utils import needs_extra, printable
 from speechbrain_ram.verification.metrics import P_TARGETS
 from speechbrain_ram.verification.report import file_name
 from speechbrain_ram.verification.scores import METHODS
@@ -55,16 +55,26 @@ _SWITCH: dict[str, Any] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: `error` asks for it."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse; a YAML's text stands in some messages."""
+        super().error(printable(message))
+
+
 def parse(
     argv: Sequence[str], program: str | None = None
 ) -> argparse.Namespace:
     """Command line over YAML over defaults."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=_DESCRIPTION,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
     add("--encoder", help="exported folder, run, or checkpoint")

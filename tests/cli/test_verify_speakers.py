@@ -269,6 +269,7 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(
         ("name: {a: b}", "name is {'a': 'b'}; a value or a list of values"),
         ("trials: [[a]]", "trials is ['a']; a value or a list of values"),
         ("5", "it has no OPTION: VALUE"),
+        ('name: !ref "<\\e[2J>"', r"refers to <\\x1b.2J>, no value"),
         ("? [a]\n: b", "not valid YAML|unknown keys"),
         ("a: " + 60 * "[" + 60 * "]", "lists in lists, more than 40 deep"),
         (LAUGHS, "more than 10000 values"),
