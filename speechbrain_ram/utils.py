@@ -211,6 +211,11 @@ def ahead(
 
 _CLASSES = (ValueError, OSError, ImportError, MemoryError)
 
+# All but tab and newline, marks that turn text around, half characters.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -237,7 +242,17 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"'{error.filename}': {error.strerror}"
     lines = [line.strip() for line in text.splitlines()]
-    return " ".join(filter(None, lines)) or type(error).__name__
+    return printable(" ".join(filter(None, lines))) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text of any file for a terminal: control characters become escapes.
+
+    A terminal obeys them: they clear it, rename it, or turn text around.
+    """
+    return _CONTROL.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), text
+    )
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_by_the_page(world):
 
     root, _, encoder, names, rows = world
     given = cosines(root, rows, names)
-    with client.TestClient(create_app(encoder)) as page:
+    with client.TestClient(create_app(encoder), "http://localhost") as page:
         answer = page.post(
             "/compare",
             files={

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import RECIPE, REPOSITORY
 
+from speechbrain_ram.cli.common import command
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.training.checkpoints import CheckpointError
-from speechbrain_ram.training.faults import Interrupted
-from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
-from speechbrain_ram.utils import one_line_errors
+from speechbrain_ram.training.faults import Interrupted, WorkerError
+from speechbrain_ram.training.robust_brain import NonFiniteError
+from speechbrain_ram.utils import one_line_errors, printable
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,31 @@ def test_what_a_user_can_mend_is_one_line(error, line, status, caplog, capsys):
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"a.py: {line}")
     assert caplog.records[0].exc_info[1] is error  # for OUTPUT/log.txt
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("Zo\u00eb\t\u65e5\n", "Zo\u00eb\t\u65e5\n"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("a\bb\x9b", r"a\x08b\x9b"),
+        ("\u202egnp.", r"\u202egnp."),
+        ("\udcff.wav", r"\udcff.wav"),
+    ],
+)
+def test_no_terminal_obeys_a_file(text, said, capsys):
+    assert printable(text) == said
+    with pytest.raises(SystemExit), one_line_errors("a.py"):
+        raise ValueError(text)
+    assert said.strip() in capsys.readouterr().err
+
+    @command
+    def shows():
+        return {}, text
+
+    with pytest.raises(SystemExit):
+        shows(as_json=False)
+    assert capsys.readouterr().out == f"{said}\n"
 
 
 @pytest.mark.parametrize(

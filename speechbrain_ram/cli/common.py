@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from speechbrain_ram.utils import is_user_error, json_text, one_line
+from speechbrain_ram.utils import is_user_error, json_text, one_line, printable
 
 # PyTorch is imported where it is needed: --help must not wait for it.
 
@@ -52,7 +52,7 @@ def command(function: Callable) -> Callable:
         if as_json:
             _print_json(facts)
         else:
-            click.echo(text)
+            click.echo(printable(text))
         sys.exit(*code)
 
     return run
@@ -169,4 +169,4 @@ def _show_warning(message, category, *_) -> None:
     from speechbrain_ram.data.recordings import RecordingWarning
 
     if issubclass(category, RecordingWarning):
-        click.echo(f"Warning: {message}", err=True)
+        click.echo(f"Warning: {printable(str(message))}", err=True)

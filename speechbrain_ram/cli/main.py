@@ -30,14 +30,15 @@ from speechbrain_ram.cli.common import (
     recordings,
     threshold_option,
 )
-from speechbrain_ram.utils import atomic_path, keep_freed_memory
+from speechbrain_ram.utils import atomic_path, keep_freed_memory, printable
 
 
 @click.group(
     cls=JsonGroup, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(speechbrain_ram.__version__)
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Train speaker encoders, verify them, and tell speakers apart.
 
     \b
@@ -50,7 +51,8 @@ def main() -> None:
     any rate and length, and videos where PyAV is installed. Every command
     exits with 2 on an error.
     """
-    keep_freed_memory()
+    if context.invoked_subcommand != "demo":  # which lives on, mostly idle
+        keep_freed_memory()
 
 
 @main.command()
@@ -116,7 +118,7 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
     failures = failures or {}
     ids = [name for i, name in enumerate(found) if i not in failures]
     for reason in failures.values():
-        click.echo(f"Left out: {reason}", err=True)
+        click.echo(f"Left out: {printable(reason)}", err=True)
     with atomic_path(output) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
@@ -293,7 +295,7 @@ def draw(folder, source, output, data_root, device):
 
     SOURCE holds SPEAKER/FILE, or is a manifest (.csv).
     """
-    from speechbrain_ram.cli import demo as similarity_map
+    from speechbrain_ram.cli import similarity_map
     from speechbrain_ram.data.manifest import read_manifest
 
     check_output(output, ".html", ".png", ".svg", ".pdf")

@@ -17,22 +17,13 @@ _FILE = "ram_resnet34"
 
 
 def home() -> Path:
-    """The folder of ``hparams/`` and ``recipes/``.
-
-    A wheel has them inside the package, a clone beside it.
-    """
+    """The folder of ``hparams/`` and ``recipes/``, in a wheel or beside it."""
     package = Path(str(files("speechbrain_ram")))
     return package if (package / "recipes").is_dir() else package.parent
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> YAML of every recipe, the simplest one first.
-
-    Example
-    -------
-    >>> list(recipes())[:3]
-    ['synthetic', 'cnceleb', 'cnceleb-strong']
-    """
+    """Name -> YAML of every recipe, the simplest one first."""
     found = {"synthetic": home() / "hparams" / f"{_FILE}.yaml"}
     for path in sorted(home().glob(f"recipes/*/hparams/{_FILE}*.yaml")):
         folder = path.parent.parent.name.lower()
@@ -49,18 +40,7 @@ def about(path: Path) -> str:
 
 
 def recipe_file(name: str) -> str:
-    """The YAML that a command line means.
-
-    Arguments
-    ---------
-    name : str
-        A recipe's short name, or a YAML file.
-
-    Raises
-    ------
-    ValueError
-        It is neither.
-    """
+    """The YAML file that is meant by its path or by a recipe's name."""
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return name
     known = recipes()

@@ -54,6 +54,7 @@ from speechbrain_ram.utils import (
     n_processes,
     of_rank_0,
     one_line_errors,
+    printable,
 )
 from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.metrics import eer
@@ -130,7 +131,12 @@ def _train(hparams_file, hparams, run_opts, overrides):
         valid_loader_kwargs=loader,
     )
 
-    # The best checkpoint becomes the folder that others load.
+    _export(brain, hparams, run, label_encoder, classifier, valid_csv)
+
+
+def _export(brain, hparams, run, label_encoder, classifier, valid_csv):
+    """The best checkpoint becomes the folder that others load."""
+    output, trials = Path(hparams["output_folder"]), brain.dev_trials
     brain.load_best()
     some = embedding_names(read_manifest(valid_csv))[:1000]
     embeddings = brain.embed(some, hparams["data_root"])
@@ -259,7 +265,7 @@ def verify(brain, trials, hparams, output):
         count = len(speakers.names)
         print(f"In brackets: the 95 % interval over {count} speakers.")
     for note in notes:
-        print(note)
+        print(printable(note))
     return Decision.fit(scores, trials.labels, name), notes
 
 

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from speechbrain_ram.utils import (
     keep_freed_memory,
     leave_group,
     one_line_errors,
+    printable,
     rank,
 )
 from speechbrain_ram.verification.bootstrap import Interval
@@ -78,6 +79,17 @@ from speechbrain_ram.verification.trials import (
 )
 
 
+class Inputs(NamedTuple):
+    """All that verification reads besides sound and the encoder."""
+
+    lists: dict[str, TrialList]
+    dev: list[TrialList]  # one to calibrate on, or none
+    places: dict[str, str]  # utterance -> where it is
+    known: dict[str, tuple]  # list -> speakers and groups
+    cohort: list[Utterance]
+    others: dict[str, System]  # that the encoder is compared with
+
+
 def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     """From options to reports; returns the metrics of each list."""
     options = parse(argv, program)
@@ -86,27 +98,74 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         trials, systems = read_systems(options.scores)
         known = about(options, trials, {})
         result = report(options, output, "Scores", trials, systems, *known)
-        print(results_table(*result))
+        print(printable(results_table(*result)))
         return result[0]
-
-    # Everything that can be wrong with the input is found before the work.
     output.mkdir(parents=True, exist_ok=True)
+    given = read_inputs(options)
+    encoder = SpeakerEncoder.from_folder(
+        options.encoder,
+        own_device(options.device),
+        resample=options.resample,
+        mixdown=options.mixdown,
+        batch_seconds=options.max_frames and options.max_frames / 100,
+    )
+    embeddings = embed(
+        options,
+        encoder,
+        list(given.places.values()),
+        options.data_root,
+        options.store or output / "embeddings.safetensors",
+    )
+    if options.kaldi:
+        embeddings = embeddings.renamed(given.places)
+    mean, cohort = embed_cohort(options, encoder, given.cohort)
+    follower = rank() > 0
+    leave_group()
+    if follower:
+        return {}
+
+    calibration = None
+    for trials in given.dev:
+        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        calibration = fit_calibration(
+            stages[-1], trials.labels, qualities, options.calibration_prior
+        )
+        calibration.save(output / "calibration.json")
+
+    results, intervals = {}, {}
+    for name, trials in given.lists.items():
+        scored = score(options, trials, embeddings, mean, cohort)
+        folder = output / name
+        folder.mkdir(exist_ok=True)
+        systems = written(options, folder, trials, *scored, calibration)
+        systems |= given.others
+        metrics, spread = report(
+            options, folder, name, trials, systems, *given.known[name]
+        )
+        results[name] = metrics[options.name]
+        intervals[name] = spread[options.name]
+    table = results_table(results, intervals)
+    (output / "results.md").write_text(f"# {options.name}\n\n{table}")
+    print(printable(table))
+    return results
+
+
+def read_inputs(options: argparse.Namespace) -> Inputs:
+    """Find everything that can be wrong with the input before the work."""
+    names = list_names(options.trials)
     lists = {
         name: read_list(options, path)
-        for name, path in zip(
-            list_names(options.trials), options.trials, strict=True
-        )
+        for name, path in zip(names, options.trials, strict=True)
     }
     dev = []
     if options.calibrate_on:
         dev = [read_list(options, options.calibrate_on)]
-    everything = [*dev, *lists.values()]
     parts = {}
     if options.kaldi:
         parts = kaldi_parts(options.kaldi, options.data_root)
-    places = locate(options, everything, parts)
+    places = locate(options, [*dev, *lists.values()], parts)
     check_recordings(set(places.values()), options.data_root)
-    cohort_rows = read_cohort(options)
+    cohort = read_cohort(options)
     spoken_by = {name: part.speaker for name, part in parts.items()}
     known = {
         name: about(options, trials, spoken_by or speakers_beside(path))
@@ -118,52 +177,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     if options.scores:
         trials, others = read_systems(options.scores)
         check_same(next(iter(lists.values())), trials, "--scores")
-    encoder = SpeakerEncoder.from_folder(
-        options.encoder,
-        own_device(options.device),
-        resample=options.resample,
-        mixdown=options.mixdown,
-        batch_seconds=options.max_frames and options.max_frames / 100,
-    )
-
-    embeddings = embed(
-        options,
-        encoder,
-        list(places.values()),
-        options.data_root,
-        options.store or output / "embeddings.safetensors",
-    )
-    if parts:
-        embeddings = embeddings.renamed(places)
-    mean, cohort = embed_cohort(options, encoder, cohort_rows)
-    follower = rank() > 0
-    leave_group()
-    if follower:
-        return {}
-
-    calibration = None
-    for trials in dev:
-        stages, qualities = score(options, trials, embeddings, mean, cohort)
-        calibration = fit_calibration(
-            stages[-1], trials.labels, qualities, options.calibration_prior
-        )
-        calibration.save(output / "calibration.json")
-
-    results, intervals = {}, {}
-    for name, trials in lists.items():
-        scored = score(options, trials, embeddings, mean, cohort)
-        folder = output / name
-        folder.mkdir(exist_ok=True)
-        systems = written(options, folder, trials, *scored, calibration)
-        metrics, spread = report(
-            options, folder, name, trials, systems | others, *known[name]
-        )
-        results[name] = metrics[options.name]
-        intervals[name] = spread[options.name]
-    table = results_table(results, intervals)
-    (output / "results.md").write_text(f"# {options.name}\n\n{table}")
-    print(table)
-    return results
+    return Inputs(lists, dev, places, known, cohort, others)
 
 
 def written(

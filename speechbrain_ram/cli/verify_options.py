@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hyperpyyaml import load_hyperpyyaml
+import ruamel.yaml
+from ruamel.yaml.constructor import ConstructorError
 
-from speechbrain_ram.data.names import TextError, read_text
-from speechbrain_ram.utils import needs_extra
+from speechbrain_ram.data.plain import YAML_BYTES, limited_text, parse_yaml
+from speechbrain_ram.utils import needs_extra, printable
 from speechbrain_ram.verification.metrics import P_TARGETS
 from speechbrain_ram.verification.report import file_name
 from speechbrain_ram.verification.scores import METHODS
@@ -43,8 +45,7 @@ def _truth(text: str) -> bool:
     return text == "True"
 
 
-#: A switch that is typed as in a training, ``--mixdown True``,
-#: or alone.
+#: A switch, typed alone or as in a training: ``--mixdown True``.
 _SWITCH: dict[str, Any] = {
     "nargs": "?",
     "type": _truth,
@@ -54,16 +55,26 @@ _SWITCH: dict[str, Any] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: `error` asks for it."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse; a YAML's text stands in some messages."""
+        super().error(printable(message))
+
+
 def parse(
     argv: Sequence[str], program: str | None = None
 ) -> argparse.Namespace:
     """Command line over YAML over defaults."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=_DESCRIPTION,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.print_usage = lambda *_: None  # an error is one line
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
     add("--encoder", help="exported folder, run, or checkpoint")
@@ -77,8 +88,8 @@ def parse(
     add("--strip_prefix", default="", help="taken off names in the lists")
     add("--suffix", help="ending that all names shall have, such as .flac")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    help = "frames of 10 ms in a batch (default: 6000 on a GPU, else 200)"
-    add("--max_frames", type=count, help=help)
+    text = "frames of 10 ms in a batch (default: 6000 on a GPU, else 200)"
+    add("--max_frames", type=count, help=text)
     add("--resample", **_SWITCH, help="allow other sample rates")
     add("--mixdown", **_SWITCH, help="allow several channels")
     add("--store", help="embeddings file (default: in OUTPUT)")
@@ -92,11 +103,11 @@ def parse(
     add("--qualities", nargs="*", default=[], choices=QUALITIES)
     add("--calibration_prior", type=prior, default=0.01)
     add("--p_targets", nargs="+", type=prior, default=list(P_TARGETS))
-    help = f"replicates for intervals (default: {REPLICATES}), 0 for none"
-    add("--bootstrap", type=count_or_none, metavar="N", help=help)
+    text = f"replicates for intervals (default: {REPLICATES}), 0 for none"
+    add("--bootstrap", type=count_or_none, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of the bootstrap")
-    help = "regular expression (default: LIST.spk2utt, or the first folder)"
-    add("--speaker_pattern", help=help)
+    text = "regular expression (default: LIST.spk2utt, or the first folder)"
+    add("--speaker_pattern", help=text)
     add("--speakers", help="table of speakers, by which trials are grouped")
     add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
     add("--scores", nargs="*", default=[], metavar="NAME=FILE")
@@ -109,26 +120,68 @@ def parse(
     return options
 
 
+class _Reference(str):
+    """What stands behind !ref, such as <data_root>/lists."""
+
+
+class _Options(ruamel.yaml.SafeConstructor):
+    """Plain values, and references to them; every other tag is refused."""
+
+    def reference(self, node: ruamel.yaml.Node) -> _Reference:
+        return _Reference(self.construct_scalar(node))
+
+    def refuse(self, node: ruamel.yaml.Node) -> None:
+        raise ConstructorError(
+            problem=f"the tag {node.tag}: options are plain values, nothing "
+            "is built from them",
+            problem_mark=node.start_mark,
+        )
+
+
+_Options.add_constructor("!ref", _Options.reference)
+_Options.add_constructor(None, _Options.refuse)
+
+
 def in_yaml(parser, path: str) -> list[str]:
     """The options in a YAML as a command line, so that both are checked."""
+    reader = ruamel.yaml.YAML(typ="safe", pure=True)
+    reader.Constructor = _Options
     try:
-        values = load_hyperpyyaml(read_text(path))
-    except TextError as error:
+        values = parse_yaml(limited_text(path, YAML_BYTES), path, reader)
+    except ValueError as error:
         parser.error(str(error))
-    except Exception as error:  # it may call anything
+    except OSError as error:
         parser.error(f"'{path}' cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"'{path}' cannot be read: it has no OPTION: VALUE.")
     known = set(vars(parser.parse_args([]))) - {"hparams"}
     unknown = set(values) - known
     if unknown:
         parser.error(f"'{path}' has unknown keys: {sorted(map(str, unknown))}")
+
+    def text(name: str, value: Any) -> str:
+        if isinstance(value, (dict, list)):
+            parser.error(
+                f"'{path}': {name} is {str(value)[:80]}; a value or a list of "
+                "values is needed."
+            )
+        if not isinstance(value, _Reference):
+            return str(value)
+        for key in re.findall("<(.*?)>", value):
+            if not isinstance(values.get(key), (str, int, float)):
+                parser.error(f"'{path}': {name} refers to <{key}>, no value.")
+            if isinstance(values[key], _Reference):
+                parser.error(f"'{path}': {name} refers to a reference, {key}.")
+        return re.sub("<(.*?)>", lambda key: str(values[key[1]]), value)
+
     arguments = []
     for name, value in values.items():
         if value is True:
             arguments.append(f"--{name}")
         elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *(text(name, each) for each in value)]
         elif value is not None and value is not False:
-            arguments.append(f"--{name}={value}")
+            arguments.append(f"--{name}={text(name, value)}")
     return arguments
 
 

@@ -30,30 +30,11 @@ LONGEST_WARMUP = 1 / 3
 
 
 def margin_worth(loss_fn: torch.nn.Module, n_classes: int) -> float | None:
-    """What the margin of form ``paper`` is worth to AM-Softmax.
+    """What the margin of form ``paper`` is worth to AM-Softmax, else None.
 
-    See :func:`speechbrain_ram.losses.equivalent_am_margin`. An angular margin
-    counts as the greatest lead in cosine that it asks, 2 sin(m / 2), so that
-    its worth is an upper bound.
-
-    Arguments
-    ---------
-    loss_fn : torch.nn.Module
-        From :func:`speechbrain_ram.losses.make_objective`.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    float or None
-        None for softmax, trivial margins and the forms ``released`` and
-        ``hinge``: the number of classes takes nothing from them.
-
-    Example
-    -------
-    >>> from speechbrain_ram.losses import make_objective
-    >>> round(margin_worth(make_objective("ram", 0.2), 7205), 2)
-    -0.1
+    An angular margin counts as the greatest lead in cosine that it asks,
+    2 sin(m / 2), so its worth is an upper bound. See
+    :func:`speechbrain_ram.losses.equivalent_am_margin`.
     """
     if getattr(loss_fn, "form", None) != "paper":
         return None
@@ -122,29 +103,7 @@ def schedule_warnings(
     n_steps: int,
     n_epochs: int,
 ) -> list[str]:
-    """Where warm-up, decay or the margin's rise do not fit the training.
-
-    Arguments
-    ---------
-    rate : WarmupDecay
-        Another schedule is not judged.
-    schedule : MarginRise or None
-        Another one is not judged.
-    n_steps : int
-        Optimiser steps of the whole training.
-    n_epochs : int
-        Its epochs.
-
-    Returns
-    -------
-    list of str
-        Empty where all fit.
-
-    Example
-    -------
-    >>> schedule_warnings(WarmupDecay(0.1, warmup_steps=500), None, 9000, 51)
-    []
-    """
+    """Where warm-up, decay or the margin's rise do not fit the training."""
     found = []
     if isinstance(rate, WarmupDecay):
         found += _rate_warnings(rate, n_steps, n_epochs)
@@ -186,25 +145,9 @@ def _rate_warnings(rate: WarmupDecay, n_steps: int, n_epochs: int):
 
 
 def verdict(before: float | None, after: float) -> list[str]:
-    """Say so where training has not made the encoder better.
+    """Say so where the EER, in percent, is not lower after training.
 
-    Arguments
-    ---------
-    before, after : float
-        EER on the development trials, in percent: of the untrained encoder
-        (None: not known, ``verify_untrained`` is off) and of the trained one.
-
-    Returns
-    -------
-    list of str
-        Notes for the terminal, the report and the model card; mostly empty.
-
-    Example
-    -------
-    >>> verdict(23.3, 4.4)
-    []
-    >>> verdict(23.3, 36.7)[0][:52]
-    'This encoder is not better than an untrained one: EE'
+    `before` is None where ``verify_untrained`` is off.
     """
     if before is None or after < before:
         return []
@@ -216,14 +159,7 @@ def verdict(before: float | None, after: float) -> list[str]:
 
 
 def session_note(trials: TrialList) -> str:
-    """How many target trials pair recordings of two folders (sessions).
-
-    Example
-    -------
-    >>> names = ("a/1/x.wav", "a/2/x.wav", "b/1/x.wav")
-    >>> session_note(TrialList(names, names, [0, 0], [1, 2], [1, 0]))
-    'Of 1 target trials, 1 pair recordings of two folders (sessions).'
-    """
+    """How many target trials pair recordings of two folders (sessions)."""
     target = trials.labels == 1
     names = (*trials.enrol_ids, *trials.test_ids)
     sessions = {each: i for i, each in enumerate(set(map(session_of, names)))}

@@ -19,9 +19,10 @@ from speechbrain_ram.training.advice import (
     schedule_warnings,
 )
 from speechbrain_ram.training.checkpoints import CheckpointError
-from speechbrain_ram.training.diagnostics import MarginDiagnostics
+from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
 from speechbrain_ram.training.robust_brain import RobustBrain
-from speechbrain_ram.utils import gathered
+from speechbrain_ram.training.state import are_numbers, is_number_or_none
+from speechbrain_ram.utils import first_ten, gathered, one_line
 from speechbrain_ram.verification.embedder import Embedder, Padding
 from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.metrics import eer, min_dcf
@@ -71,7 +72,11 @@ class SpeakerBrain(RobustBrain):
         As for :class:`RobustBrain`.
     """
 
-    kept_attributes = ("rate", "untrained", "diagnosed")
+    kept_attributes = {
+        "rate": is_number_or_none,
+        "untrained": are_numbers,
+        "diagnosed": is_diagnosed,
+    }
 
     def __init__(
         self,
@@ -315,28 +320,14 @@ class SpeakerBrain(RobustBrain):
     def encode(
         self, waveforms: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Embed a padded batch.
-
-        Arguments
-        ---------
-        waveforms : torch.Tensor
-            Shape [B, samples].
-        lengths : torch.Tensor
-            Shape [B], relative.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [B, E], float32.
-        """
+        """Embed a batch [B, samples] of relative lengths [B] as [B, E]."""
         waveforms = waveforms.to(self.device)
         lengths = lengths.to(self.device)
         with self.evaluation_ctx:
             feats = self.modules.compute_features(waveforms)
             feats = self.modules.mean_var_norm(feats, lengths)
-            # Without wrappers: DDP would synchronise ranks that have unequal
-            # numbers of batches, a compiled graph would be compiled anew for
-            # each length.
+            # Without wrappers: DDP would wait for ranks with fewer batches, a
+            # compiled graph would be compiled again for each length.
             encoder = _unwrapped(self.modules["embedding_model"])
             return encoder(feats, lengths).squeeze(1).float()
 
@@ -354,9 +345,17 @@ class SpeakerBrain(RobustBrain):
                 ckpt_predicate=lambda each: each.meta["end-of-epoch"],
                 max_num_checkpoints=self.n_averaged,
             )
-            for name in ("embedding_model", "classifier"):
-                mean = average_checkpoints(newest, name)
-                self.checkpointer.recoverables[name].load_state_dict(mean)
+            try:
+                for name in ("embedding_model", "classifier"):
+                    mean = average_checkpoints(newest, name, _read_weights)
+                    self.checkpointer.recoverables[name].load_state_dict(mean)
+            except Exception as error:  # of torch, whatever the bytes say
+                places = first_ten([f"'{each.path}'" for each in newest])
+                raise CheckpointError(
+                    f"{name} of the checkpoints {places} cannot be averaged "
+                    f"({type(error).__name__}: {one_line(error)[:300]}). Is "
+                    "one of them damaged?"
+                ) from error
             return
         best = self.checkpointer.choose_checkpoints(
             min_key=self.best_key, max_num_checkpoints=1
@@ -372,19 +371,7 @@ class SpeakerBrain(RobustBrain):
             self.dev_embeddings = embedded  # by these weights
 
     def embed(self, utterances: Sequence[str], root: str) -> EmbeddingSet:
-        """Embed recordings, with all processes.
-
-        Arguments
-        ---------
-        utterances : sequence of str
-            Paths relative to `root`.
-        root : str
-            Their folder.
-
-        Returns
-        -------
-        EmbeddingSet
-        """
+        """Embed recordings, by paths relative to `root`, with all processes."""
         self.modules.eval()
         with self.stop.listening():
             embeddings = extract(
@@ -424,6 +411,10 @@ class SpeakerBrain(RobustBrain):
             "EER": eer(scores, labels),
             "minDCF(0.01)": min_dcf(scores, labels, p_target=0.01),
         }
+
+
+def _read_weights(path, map_location):
+    return torch.load(path, map_location, weights_only=True)
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:

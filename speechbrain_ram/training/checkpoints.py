@@ -10,8 +10,6 @@ SpeechBrain's: its own Checkpointer reads them.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from speechbrain.utils.checkpoints import (
     METAFNAME,
     Checkpoint,
@@ -30,19 +27,21 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.training.checkpoint_files import (
+    FORMAT,
+    AskedFiles,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_loaded,
+    checksum,
+    checksum_of_meta,
+    option_kinds,
+    read_checkpoint,
+    write_meta,
+)
 from speechbrain_ram.utils import of_rank_0, together
 
 logger = get_logger(__name__)
-
-#: Of the folders; a reader refuses the numbers it does not know. Folders
-#: without a number are SpeechBrain's own, which carry no checksums.
-FORMAT = 1
-
-_CHUNK = 1 << 22  # bytes hashed at once
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says why."""
 
 
 class SafeCheckpointer(Checkpointer):
@@ -57,12 +56,7 @@ class SafeCheckpointer(Checkpointer):
     clock set back        does not change which one is the newest
     ====================  ===================================================
 
-    Arguments
-    ---------
-    checkpoints_dir : path
-        As for SpeechBrain's.
-    *args, **kwargs
-        As for SpeechBrain's.
+    It takes the same arguments.
 
     Example
     -------
@@ -86,23 +80,7 @@ class SafeCheckpointer(Checkpointer):
     def save_checkpoint(
         self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
     ) -> Checkpoint | None:
-        """Write one checkpoint; its folder appears when it is complete.
-
-        Arguments
-        ---------
-        meta, end_of_epoch, name, verbosity
-            As for SpeechBrain's.
-
-        Returns
-        -------
-        Checkpoint or None
-            None on other ranks than 0.
-
-        Raises
-        ------
-        CheckpointError
-            The disk is full, or the folder cannot be written.
-        """
+        """Write one checkpoint; its folder appears when it is complete."""
         try:
             part = super().save_checkpoint(
                 meta or {}, end_of_epoch, name, logging.DEBUG
@@ -136,13 +114,8 @@ class SafeCheckpointer(Checkpointer):
     ) -> None:
         """Write one checkpoint, then remove those of least importance.
 
-        Arguments
-        ---------
-        meta, end_of_epoch, name, num_to_keep, keep_recent, importance_keys
-            As for SpeechBrain's, whose own method adds to its default of
-            `importance_keys` with every call.
-        max_keys, min_keys, ckpt_predicate, verbosity
-            As for SpeechBrain's.
+        SpeechBrain's own method adds to its default `importance_keys` in
+        every call.
         """
         self.save_checkpoint(meta, end_of_epoch, name, verbosity)
         recent = [ckpt_recency] if keep_recent else []
@@ -167,15 +140,8 @@ class SafeCheckpointer(Checkpointer):
     ) -> None:
         """Remove checkpoints, but never the newest nor the one before it.
 
-        Should the newest turn out to be damaged, there is one to fall back
-        on. Damaged ones are not removed: a person may want to look.
-
-        Arguments
-        ---------
-        num_to_keep, min_keys, max_keys, importance_keys
-            As for SpeechBrain's.
-        ckpt_predicate, verbosity
-            As for SpeechBrain's.
+        Should the newest turn out to be damaged, there is one to fall back on.
+        Damaged ones are not removed: a person may want to look.
         """
         if num_to_keep < 0:
             raise ValueError(f"num_to_keep is {num_to_keep}, below 0.")
@@ -202,13 +168,7 @@ class SafeCheckpointer(Checkpointer):
     # -- reading ----------------------------------------------------------
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints that are whole; each is checked once.
-
-        Raises
-        ------
-        CheckpointError
-            One was written by a newer version of this package.
-        """
+        """All checkpoints that are whole; each is checked once."""
         found = []
         for path in self._list_checkpoint_dirs():
             if path in self._damaged:
@@ -225,19 +185,7 @@ class SafeCheckpointer(Checkpointer):
     def recover_if_possible(
         self, importance_key=None, max_key=None, min_key=None, **kwargs
     ) -> Checkpoint | None:
-        """Load the newest, or the best, checkpoint that is whole.
-
-        Arguments
-        ---------
-        importance_key, max_key, min_key, **kwargs
-            As for SpeechBrain's.
-
-        Raises
-        ------
-        CheckpointError
-            There are checkpoints, and every one is damaged. Or a process
-            does not see the one that rank 0 chose.
-        """
+        """Load the newest, or the best, checkpoint that is whole."""
         chosen = self.choose_checkpoints(
             importance_key=importance_key,
             max_key=max_key,
@@ -254,22 +202,8 @@ class SafeCheckpointer(Checkpointer):
         """`find_checkpoints` for several processes: what rank 0 finds.
 
         Disks that machines share may show each of them another folder. All
-        processes must call this.
-
-        Arguments
-        ---------
-        **how
-            As for SpeechBrain's ``find_checkpoints``.
-
-        Returns
-        -------
-        list of Checkpoint
-
-        Raises
-        ------
-        CheckpointError
-            There are checkpoints, and every one is damaged. Or a process
-            does not see what rank 0 chose.
+        processes must call this. Raises where every checkpoint is damaged, or a
+        process does not see what rank 0 chose.
         """
 
         def find() -> list[Checkpoint]:
@@ -296,16 +230,40 @@ class SafeCheckpointer(Checkpointer):
         together(look)
         return chosen
 
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Load; a state that cannot be loaded or believed is a damage.
+
+        Weights of another architecture stay the RuntimeError of torch.
+        """
+        files = AskedFiles(checkpoint.paramfiles)
+        kinds = {
+            name: option_kinds(each)
+            for name, each in self.recoverables.items()
+            if isinstance(each, torch.optim.Optimizer)
+        }
+        try:
+            super().load_checkpoint(checkpoint._replace(paramfiles=files))
+            for name, each in self.recoverables.items():
+                if name in files:
+                    files.last = name
+                    check_loaded(each, kinds.get(name))
+        except Exception as error:  # of the host, whatever the bytes say
+            ours = type(error).__module__.startswith("speechbrain_ram.")
+            if ours or "loading state_dict" in str(error):
+                raise
+            file = checkpoint.path / f"{files.last}.ckpt"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            what = f"damaged ({why[:300]})" if file.exists() else "missing"
+            raise DamagedCheckpoint(
+                f"'{file}' is {what}. Delete '{checkpoint.path}' to go on from "
+                "the checkpoint before it."
+            ) from error
+
     def load_modules(self, checkpoint: Checkpoint) -> None:
         """Load the weights of a checkpoint, and nothing else.
 
-        `recover_if_possible` would also set counters, random generators and
-        the log back to where that checkpoint was written.
-
-        Arguments
-        ---------
-        checkpoint : Checkpoint
-            From :meth:`find_checkpoint`.
+        `recover_if_possible` would also set counters, random generators and the
+        log back to where that checkpoint was written.
         """
         everything = self.recoverables
         self.recoverables = {
@@ -340,14 +298,13 @@ class SafeCheckpointer(Checkpointer):
     def _publish(self, part: Checkpoint) -> Checkpoint:
         """Checksums, sync, rename."""
         files = {
-            file.name: _checksum(file)
+            file.name: checksum(file)
             for file in sorted(part.path.iterdir())
             if file.name != METAFNAME
         }
         meta = {**part.meta, "files": files}
-        meta["checksum"] = _checksum_of_meta(meta)
-        text = "# yamllint disable\n" + yaml.dump(meta)
-        (part.path / METAFNAME).write_text(text, encoding="utf-8")
+        meta["checksum"] = checksum_of_meta(meta)
+        write_meta(part.path / METAFNAME, meta)
         for file in part.path.iterdir():
             _sync(file)
         _sync(part.path)
@@ -409,72 +366,6 @@ class SafeCheckpointer(Checkpointer):
         )
 
 
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint is not what was written."""
-
-
-def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Describe a checkpoint folder, after checking every byte.
-
-    Arguments
-    ---------
-    path : path
-        A folder ``CKPT+...``.
-
-    Returns
-    -------
-    Checkpoint
-        SpeechBrain's: path, meta and paramfiles.
-
-    Raises
-    ------
-    DamagedCheckpoint
-        A file is missing or not what was written.
-    CheckpointError
-        The format number is of a newer version.
-    """
-    path = Path(path)
-    try:
-        text = (path / METAFNAME).read_text(encoding="utf-8")
-        meta = yaml.safe_load(text)
-        number = meta.get("format", 0)
-        # Whatever a format changes, this stays: a flipped bit in the number
-        # itself must not pass for another format.
-        ours = number or "checksum" in meta or "files" in meta
-        if ours and meta["checksum"] != _checksum_of_meta(meta):
-            raise DamagedCheckpoint(f"'{path / METAFNAME}' is damaged.")
-        if not isinstance(meta["unixtime"], float):
-            raise KeyError("unixtime")
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-        KeyError,
-        AttributeError,
-        TypeError,  # another kind of data
-        RecursionError,  # brackets
-    ) as e:
-        raise DamagedCheckpoint(
-            f"'{path / METAFNAME}' is damaged ({type(e).__name__}: {e})."
-        ) from e
-    if number not in (0, FORMAT):
-        raise CheckpointError(
-            f"'{path}' has format {number}, this version of speechbrain-ram "
-            f"reads formats up to {FORMAT}. Was it written by a newer one?"
-        )
-    for name, written in meta.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"'{file}' of a checkpoint is missing.")
-        if _checksum(file) != written:
-            raise DamagedCheckpoint(
-                f"'{file}' is damaged: it has {file.stat().st_size} bytes "
-                "and another checksum than when it was written."
-            )
-    files = {each.stem: each for each in path.glob("*.ckpt")}
-    return Checkpoint(path, meta, files)
-
-
 def _part(path: Path) -> Path:
     """The hidden name to write under, with the process that writes."""
     host = socket.gethostname()
@@ -484,32 +375,17 @@ def _part(path: Path) -> Path:
 def _is_others(part: Path) -> bool:
     """Whether a process that may be alive is still writing."""
     _, host, process = ["", "", *part.stem.rsplit("@", 2)][-3:]
-    if not process.isdigit() or int(process) == os.getpid():
+    if not process.isdecimal() or int(process) == os.getpid():
         return False
     if host != socket.gethostname():
         return True  # cannot be asked
     try:
         os.kill(int(process), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
     return True
-
-
-def _checksum(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(file, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _checksum_of_meta(meta: dict) -> str:
-    """Of everything but itself; YAML keeps floats exactly."""
-    rest = {key: value for key, value in meta.items() if key != "checksum"}
-    text = json.dumps(rest, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,9 +1,8 @@
 """What a margin does during training, seen from the cosines.
 
 Pure functions on cosines [N, C] and targets [N], one number a sample, and a
-collector that a training loop feeds step by step. Nothing here waits for the
-device before :meth:`MarginDiagnostics.summary`, which is called once an
-epoch.
+collector that a training loop feeds step by step. Only
+:meth:`MarginDiagnostics.summary`, called once an epoch, waits for the device.
 
 Notation as in :mod:`speechbrain_ram.losses`: a class j is *satisfied* when
 the target, margin taken off, beats it: s c_j <= a.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -44,32 +44,10 @@ def target_cosines(
 def satisfied_below(
     loss_fn: LossFunction, cosines: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The cosine up to which another class is satisfied, a / s.
+    """The cosine up to which another class is satisfied, a / s, [N].
 
-    Arguments
-    ---------
-    loss_fn : callable
-        Any objective of :func:`speechbrain_ram.losses.make_objective`, or
-        another ``(cosines, one_hot) -> logits`` with an attribute ``scale``.
-    cosines : torch.Tensor
-        Shape [N, C].
-    targets : torch.Tensor
-        Shape [N], int64.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [N]: c_y - m for additive margins, cos(theta_y + m) for angular
-        ones, c_y for softmax.
-
-    Example
-    -------
-    >>> from speechbrain_ram.losses import make_objective
-    >>> cosines = torch.tensor([[0.75, 0.5, 0.6]])
-    >>> satisfied_below(
-    ...     make_objective("am", margin=0.25), cosines, torch.tensor([0])
-    ... )
-    tensor([0.5000])
+    c_y - m for additive margins, cos(theta_y + m) for angular ones, c_y for
+    softmax; from cosines [N, C] and targets [N].
     """
     # With the target as the only class, the logits are the target's alone.
     alone = target_cosines(cosines, targets)[:, None]
@@ -81,8 +59,7 @@ def satisfied_share(
 ) -> torch.Tensor:
     """Share of the non-targets that are satisfied, [N] in [0, 1].
 
-    `below`, [N], is what :func:`satisfied_below` returns; a tie counts as
-    satisfied, as in the losses.
+    `below` is of :func:`satisfied_below`; a tie is satisfied, as in the losses.
     """
     satisfied = (cosines <= below[:, None]).sum(dim=1)
     own = target_cosines(cosines, targets) <= below
@@ -99,41 +76,18 @@ def nearest_others(
 def cosine_margins(
     cosines: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The margin that was reached, c_y - max c_j, [N] in [-2, 2].
-
-    Example
-    -------
-    >>> cosine_margins(torch.tensor([[0.75, 0.5, -1.0]]), torch.tensor([0]))
-    tensor([0.2500])
-    """
+    """The margin that was reached, c_y - max c_j, [N] in [-2, 2]."""
     return target_cosines(cosines, targets) - nearest_others(cosines, targets)
 
 
 def effective_classes(
     gradient: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """How many non-targets share the gradient: (sum g)^2 / sum g^2.
+    """How many non-targets share the gradient, [N]: (sum g)^2 / sum g^2.
 
-    The participation ratio of the gradient's sizes g: k where k classes get
-    the same and the others nothing, between 1 and k where they do not.
-
-    Arguments
-    ---------
-    gradient : torch.Tensor
-        Shape [N, C], of the loss by the cosines; its scale does not matter.
-    targets : torch.Tensor
-        Shape [N].
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [N], in [0, C - 1]; 0 where no class gets any.
-
-    Example
-    -------
-    >>> gradient = torch.tensor([[-4.0, 2.0, 2.0, 0.0]])
-    >>> effective_classes(gradient, torch.tensor([0]))
-    tensor([2.])
+    The participation ratio of the sizes g of the gradient [N, C] by the
+    cosines: k where k classes get the same and the others nothing, 0 where no
+    class gets any.
     """
     size = gradient.abs().scatter(1, targets[:, None], 0.0)
     # By the largest: squares of tiny gradients would vanish in float32.
@@ -147,15 +101,7 @@ def loss_floor(loss_fn: LossFunction, n_classes: int) -> float:
     """Least loss of a sample: c_y = 1 and every other cosine -1.
 
     ln C for form ``paper``, 0 for ``hinge``, next to 0 for the others at the
-    usual scales. (With ``released`` and a margin above 1 the loss can be
-    lower elsewhere.) No real batch reaches it: C vectors cannot all be
-    opposite to each other.
-
-    Example
-    -------
-    >>> from speechbrain_ram.losses import make_objective
-    >>> round(loss_floor(make_objective("ram", 0.2), 125), 4)  # ln 125
-    4.8283
+    usual scales. No real batch reaches it: C vectors cannot all be opposite.
     """
     cosines = torch.full((1, n_classes), -1.0, dtype=torch.float64)
     cosines[0, 0] = 1.0
@@ -169,31 +115,17 @@ class MarginDiagnostics:
     """Collects the quantities of an epoch; see ``QUANTITIES``.
 
     Keeps seven numbers a sample, on the device, so that quantiles are exact.
-
-    Arguments
-    ---------
-    loss_fn : callable
-        As for :func:`satisfied_below`.
-
-    Example
-    -------
-    >>> from speechbrain_ram.losses import make_objective
-    >>> seen = MarginDiagnostics(make_objective("ram", margin=0.3))
-    >>> seen.add(torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([0]))
-    >>> summary = seen.summary(mean_loss=1.2)
-    >>> round(summary["satisfied"], 2), round(summary["margin_p50"], 2)
-    (0.5, 0.2)
     """
 
     def __init__(self, loss_fn: LossFunction):
         self.loss_fn = loss_fn
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget, for the next epoch."""
         self.samples: list[torch.Tensor] = []
         self.classes: list[torch.Tensor] = []
         self.n_classes = 0
+
+    def reset(self) -> None:
+        """Forget, for the next epoch."""
+        self.samples, self.classes, self.n_classes = [], [], 0
 
     def state(self) -> dict:
         """For a checkpoint in the middle of an epoch, or another process."""
@@ -221,15 +153,7 @@ class MarginDiagnostics:
         del self.samples[n_samples:], self.classes[n_classes:]
 
     def watch(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take a batch before the loss, and its gradient when it comes back.
-
-        Arguments
-        ---------
-        cosines : torch.Tensor
-            Shape [N, C] or [N, 1, C], what the loss is computed from.
-        targets : torch.Tensor
-            Shape [N] or [N, 1].
-        """
+        """Take cosines [N, C] or [N, 1, C], later also their gradient."""
         n_classes = cosines.shape[-1]
         targets = targets.reshape(-1)
         self.add(cosines.reshape(-1, n_classes), targets)
@@ -271,18 +195,10 @@ class MarginDiagnostics:
         self.classes.append(effective_classes(gradient.float(), targets))
 
     def summary(self, mean_loss: float) -> dict[str, float]:
-        """The epoch's numbers; waits for the device.
+        """The epoch's numbers from its mean loss in nats; waits for the device.
 
-        Arguments
-        ---------
-        mean_loss : float
-            Of the epoch, in nats.
-
-        Returns
-        -------
-        dict
-            As ``QUANTITIES``; without ``gradient_classes`` where no gradient
-            was added, empty where no batch was.
+        Empty where no batch was added, without ``gradient_classes`` where no
+        gradient was.
         """
         if not self.samples:
             return {}
@@ -313,6 +229,23 @@ class MarginDiagnostics:
             classes = _joined(self.classes)
             summary["gradient_classes"] = classes[classes.isfinite()].mean()
         return {name: float(value) for name, value in summary.items()}
+
+
+def is_diagnosed(state: Any) -> bool:
+    """Whether it is None or a state of :class:`MarginDiagnostics`."""
+    if state is None:
+        return True
+    if not isinstance(state, dict):
+        return False
+    samples, classes = state.get("samples"), state.get("classes")
+    return isinstance(state.get("n_classes"), int) and all(
+        each is None
+        or isinstance(each, torch.Tensor)
+        and each.dtype == torch.float32
+        and each.dim() == (2 if each is samples else 1)
+        and (each is classes or len(each) == 6)
+        for each in (samples, classes)
+    )
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

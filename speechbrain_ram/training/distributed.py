@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+# Imported before there is a group: its functions would take one as a default,
+# and hold it.
 import torch.distributed.nn
 import torch.distributed.nn.functional as differentiable
 from torch.nn import functional
@@ -19,26 +22,13 @@ from torch.utils.data import Sampler
 
 from speechbrain_ram.utils import gathered
 
-# Its functions take the group that exists when it is first imported as a
-# default, and then hold it: that must be before there is one.
-
 
 @dataclasses.dataclass
 class Tally:
     """What the steps of an epoch add up to, on this process.
 
-    Arguments
-    ---------
-    n_right : int or torch.Tensor
-        Right answers; a tensor stays on its device until the end.
-    n_seen : int
-        Utterances.
-    loss_sum : float
-        Sum of their losses.
-    n_steps : int
-        Optimiser steps.
-    grad_norm : float
-        Sum of the gradients' norms, the same on all processes.
+    `loss_sum` is over utterances, `grad_norm` over steps and the same on all
+    processes.
     """
 
     n_right: int | torch.Tensor = 0
@@ -72,8 +62,8 @@ class Tally:
 def without_ddp(modules: torch.nn.ModuleDict) -> Iterator[None]:
     """Call the modules inside DistributedDataParallel for a while.
 
-    The wrapper sends buffers in every forward pass, in evaluation too, and
-    would wait for processes that have nothing to evaluate.
+    The wrapper sends buffers in evaluation too, and would wait for processes
+    that have nothing to evaluate.
     """
     wrapped = {
         name: module
@@ -91,21 +81,9 @@ def without_ddp(modules: torch.nn.ModuleDict) -> Iterator[None]:
 
 
 def random_state() -> dict:
-    """Take the state of Python's, numpy's and torch's generators.
+    """The state of Python's, numpy's and torch's generators.
 
-    Returns
-    -------
-    dict
-        Numbers and tensors only, so that ``torch.load(weights_only=True)``
-        reads it.
-
-    Example
-    -------
-    >>> state = random_state()
-    >>> first = (random.random(), np.random.rand(), float(torch.rand(())))
-    >>> restore_random_state(state)
-    >>> first == (random.random(), np.random.rand(), float(torch.rand(())))
-    True
+    Numbers and tensors only, for ``torch.load(weights_only=True)``.
     """
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
@@ -119,13 +97,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Set every generator to a state that was taken.
-
-    Arguments
-    ---------
-    state : dict
-        From :func:`random_state`.
-    """
+    """Set every generator to a state from :func:`random_state`."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     keys, *rest = state["numpy"]
@@ -213,26 +185,7 @@ class JointBatchSampler(Sampler):
 def shared_batches(
     n_items: int, batch_size: int, rank: int, world: int
 ) -> list[range]:
-    """Batches in order, as many for each process; the last may be empty.
-
-    Arguments
-    ---------
-    n_items : int
-        Size of the dataset.
-    batch_size : int
-        Utterances of one process in one batch.
-    rank, world : int
-        This process, of so many.
-
-    Returns
-    -------
-    list of range
-
-    Example
-    -------
-    >>> [[list(b) for b in shared_batches(5, 2, r, 2)] for r in range(2)]
-    [[[0, 2], [4]], [[1, 3], []]]
-    """
+    """Batches in order, as many for each process; the last may be empty."""
     joint = batch_size * world
     return [
         range(n_items)[begin : begin + joint][rank::world]
@@ -251,25 +204,25 @@ class CPUSyncBatchNorm(_NormBase):
     """Batch normalisation whose statistics are those of the joint batch.
 
     Input [B, C, ...] of any number of dimensions. Parameters, buffers and
-    their names are those of the layer that it replaces. It is no subclass of
-    torch's, which SpeechBrain would convert.
+    their names are those of the layer that it replaces. It does not inherit
+    from torch's classes, which SpeechBrain would convert.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Normalise a batch [B, C, ...] of this process."""
         if not self.training:
             return functional.batch_norm(
-                input,
+                batch,
                 self.running_mean,
                 self.running_var,
                 self.weight,
                 self.bias,
                 eps=self.eps,
             )
-        dims = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        half = input.dtype in (torch.bfloat16, torch.float16)
-        values = input.float() if half else input
+        dims = [0, *range(2, batch.dim())]
+        shape = [1, -1] + [1] * (batch.dim() - 2)
+        half = batch.dtype in (torch.bfloat16, torch.float16)
+        values = batch.float() if half else batch
         ones = values.new_full((1,), values.numel() / values.size(1))
         sums = torch.cat([values.sum(dims), ones])
         sums = differentiable.all_reduce(sums)
@@ -284,26 +237,13 @@ class CPUSyncBatchNorm(_NormBase):
             self.running_var.lerp_(unbiased, self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         out = deviations * scale.view(shape) + self.bias.view(shape)
-        return out.to(input.dtype)
+        return out.to(batch.dtype)
 
 
 def sync_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
     """Replace every batch normalisation of a module by the one above.
 
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Changed in place, unless it is itself a batch normalisation.
-
-    Returns
-    -------
-    torch.nn.Module
-
-    Example
-    -------
-    >>> layers = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
-    >>> type(sync_batch_norm(layers)[0]).__name__
-    'CPUSyncBatchNorm'
+    In place, unless the module is itself a batch normalisation.
     """
     if isinstance(module, _BatchNorm):
         new = CPUSyncBatchNorm(

@@ -26,15 +26,15 @@ from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.audio import AudioError
-from speechbrain_ram.training.checkpoints import is_full_disk
-from speechbrain_ram.utils import atomic_writer, first_ten
+from speechbrain_ram.training.checkpoints import CheckpointError, is_full_disk
+from speechbrain_ram.utils import atomic_writer, first_ten, n_processes
 
 logger = get_logger(__name__)
 
 WAITS = (0.1, 0.5)  # seconds before the second and the third try
 
-#: Unreadable utterances that stop no training, whatever share they are, up to
-#: a quarter of the set: a share of 51 utterances is less than one of them.
+#: So many unreadable utterances, up to a quarter of the set, never stop a
+#: training: 1 % of 51 utterances would be less than one.
 FEW = 5
 
 
@@ -42,17 +42,13 @@ class FaultError(AudioError):
     """Too many recordings cannot be read; the message names ten of them."""
 
 
+class WorkerError(RuntimeError):
+    """A process that loads data died, or hangs."""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What stands in a batch for an utterance that could not be read.
-
-    Arguments
-    ---------
-    id : str
-        The utterance.
-    message : str
-        What was wrong in the last try.
-    """
+    """What stands in a batch for an utterance that could not be read."""
 
     id: str
     message: str
@@ -61,12 +57,8 @@ class Fault:
 class SkipUnreadable(torch.utils.data.Dataset):
     """A dataset whose unreadable items are :class:`Fault` objects.
 
-    Arguments
-    ---------
-    dataset : DynamicItemDataset
-        Raises AudioError or OSError for items that cannot be read.
-    waits : sequence of float
-        Seconds before each further try.
+    Unreadable is what raises AudioError or OSError in every try; `waits` are
+    the seconds before each further one.
     """
 
     def __init__(self, dataset, waits: Sequence[float] = WAITS):
@@ -88,21 +80,7 @@ class SkipUnreadable(torch.utils.data.Dataset):
 
 
 class Batch:
-    """Collates what could be read, and carries what could not.
-
-    Arguments
-    ---------
-    items : list
-        Of a :class:`SkipUnreadable`.
-
-    Example
-    -------
-    >>> batch = Batch([{"id": "a"}, Fault("b", "gone")])
-    >>> batch.data.id, batch.faults
-    (['a'], [Fault(id='b', message='gone')])
-    >>> Batch([Fault("b", "gone")]).data is None
-    True
-    """
+    """Collates what could be read (None if nothing), carries what could not."""
 
     def __init__(self, items: list):
         self.faults = [item for item in items if isinstance(item, Fault)]
@@ -117,20 +95,7 @@ class Batch:
 
 
 def stack(values: Sequence[torch.Tensor], **padding):
-    """SpeechBrain's ``batch_pad_right``, 10 times faster where all are equal.
-
-    Arguments
-    ---------
-    values : sequence of torch.Tensor
-        Of the same number of dimensions.
-    **padding
-        As for ``batch_pad_right``.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        The batch, and relative lengths.
-    """
+    """SpeechBrain's ``batch_pad_right``, 10 times faster for equal lengths."""
     if len({value.shape for value in values}) > 1:
         batch, lengths = batch_pad_right(values, **padding)
     else:
@@ -146,16 +111,9 @@ def stack(values: Sequence[torch.Tensor], **padding):
 def is_full_shared_memory(error: BaseException) -> bool:
     """Whether /dev/shm has no room for the loader's workers.
 
-    Arguments
-    ---------
-    error : BaseException
-        Caught, with its traceback: a worker's batch that finds no room is a
-        RuntimeError of torch, or a bus error that ends the worker; a queue
-        that finds none is an OSError like that of a full disk.
-
-    Returns
-    -------
-    bool
+    A worker's batch that finds no room is a RuntimeError of torch, or a bus
+    error that ends the worker; a queue that finds none is an OSError like that
+    of a full disk, told apart by its traceback.
     """
     text = str(error)
     if "Too many open files" in text:
@@ -168,28 +126,33 @@ def is_full_shared_memory(error: BaseException) -> bool:
     )
 
 
+def explained(error: Exception, goes_on: str) -> Exception:
+    """What a failed training says, in plain words, and how it `goes_on`."""
+    text = str(error)
+    if is_full_shared_memory(error):
+        return WorkerError(
+            "/dev/shm is too small for what the loader's workers hand over. "
+            "Try --num_workers 0, or give it more room (docker run --shm-size "
+            f"8g). {goes_on} ({text.strip().splitlines()[-1]})"
+        )
+    if is_full_disk(error):
+        return CheckpointError(f"the disk is full: {error}. {goes_on}")
+    if "DataLoader worker" in text or "DataLoader timed out" in text:
+        return WorkerError(
+            f"a process that loads data died or hangs: {text} The system "
+            "kills what takes too much memory; try a lower --num_workers. "
+            + goes_on
+        )
+    if n_processes() > 1 and "onnection" in text:
+        return RuntimeError(f"another process died: {text} {goes_on}")
+    return error
+
+
 class FaultList:
     """The utterances that could not be read, and when they are too many.
 
-    Arguments
-    ---------
-    total : int
-        Utterances of the set.
-    max_share : float
-        Share of them, in [0, 1], above which training stops; a few (`FEW`)
-        are always allowed, but none with 0.
-    path : path, optional
-        A text file that lists them, ``ID<tab>message``.
-    what : str
-        Names the set in messages.
-
-    Example
-    -------
-    >>> faults = FaultList(total=100, max_share=0.01)
-    >>> faults.add([Fault("a", "'a.wav' does not exist.")])
-    >>> faults.check()
-    >>> len(faults.messages)
-    1
+    Training stops above `max_share`, in [0, 1], of `total`; a few (`FEW`) are
+    always allowed, but none with 0. `path` lists them, ``ID<tab>message``.
     """
 
     def __init__(
@@ -219,13 +182,7 @@ class FaultList:
         return max(math.floor(self.max_share * self.total + 1e-9), few)
 
     def add(self, faults: Sequence[Fault]) -> None:
-        """Note the faults of a batch.
-
-        Arguments
-        ---------
-        faults : sequence of Fault
-            One utterance counts once, however often it fails.
-        """
+        """Note the faults of a batch; an utterance counts once."""
         new = [fault for fault in faults if fault.id not in self.messages]
         for fault in new:
             self.messages[fault.id] = fault.message
@@ -234,13 +191,7 @@ class FaultList:
             self._write()
 
     def check(self) -> None:
-        """Stop where too much is missing.
-
-        Raises
-        ------
-        FaultError
-            More than are allowed.
-        """
+        """Raise a FaultError where more are missing than are allowed."""
         if len(self.messages) <= self.allowed:
             return
         raise FaultError(
@@ -280,9 +231,8 @@ _HANDED_ON = 2  # seconds in which one signal may arrive twice
 
 
 class Interrupted(SystemExit):
-    """Training leaves early, with everything on the disk.
+    """Training leaves early with status 75, with everything on the disk.
 
-    A SystemExit with status 75, so that a script needs no handling of it.
     `told` says that the log has the reason already.
     """
 
@@ -296,16 +246,7 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Whether training shall leave, and why.
 
-    Arguments
-    ---------
-    max_hours : float, optional
-        Leave so long after this object was made. None or 0: never.
-
-    Example
-    -------
-    >>> stop = StopRequest(max_hours=1e-9)
-    >>> stop.reason()
-    'max_hours, 1e-09, is over'
+    `max_hours` count from when this object is made; None or 0 is never.
     """
 
     def __init__(self, max_hours: float | None = None):
@@ -344,10 +285,10 @@ class StopRequest:
                 signal.signal(each, handler)
 
     def _note(self, number: int, frame) -> None:
-        """Once; a second signal ends the process, as without this class.
+        """A second signal ends the process, as without this class.
 
-        Where a scheduler signals all processes, torchrun hands its own signal
-        on to the others: that is the first one still.
+        torchrun hands a scheduler's signal on to processes that have it
+        already: within two seconds it is still the first one.
         """
         if self.signal is None:
             self.signal = signal.Signals(number).name
@@ -358,10 +299,7 @@ class StopRequest:
 
 
 def leave_on_signals() -> None:
-    """Make SIGTERM and SIGINT leave at once, with the same exit status.
-
-    For the time before and after training, when there is nothing to save.
-    """
+    """Make SIGTERM and SIGINT leave at once: there is nothing to save."""
     for each in _SIGNALS:
         signal.signal(each, _leave)
 
@@ -371,17 +309,11 @@ def _leave(number: int, frame) -> None:
 
 
 def let_worker_outlive_signals(worker: int) -> None:
-    """Let the run alone end a loader worker.
+    """Let only the run end a loader worker; a ``worker_init_fn``.
 
     Ctrl-C, and most batch systems, signal every process of a run. A worker
     that obeyed would make the training step fail that was to be ended. The
-    run ends its workers by SIGTERM, too: who sent it tells the two apart. For
-    `worker_init_fn` of a DataLoader.
-
-    Arguments
-    ---------
-    worker : int
-        Its number, not used.
+    run ends its workers by SIGTERM, too: who sent it tells the two apart.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: torch's handler stays

@@ -34,7 +34,6 @@ from speechbrain.nnet.losses import AngularMargin
 from torch.autograd.function import once_differentiable
 
 from speechbrain_ram.losses import RealAdditiveMargin
-from speechbrain_ram.training import fused as fused_torch
 
 #: Chunk times N or E, the larger: 8 MB a float32 matrix, a few at a time.
 _CHUNK_ELEMENTS = 2**21
@@ -108,19 +107,10 @@ class FusedMarginClassifier(torch.nn.Module):
     def forward(
         self, embeddings: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The mean loss, or without targets the cosines.
+        """The mean loss, or without targets the cosines [N, 1, C].
 
-        Arguments
-        ---------
-        embeddings : torch.Tensor
-            Shape [N, 1, E] or [N, E], of any length (normalised here).
-        targets : torch.Tensor
-            Class indices, shape [N, 1] or [N].
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar, float32 or wider, or cosines of shape [N, 1, C].
+        Embeddings are [N, 1, E] or [N, E], of any length; targets are class
+        indices, [N, 1] or [N].
         """
         embeddings = (
             embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
@@ -144,7 +134,7 @@ def fused_margin_loss(
     loss_fn: torch.nn.Module,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Mean margin loss of embeddings against class weights.
+    """Mean margin loss of embeddings [N, E] against class weights [C, E].
 
     Equals, to rounding and with its gradients, ::
 
@@ -152,31 +142,8 @@ def fused_margin_loss(
         one_hot = F.one_hot(labels, len(weight))
         F.cross_entropy(loss_fn(cosines, one_hot), labels)
 
-    Arguments
-    ---------
-    embeddings : torch.Tensor
-        Shape [N, E].
-    weight : torch.Tensor
-        Shape [C, E], one row a class.
-    labels : torch.Tensor
-        Class indices in [0, C), shape [N]. Their range is checked on CPU
-        only: on a GPU that would wait for the device in every step.
-    loss_fn : torch.nn.Module
-        See :class:`FusedMarginClassifier`.
-    chunk_size : int
-        Classes at a time; by default, as many as make 8 MB of cosines.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar. Computed in float32 under autocast; float64 stays float64.
-
-    Example
-    -------
-    >>> weight = torch.eye(3)
-    >>> loss_fn = RealAdditiveMargin(margin=0.2, scale=30, form="hinge")
-    >>> fused_margin_loss(weight, weight, torch.arange(3), loss_fn)
-    tensor(0.)
+    in float32 under autocast; float64 stays float64. The range of the labels
+    is checked on CPU only: a GPU would wait for that in every step.
     """
     _check_loss_fn(loss_fn)
     _check_shapes(embeddings, weight, labels)
@@ -218,7 +185,7 @@ class _MarginLosses(torch.autograd.Function):
                 min=_NORM_FLOOR
             )
             own = _own_column(_class_ids(rows, labels), labels)
-            log_sum, violated[rows] = fused_torch.log_sum_exp(
+            log_sum, violated[rows] = log_sum_exp(
                 x, w, norm[rows], own, logit, scale, form
             )
             log_sums.append(log_sum)
@@ -257,7 +224,7 @@ class _MarginLosses(torch.autograd.Function):
         for rows in blocks:
             w = weight[rows].to(x.dtype)
             own = _own_column(_class_ids(rows, labels), labels)
-            grad_dot, pull_here, radial = fused_torch.gradient(
+            grad_dot, pull_here, radial = gradient(
                 x, w, norm[rows], own, logit, loss, grad_loss, scale, form
             )
             pull += pull_here
@@ -358,8 +325,8 @@ def _check_labels(labels, n_classes):
 
 # -- One chunk of classes of the fused loss, in plain PyTorch -----------------
 #
-# The functions above walk over the classes and keep the sums; what happens
-# inside a chunk is in these two functions. Both take
+# The functions above walk over the classes and keep the sums; these two
+# compute what happens inside a chunk. Both take
 #
 # x : [N, E]
 #     length-normalised embeddings

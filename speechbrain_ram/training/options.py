@@ -1,8 +1,8 @@
 """The settings of a recipe, checked before anything is built from them.
 
 A command line makes text of what is not YAML: ``--lr 0,1`` is the text
-'0,1', ``--mixdown no`` the text 'no', which counts as true. Each would end
-deep in another library, or not at all.
+'0,1', ``--mixdown no`` the text 'no', which counts as true. Unchecked, such an
+option fails deep inside another library, or is never noticed.
 """
 
 from __future__ import annotations
@@ -170,26 +170,11 @@ def check_settings(
     overrides: str | Mapping[str, Any] | None = None,
     run_opts: Any = None,
 ) -> None:
-    """Check the options of a training before its YAML builds anything.
+    """Raise a ValueError for a wrong option before the YAML builds anything.
 
-    Arguments
-    ---------
-    hparams_file : path
-        The recipe.
-    overrides : str or mapping, optional
-        What the user changes in it, as `speechbrain.parse_arguments` gives
-        it or as keys and values.
-    run_opts : speechbrain.core.RunOptions, optional
-        Those of the command line that recipes have as keys too, such as
-        --max_grad_norm, are checked likewise.
-
-    Raises
-    ------
-    ValueError
-        An option that the recipe has not, one that is still needed, or a
-        value that is not allowed.
-    OSError
-        The recipe cannot be read.
+    `overrides` is what `speechbrain.parse_arguments` gives, or keys and values.
+    Options of `run_opts` that recipes have as keys too, such as
+    --max_grad_norm, are checked likewise.
     """
     where = f"'{os.fspath(hparams_file)}'"
     given = _read(overrides, _OPTIONS) if overrides else {}

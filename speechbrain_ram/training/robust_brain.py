@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import functools
 import os
-import zipfile
+from collections.abc import Mapping
 
 import speechbrain as sb
 import torch
@@ -30,7 +30,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.training.checkpoints import CheckpointError, is_full_disk
+from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.distributed import (
     JointBatchSampler,
     Tally,
@@ -47,9 +47,10 @@ from speechbrain_ram.training.faults import (
     SkipUnreadable,
     StopRequest,
     ending_workers,
-    is_full_shared_memory,
+    explained,
     let_worker_outlive_signals,
 )
+from speechbrain_ram.training.state import COUNTERS, Check, read_state
 from speechbrain_ram.utils import (
     all_numbers,
     atomic_writer,
@@ -64,10 +65,6 @@ _LOADER_TIMEOUT = 600  # seconds without a batch: a worker hangs
 
 class NonFiniteError(RuntimeError):
     """Loss or gradients were NaN or infinite too often in a row."""
-
-
-class WorkerError(RuntimeError):
-    """A process that loads data died, or hangs."""
 
 
 @functools.partial(register_checkpoint_hooks, save_on_main_only=False)
@@ -85,7 +82,8 @@ class RobustBrain(sb.Brain):
                         step with the checkpoints
     ==================  =====================================================
 
-    A subclass lists in `kept_attributes` what else its epochs carry over.
+    A subclass names in `kept_attributes` what else its epochs carry over, with
+    a test of what a checkpoint may set it to.
 
     Arguments
     ---------
@@ -95,12 +93,13 @@ class RobustBrain(sb.Brain):
         As for ``speechbrain.Brain``.
     """
 
-    kept_attributes: tuple[str, ...] = ()
+    kept_attributes: Mapping[str, Check] = {}
 
     def __init__(self, *args, stop: StopRequest | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.stop = stop or StopRequest(getattr(self.hparams, "max_hours", 0))
         self.stopping = False
+        self.train_sampler: JointBatchSampler | None = None
         self.tally = Tally()
         self.n_bad_steps = self.bad_in_a_row = self.n_scaled_down = 0
         self.faults: dict[sb.Stage, FaultList] = {}
@@ -112,15 +111,7 @@ class RobustBrain(sb.Brain):
     # -- the run ----------------------------------------------------------
 
     def fit(self, *args, **kwargs):
-        """Train; see ``speechbrain.Brain.fit``.
-
-        Raises
-        ------
-        Interrupted
-            A signal, or ``max_hours``; a SystemExit with status 75.
-        FaultError, NonFiniteError, WorkerError, CheckpointError
-            Training cannot go on; the same command continues it.
-        """
+        """Train; raises Interrupted (status 75), or says what stopped it."""
         with self.stop.listening(), ending_workers():
             try:
                 super().fit(*args, **kwargs)
@@ -129,29 +120,7 @@ class RobustBrain(sb.Brain):
                 leaving.told = True
                 raise
             except (OSError, RuntimeError) as error:
-                raise self._explained(error) from error
-
-    def _explained(self, error: Exception) -> Exception:
-        """Put into plain words what comes from below."""
-        text = str(error)
-        goes_on = self._how_to_go_on()
-        if is_full_shared_memory(error):
-            return WorkerError(
-                "/dev/shm is too small for what the loader's workers hand "
-                "over. Try --num_workers 0, or give it more room (docker run "
-                f"--shm-size 8g). {goes_on} ({text.strip().splitlines()[-1]})"
-            )
-        if is_full_disk(error):
-            return CheckpointError(f"the disk is full: {error}. {goes_on}")
-        if "DataLoader worker" in text or "DataLoader timed out" in text:
-            return WorkerError(
-                f"a process that loads data died or hangs: {text} The system "
-                "kills what takes too much memory; try a lower --num_workers. "
-                + goes_on
-            )
-        if n_processes() > 1 and "onnection" in text:
-            return RuntimeError(f"another process died: {text} {goes_on}")
-        return error
+                raise explained(error, self._how_to_go_on()) from error
 
     def _how_to_go_on(self) -> str:
         found = self.checkpointer and self.checkpointer.find_checkpoint()
@@ -220,14 +189,7 @@ class RobustBrain(sb.Brain):
     # -- the step ---------------------------------------------------------
 
     def fit_batch(self, batch: Batch) -> torch.Tensor:
-        """One step, or none where the batch is no good.
-
-        Returns
-        -------
-        torch.Tensor
-            The loss; NaN, which the running average leaves out, where the
-            step was skipped.
-        """
+        """One step; its loss, or NaN (which averages leave out) if skipped."""
         self._restore_random()
         sizes = self._agree(batch, sb.Stage.TRAIN)
         if 0 in sizes:  # a process has nothing to train on
@@ -255,7 +217,7 @@ class RobustBrain(sb.Brain):
         overflow = False
         if finite and should_step:
             finite = self._step_if_finite()
-            # Above 1 it may be the scale that does not fit.
+            # From 1 on, the scale itself may be what overflows.
             overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not finite:
             self.tally = before
@@ -400,11 +362,8 @@ class RobustBrain(sb.Brain):
         state = {
             "step": self.step,
             "avg_train_loss": self.avg_train_loss,
-            "optimizer_step": self.optimizer_step,
+            **{name: getattr(self, name) for name in COUNTERS},
             "tally": dataclasses.asdict(self.tally.joint()),
-            "n_bad_steps": self.n_bad_steps,
-            "bad_in_a_row": self.bad_in_a_row,
-            "n_scaled_down": self.n_scaled_down,
             "faults": self.faults[sb.Stage.TRAIN].messages,
             "joint_batch": self.train_sampler.joint_size,
             "threads": torch.get_num_threads(),
@@ -421,29 +380,21 @@ class RobustBrain(sb.Brain):
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
-        if not zipfile.is_zipfile(path):  # SpeechBrain's own, by a Brain
-            super()._recover(path, end_of_epoch)
+        rank = self.rank if n_processes() > 1 else 0
+        state = read_state(path, self.kept_attributes, rank)
+        for name in ("step", "avg_train_loss", *COUNTERS):
+            setattr(self, name, state.get(name, 0))
+        if "tally" not in state:  # SpeechBrain's own, by a Brain
             return
-        state = torch.load(path, weights_only=True)
         self._check_same_threads(state)
         if not end_of_epoch:
             self._check_same_epoch(state, path)
             self._resumed = state["tally"]
-        for name in (
-            "step",
-            "avg_train_loss",
-            "optimizer_step",
-            "n_bad_steps",
-            "bad_in_a_row",
-            "n_scaled_down",
-        ):
-            setattr(self, name, state[name])
         for name, value in state["kept"].items():
             setattr(self, name, value)
         self.faults[sb.Stage.TRAIN].restore(state["faults"])
         self._log_to_restore = state["log"]
-        rank = self.rank if n_processes() > 1 else 0
-        self._random = state["random"][min(rank, len(state["random"]) - 1)]
+        self._random = state["random"]
         if end_of_epoch:
             # The next draw is the loader's; within an epoch that was earlier.
             self._restore_random()
@@ -477,5 +428,5 @@ class RobustBrain(sb.Brain):
         log = getattr(self.hparams.train_logger, "save_file", None)
         if log is None or not os.path.exists(log):
             return None
-        with open(log, encoding="utf-8") as file:
+        with open(log, encoding="utf-8", errors="replace") as file:
             return file.read()

@@ -33,6 +33,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.manifest import read_manifest
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer, first_ten
 
 logger = get_logger(__name__)
@@ -42,6 +43,8 @@ logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt
 FORMAT = 1
 
 RUN_FILE = "run.json"
+
+_LARGEST = 2**26  # bytes of run.json: the names of a million speakers
 
 #: What the model card says of itself; it may be corrected later.
 _CORRECTABLE = ("name", "language", "license")
@@ -56,21 +59,11 @@ class RunError(ValueError):
 class Run:
     """The identity of a run.
 
-    Arguments
-    ---------
-    id : str
-        Random, so that no two runs have the same.
-    settings : dict
-        From :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        That the first command asked for; more may be asked for later.
-    speakers : list of str
-        In the order of the classifier's rows.
-    files : dict of str to dict
-        For ``train``, ``valid`` and, where there are some, ``trials``: the
-        number of lines and a checksum.
-    facts : dict
-        What the model card states.
+    `settings` are from :func:`.settings.learned_settings`; `epochs` is what the
+    first command asked for, later ones may ask for more; `speakers` are in the
+    order of the classifier's rows; `files` has the number of lines and a
+    checksum of ``train``, ``valid`` and perhaps ``trials``; `facts` are the
+    model card's.
     """
 
     id: str
@@ -119,26 +112,10 @@ class Run:
 def read_run(
     folder: str | os.PathLike, save_folder: str | os.PathLike
 ) -> Run | None:
-    """Read what run an output folder belongs to.
+    """The run of an output folder; None where nothing has been learned yet.
 
-    Arguments
-    ---------
-    folder : path
-        The output folder.
-    save_folder : path
-        Its checkpoints, which keep the same: the newest is asked where
-        ``run.json`` is lost.
-
-    Returns
-    -------
-    Run or None
-        None where nothing has been learned yet: a first command that failed
-        may be corrected.
-
-    Raises
-    ------
-    RunError
-        ``run.json`` cannot be read, or checkpoints are of an unknown run.
+    A first command that failed may be corrected. Where ``run.json`` is lost,
+    the newest checkpoint has the same. Raises a RunError where neither tells.
     """
     folder = Path(folder)
     checkpoints = sorted(Path(save_folder).glob("CKPT*"))
@@ -150,37 +127,52 @@ def read_run(
             return _parse(file)
     raise RunError(
         f"'{folder}' holds a trained encoder but no {RUN_FILE}, so that "
-        "nobody knows which data and settings it comes from. "
-        + _ways_out(folder)
+        "its data and settings are unknown. " + _ways_out(folder)
     )
 
 
 def _parse(file: Path) -> Run:
+    names = {field.name for field in dataclasses.fields(Run)}
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        number = data.pop("format")
+        data = read_json(file, _LARGEST)
+        number = data.pop("format") if isinstance(data, dict) else None
         if number == FORMAT:
+            if set(data) != names:
+                raise ValueError(f"it has {', '.join(data)}"[:200])
             run = Run(**data)
-            kinds = (str, dict, int, list, dict, dict)
-            values = dataclasses.astuple(run)
-            if not all(map(isinstance, values, kinds)):
-                raise TypeError("a value is of another type")
+            _check_values(run)
             return run
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise RunError(
             f"'{file}' cannot be read ({error}). Was it edited, or cut off?"
         ) from error
     raise RunError(
-        f"'{file}' has format {number}, this version of speechbrain-ram reads "
-        f"format {FORMAT}. Was it written by a newer one?"
+        f"'{file}' has format {str(number)[:80]}, this version of "
+        f"speechbrain-ram reads format {FORMAT}. Was it written by a newer one?"
     )
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def _check_values(run: Run) -> None:
+    """Raise a ValueError that names a value of another kind than written."""
+    for name, is_right in (
+        ("id", isinstance(run.id, str)),
+        ("settings", isinstance(run.settings, dict)),
+        ("epochs", type(run.epochs) is int and run.epochs > 0),
+        ("speakers", _are_texts(run.speakers)),
+        ("facts", isinstance(run.facts, dict)),
+        ("files", isinstance(run.files, dict)),
+    ):
+        if not is_right:
+            raise ValueError(f"{name} is {str(getattr(run, name))[:80]!r}")
+    if len(set(run.speakers)) < len(run.speakers):
+        raise ValueError("speakers has a name twice")
+    for name, file in run.files.items():
+        if not isinstance(file, dict) or type(file.get("lines")) is not int:
+            raise ValueError(f"files says of {name} {str(file)[:80]!r}")
 
 
 def check_settings_of(
@@ -189,25 +181,7 @@ def check_settings_of(
     epochs: int,
     folder: str | os.PathLike,
 ) -> None:
-    """Refuse a command whose settings are not those of the run.
-
-    Arguments
-    ---------
-    run : Run
-        The run in the folder.
-    settings : mapping
-        Of the command, from
-        :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        ``number_of_epochs`` of the command.
-    folder : path
-        The output folder, for the message.
-
-    Raises
-    ------
-    RunError
-        Names every setting that differs, with both values.
-    """
+    """Refuse a command whose settings are not those of the run."""
     names = [*run.settings, *(n for n in settings if n not in run.settings)]
     missing = object()
     differ = {
@@ -262,25 +236,7 @@ def prepare_data(
     """Call a recipe's `prepare`; a run that goes on keeps its manifests.
 
     The corpus is looked at again in either case. A run that goes on has it
-    compared with its own manifests, which are then read back.
-
-    Arguments
-    ---------
-    prepare : functools.partial
-        Of the YAML; its argument `output_dir` is where manifests go.
-    run : Run, optional
-        The run that goes on.
-    folder : path
-        The output folder, for messages.
-
-    Returns
-    -------
-    train_csv, valid_csv : pathlib.Path
-
-    Raises
-    ------
-    RunError
-        The corpus has other utterances or speakers than the run's.
+    compared with its own manifests: a RunError says where it is another.
     """
     if run is None:
         return prepare()
@@ -292,7 +248,7 @@ def prepare_data(
         cache = kept / "headers.cache"
         if cache.exists():
             shutil.copy2(cache, fresh)
-        with _quiet():  # what it draws is not what the run has
+        with _quiet():  # its own split is not the run's
             manifests = prepare(output_dir=fresh)
         for manifest in fresh.iterdir():
             if not (kept / manifest.name).exists():  # was deleted
@@ -384,13 +340,7 @@ def _described(file: Path) -> dict:
 def check_files_of(
     run: Run, files: Mapping[str, dict], folder: str | os.PathLike
 ) -> None:
-    """Refuse manifests or trials that are not those the run began with.
-
-    Raises
-    ------
-    RunError
-        Names the file, with its number of lines before and now.
-    """
+    """Refuse manifests or trials that are not those the run began with."""
     what = {
         "train": "the training manifest",
         "valid": "the validation manifest",
@@ -418,24 +368,7 @@ def begin_run(
 ) -> Run:
     """Give a run its identity and write it into its folder.
 
-    Arguments
-    ---------
-    folder : path
-        The output folder.
-    settings : mapping
-        From :func:`speechbrain_ram.training.settings.learned_settings`.
-    epochs : int
-        ``number_of_epochs``.
-    label_encoder : CategoricalEncoder
-        Of the training speakers.
-    files : mapping
-        From :func:`data_files`.
-    facts : mapping
-        For the model card. Of an absolute path the name is kept alone.
-
-    Returns
-    -------
-    Run
+    Of an absolute path among the facts, only the name is kept.
     """
     ind2lab = label_encoder.ind2lab
     run = Run(
@@ -461,19 +394,9 @@ def _without_path(value: Any) -> Any:
 
 @contextmanager
 def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes out of an output folder.
+    """Keep other processes out of an output folder, made if missing.
 
     The system lets go of the lock when its owner ends, however it ends.
-
-    Arguments
-    ---------
-    folder : path
-        Made where it is missing.
-
-    Raises
-    ------
-    RunError
-        Another process trains there, or the path is not a folder.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock", timeout=0)
@@ -487,7 +410,9 @@ def sole_owner(folder: str | os.PathLike) -> Iterator[None]:
             "Give the name of a folder."
         ) from None
     except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
+        who = "unknown"
+        if owner.exists():
+            who = owner.read_text(encoding="utf-8", errors="replace")[:200]
         raise RunError(
             f"'{folder}' is in use by another process: {who.strip()}. Wait "
             "for it, stop it, or give another --output_folder."

@@ -87,19 +87,7 @@ class WarmupDecay:
         self.gamma = gamma
 
     def __call__(self, step: int, epochs_done: float) -> float:
-        """Give the rate of one optimiser step.
-
-        Arguments
-        ---------
-        step : int
-            Optimiser steps made before this one.
-        epochs_done : float
-            Epochs done before it, with the running one's fraction.
-
-        Returns
-        -------
-        float
-        """
+        """The rate after so many optimiser steps and (fractions of) epochs."""
         done = min(epochs_done / self.epochs, 1.0)
         if self.decay == "step":
             rate = self.peak * self.gamma ** (int(epochs_done) // self.every)
@@ -162,17 +150,7 @@ class MarginRise:
         self.initial = initial
 
     def __call__(self, epochs_done: float) -> float:
-        """Give the margin of one step.
-
-        Arguments
-        ---------
-        epochs_done : float
-            Epochs done before it, with the running one's fraction.
-
-        Returns
-        -------
-        float
-        """
+        """The margin after so many (fractions of) epochs."""
         if epochs_done >= self.end:
             return self.final
         if epochs_done <= self.start:

@@ -5,6 +5,7 @@ A recipe is read as it stands: nothing that it names is built.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ margin_diagnostics license
 #: Options that may change from one command to the next.
 FREE = frozenset((_PLACES + _WAYS).split())
 
-#: Folders of noise: with or without matters, their place does not.
+#: Folders of noise: whether they are given matters, their place does not.
 _ADDED = frozenset(["musan", "rirs"])
 
 #: Objects that teach nothing, or that other parts of the identity describe.
@@ -54,21 +55,9 @@ def learned_settings(
 ) -> dict[str, Any]:
     """Everything in a recipe that changes what is learned, as plain data.
 
-    Nothing is built or executed. What may change freely (:data:`FREE`) is
-    left out wherever the recipe refers to it.
-
-    Arguments
-    ---------
-    hparams_file : path
-        A recipe in HyperPyYAML.
-    overrides : str or mapping
-        Of the command line.
-
-    Returns
-    -------
-    dict
-        From dotted names, such as ``opt_class.momentum``, to numbers, texts
-        and lists of them.
+    From dotted names, such as ``opt_class.momentum``, to numbers, texts and
+    lists of them. Nothing is built or executed. What may change freely
+    (:data:`FREE`) is left out wherever the recipe refers to it.
     """
     yaml = ruamel.yaml.YAML()
     if isinstance(overrides, str):
@@ -93,11 +82,7 @@ def output_folder_of(
 ) -> Path:
     """Where a recipe would write; loading it makes folders there already.
 
-    Raises
-    ------
-    ManifestError
-        The folder, or that of checkpoints or manifests, lies within the
-        corpus that the recipe reads.
+    Refuses (ManifestError) what would write within the corpus that is read.
     """
     recipe = _resolved(hparams_file, overrides)
     output = Path(recipe["output_folder"])
@@ -159,6 +144,8 @@ def _flatten(node: Any, name: str, settings: dict[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))  # JSON has no such number
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)

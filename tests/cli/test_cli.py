@@ -355,6 +355,17 @@ def test_map(run, voices, tmp_path, ending):
     assert output.stat().st_size > 1000
 
 
+def test_only_the_page_gives_its_memory_back(run, monkeypatch):
+    kept = []
+    module = sys.modules[main.callback.__module__]
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.setattr("speechbrain_ram.cli.demo.serve", lambda *_: None)
+    run("demo")
+    assert not kept
+    run("recipes")
+    assert kept
+
+
 def test_help_reads_well_and_does_not_wait_for_pytorch():
     script = (
         "import sys, speechbrain_ram.cli.main as cli\n"

@@ -1,8 +1,10 @@
 """Tests of the web page: its answers, and itself in a real browser."""
 
+import http.client
 import io
 import json
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -115,8 +117,169 @@ def test_too_much_is_refused(address, monkeypatch):
     monkeypatch.setattr(demo, "LARGEST_UPLOAD", 2**20)
     big = ("big.wav", bytes(2**20))
     status, answer = post(address, a=big, b=big)
-    assert status == 400
+    assert status == 413
     assert answer["error"] == "The recordings exceed 1 MB together."
+
+
+def send(address, head, *parts, pause=0.0):
+    """A request byte by byte; returns status and answer."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(head.replace("\n", "\r\n").encode() + b"\r\n")
+        for part in parts:
+            time.sleep(pause)
+            line.sendall(part)
+        response = http.client.HTTPResponse(line)
+        response.begin()
+        return response.status, json.loads(response.read())
+
+
+FORM = "Content-Type: multipart/form-data; boundary=x\n"
+
+
+def test_what_is_sent_in_chunks_is_counted(address, monkeypatch):
+    monkeypatch.setattr(demo, "LARGEST_UPLOAD", 2**20)
+    head = f"POST /compare HTTP/1.1\nHost: localhost\n{FORM}"
+    chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    begin = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"'
+    begin += b"\r\n\r\n"
+    first = f"{len(begin):x}\r\n".encode() + begin + b"\r\n"
+    status, answer = send(
+        address,
+        head + "Transfer-Encoding: chunked\n",
+        *(first, *[chunk] * 40, b"0\r\n\r\n"),
+    )
+    assert status == 413
+    assert answer["error"] == "The recordings exceed 1 MB together."
+
+
+def test_who_sends_slowly_is_not_waited_for(address, monkeypatch):
+    monkeypatch.setattr(demo, "UPLOAD_SECONDS", 0.5)
+    head = f"POST /compare HTTP/1.1\nHost: localhost\n{FORM}"
+    status, answer = send(address, head + "Content-Length: 99\n", b"--x")
+    assert status == 408
+    assert answer["error"] == "The recordings did not arrive within 0.5 s."
+
+
+@pytest.mark.parametrize(
+    "request_line, headers, status, says",
+    [
+        ("GET /nothing", "", 404, "Not Found"),
+        ("GET /compare", "", 405, "Method Not Allowed"),
+        ("POST /compare", "", 411, "Two files, a and b, are needed."),
+        ("POST /compare", "Content-Length: 0\n", 400, "Two files"),
+        ("POST /compare", f"{FORM}Content-Length: 0\n", 400, "Two files"),
+        ("GET /", "Origin: http://else.where\n", 403, "'http://else.where'"),
+        ("GET /", "Origin: null\n", 403, "'null'"),
+    ],
+)
+def test_every_error_is_said(address, request_line, headers, status, says):
+    head = f"{request_line} HTTP/1.1\nHost: localhost\n{headers}"
+    found, answer = send(address, head)
+    assert found == status
+    assert says in answer["error"]
+
+
+@pytest.mark.parametrize("length", ["-1", "many", "1_0", "\u0661"])
+def test_a_length_that_is_no_number(encoder, length):
+    """Servers refuse it already; another one may not."""
+    client = pytest.importorskip("starlette.testclient")
+    page = client.TestClient(demo.create_app(encoder), "http://localhost")
+    headers = {"Content-Length": length.encode(), "Content-Type": "a/b"}
+    answer = page.post("/compare", content=b"", headers=headers)
+    assert answer.status_code == 400
+    assert "Content-Length is" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 403),
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("[::1", 403),
+        ("", 403),
+    ],
+)
+def test_a_name_of_somebody_else_is_refused(address, host, status):
+    found, answer = send(address, f"GET /encoder HTTP/1.1\nHost: {host}\n")
+    assert found == status
+    if status == 403:
+        assert f"not served as '{host}'" in answer["error"]
+
+
+def test_a_name_that_was_asked_for_is_served():
+    assert "ram.example" in demo.own_names("RAM.example")
+    names = demo.own_names("ram.example")
+    assert demo.why_foreign({"host": "RAM.example:80"}, names) is None
+    headers = {"host": "localhost:80", "origin": "http://localhost:80"}
+    assert demo.why_foreign(headers, names) is None
+    headers["origin"] = "http://localhost:81"
+    assert "'http://localhost:81'" in demo.why_foreign(headers, names)
+
+
+@pytest.mark.parametrize(
+    "seconds, rate, channels", [(3600, 16000, 1), (400, 192_000, 2)]
+)
+def test_what_is_small_and_long_is_refused(address, seconds, rate, channels):
+    """FLAC holds an hour of silence in some kilobytes."""
+    body = io.BytesIO()
+    with soundfile.SoundFile(
+        body, "w", rate, channels, "PCM_16", format="FLAC"
+    ) as file:
+        for _ in range(seconds):
+            file.write(np.zeros((rate, channels), np.int16))
+    good = ("good.wav", wav_bytes(voice(1.0)))
+    began = time.monotonic()
+    status, answer = post(address, a=good, b=("b.flac", body.getvalue()))
+    assert time.monotonic() - began < 5
+    assert status == 400
+    assert answer["error"].startswith(f"'b.flac' lasts {seconds:,} s")
+    assert "up to 600 s and 57,600,000 samples" in answer["error"]
+
+
+def test_work_ends_when_the_visitor_leaves(address, encoder, monkeypatch):
+    """Nobody waits for an answer to one who is gone; nothing is printed."""
+    begun, stages = threading.Event(), []
+
+    def slow(*_):
+        stages.append("envelope")
+        begun.set()
+        time.sleep(0.5)
+        return {}
+
+    monkeypatch.setattr(demo, "envelope", slow)
+    monkeypatch.setattr(
+        SpeakerEncoder, "compare", lambda *_: stages.append("compare")
+    )
+    body = b""
+    for side in "ab":
+        body += (
+            f'--x\r\nContent-Disposition: form-data; name="{side}"; '.encode()
+        )
+        body += b'filename="f"\r\n\r\n1\r\n'
+    body += b"--x--\r\n"
+    head = f"POST /compare HTTP/1.1\nHost: localhost\n{FORM}"
+    head += f"Content-Length: {len(body)}\n"
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+        assert begun.wait(10)
+    time.sleep(1.5)
+    assert stages == ["envelope"]
+
+
+def test_who_leaves_while_sending_prints_nothing(address, caplog):
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /compare HTTP/1.1\nHost: localhost\n{FORM}"
+    head += "Content-Length: 100000\n"
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall(head.replace("\n", "\r\n").encode() + b"\r\n--x")
+    time.sleep(0.5)
+    assert "Traceback" not in caplog.text and not caplog.records
 
 
 def test_an_encoder_without_thresholds(tmp_path):

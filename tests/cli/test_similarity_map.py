@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from speechbrain_ram.cli.demo import (
+from speechbrain_ram.cli.similarity_map import (
     colours,
     draw_map,
     project,

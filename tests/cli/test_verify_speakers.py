@@ -242,6 +242,12 @@ def test_a_yaml_gives_options_and_the_command_line_wins(
     assert not (world / "not_here").exists()
 
 
+#: Ten lists of ten aliases of the one before: 10^10 values.
+LAUGHS = "a0: &a0 [x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -253,7 +259,20 @@ def test_a_yaml_gives_options_and_the_command_line_wins(
         ("hparams: other.yaml", "unknown keys: ['hparams']"),
         ("- 1\n- 2", "'{path}' cannot be read: "),
         ("", "'{path}' cannot be read: "),
-        ("a: [", "'{path}' cannot be read: "),
+        ("a: [", "'{path}' is not valid YAML .*, line 1"),
+        ("output: a\nname: !new:os.system [a]", "tag !new:os.system: .*line 2"),
+        ("name: !apply:os.getcwd", "the tag !apply:os.getcwd: options are pl"),
+        ("name: !!python/object:os.x {}", "the tag .*python/object:os.x: opt"),
+        ("name: !ref <data_root>", "name refers to <data_root>, no value"),
+        ("name: !ref <name>", "name refers to a reference, name"),
+        ("name: !ref [output]", "not valid YAML"),
+        ("name: {a: b}", "name is {'a': 'b'}; a value or a list of values"),
+        ("trials: [[a]]", "trials is ['a']; a value or a list of values"),
+        ("5", "it has no OPTION: VALUE"),
+        ('name: !ref "<\\e[2J>"', r"refers to <\\x1b.2J>, no value"),
+        ("? [a]\n: b", "not valid YAML|unknown keys"),
+        ("a: " + 60 * "[" + 60 * "]", "lists in lists, more than 40 deep"),
+        (LAUGHS, "more than 10000 values"),
         (None, "'{path}' cannot be read: .*No such file"),
     ],
 )

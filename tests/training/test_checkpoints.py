@@ -12,7 +12,7 @@ import torch
 import yaml
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_ram.training import checkpoints
+from speechbrain_ram.training.checkpoint_files import checksum_of_meta
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     DamagedCheckpoint,
@@ -121,7 +121,7 @@ def test_a_newer_format_is_refused(checkpointer):
     path = checkpointer.save_checkpoint().path
     meta = yaml.safe_load((path / "CKPT.yaml").read_text())
     meta["format"] = 2
-    meta["checksum"] = checkpoints._checksum_of_meta(meta)
+    meta["checksum"] = checksum_of_meta(meta)
     (path / "CKPT.yaml").write_text(yaml.dump(meta))
     with pytest.raises(CheckpointError, match="format 2, this version"):
         again(checkpointer).list_checkpoints()

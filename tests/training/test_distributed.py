@@ -2,6 +2,7 @@
 
 import functools
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -20,6 +22,9 @@ from survival import differences, output_of, train_in_processes
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
 from speechbrain_ram.training.distributed import (
     JointBatchSampler,
+    random_state,
+    restore_random_state,
+    shared_batches,
     sync_batch_norm,
 )
 from speechbrain_ram.utils import leave_group
@@ -56,6 +61,24 @@ def test_every_utterance_once_an_epoch(n_items, batch_size, world, epoch):
         for step, joint in enumerate(whole):
             parts = [item for share in steps for item in share[step]]
             assert sorted(parts) == sorted(joint)
+
+
+def test_validation_is_shared_in_order():
+    shares = [shared_batches(5, 2, rank, 2) for rank in range(2)]
+    assert [[list(batch) for batch in share] for share in shares] == [
+        [[0, 2], [4]],
+        [[1, 3], []],  # as many batches
+    ]
+
+
+def test_every_generator_goes_on_where_it_was():
+    def draw():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    state = random_state()
+    first = draw()
+    restore_random_state(state)
+    assert draw() == first != draw()
 
 
 def test_the_order_is_speechbrains():

@@ -29,9 +29,10 @@ from speechbrain_ram.training.faults import (
     FaultList,
     Interrupted,
     SkipUnreadable,
+    WorkerError,
     is_full_shared_memory,
 )
-from speechbrain_ram.training.robust_brain import NonFiniteError, WorkerError
+from speechbrain_ram.training.robust_brain import NonFiniteError
 
 
 class Flaky:
@@ -66,6 +67,11 @@ def test_batches_are_speechbrains(lengths):
     assert type(ours) is PaddedBatch and ours.id == theirs.id
     for one, other in zip(ours.sig, theirs.sig, strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+def test_a_batch_of_which_nothing_can_be_read():
+    batch = Batch([Fault("b", "gone")])
+    assert batch.data is None and batch.faults == [Fault("b", "gone")]
 
 
 def test_what_stays_broken_becomes_a_fault():

@@ -345,7 +345,35 @@ def test_a_checkpoint_of_another_run(tiny_corpus, run, tmp_path):
         (lambda text: "[" * 100_000, "cannot be read"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "format 2"),
         (lambda text: text.replace('"id"', '"name"'), "cannot be read"),
-        (lambda text: text.replace('"epochs": 2', '"epochs": "2"'), "type"),
+        (
+            lambda text: text.replace('"epochs": 2', '"epochs": "2"'),
+            "epochs is",
+        ),
+        (
+            lambda text: text.replace('"epochs": 2', '"epochs": true'),
+            "epochs is",
+        ),
+        (
+            lambda text: text.replace('"epochs": 2', '"epochs": NaN'),
+            "NaN is no",
+        ),
+        (lambda text: text.replace('"epochs": 2', '"epochs": -2'), "epochs is"),
+        (
+            lambda text: text.replace('"lines": ', '"lines": null, "x": '),
+            "files",
+        ),
+        (
+            lambda text: text.replace('"speakers": [', '"speakers": [7,'),
+            "speak",
+        ),
+        (
+            lambda text: text.replace('"format": 1', '"format": [1]'),
+            "format .1",
+        ),
+        (lambda text: text.replace('"format": 1,', ""), "cannot be read"),
+        (lambda text: "[1, 2]", "has format None"),
+        (lambda text: "7", "has format None"),
+        (lambda text: "\0" * 100, "NUL byte"),
     ],
 )
 def test_a_damaged_file(run, spoil, match):
@@ -359,7 +387,7 @@ def test_a_folder_without_it(run):
     (run / RUN_FILE).unlink()
     for file in run.rglob("run.ckpt"):
         file.unlink()
-    with pytest.raises(RunError, match="nobody knows which data"):
+    with pytest.raises(RunError, match="data and settings are unknown"):
         read_run(run, run / "save")
 
 

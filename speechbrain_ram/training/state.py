@@ -1,0 +1,125 @@
+"""What a checkpoint keeps of a running epoch, checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from speechbrain_ram.data.plain import read_yaml
+from speechbrain_ram.training.checkpoint_files import (
+    DamagedCheckpoint,
+    is_count,
+    is_number,
+)
+from speechbrain_ram.training.distributed import (
+    Tally,
+    random_state,
+    restore_random_state,
+)
+
+Check = Callable[[Any], bool]
+
+#: Attributes of a brain that go on where they were.
+COUNTERS = ("optimizer_step", "n_bad_steps", "bad_in_a_row", "n_scaled_down")
+
+
+def is_number_or_none(value: Any) -> bool:
+    """Whether it is a finite number or None."""
+    return value is None or is_number(value)
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether it is a dictionary of finite numbers."""
+    return _is_dict(value) and all(map(is_number, value.values()))
+
+
+def read_state(
+    path: str | os.PathLike, kept: Mapping[str, Check], rank: int
+) -> dict[str, Any]:
+    """Read what RobustBrain has saved, or (three keys) SpeechBrain's Brain.
+
+    `kept` says which attributes a checkpoint may set, and what they may be.
+    The one state of the random generators that is returned is that of `rank`.
+    """
+    if not zipfile.is_zipfile(path):
+        state = read_yaml(path)
+        checks = {"step": is_count, "avg_train_loss": _is_float}
+        if _is_dict(state):  # older ones have no optimizer_step
+            state = {"optimizer_step": state.get("step"), **state}
+        _check(path, state, {**checks, "optimizer_step": is_count})
+        return state
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    _check(
+        path,
+        state,
+        {
+            "step": is_count,
+            "avg_train_loss": _is_float,
+            **dict.fromkeys(COUNTERS, is_count),
+            "tally": _is_tally,
+            "joint_batch": is_count,
+            "threads": is_count,
+            "faults": _are_texts,
+            "log": lambda v: v is None or isinstance(v, str),
+            "kept": _is_dict,
+            "random": lambda v: isinstance(v, list) and len(v) > 0,
+        },
+    )
+    unknown = sorted(map(str, set(state["kept"]) - set(kept)))
+    if unknown:
+        raise DamagedCheckpoint(
+            f"'{path}' would set {', '.join(unknown)[:200]}; a checkpoint "
+            f"keeps {', '.join(kept) or 'nothing'}. Is it of another version?"
+        )
+    _check(path, state["kept"], {name: kept[name] for name in state["kept"]})
+    state["random"] = state["random"][min(rank, len(state["random"]) - 1)]
+    now = random_state()
+    try:
+        restore_random_state(state["random"])
+    except Exception as error:  # of three libraries
+        raise DamagedCheckpoint(
+            f"'{path}' is damaged: its random state cannot be set ({error!r})."
+        ) from error
+    finally:
+        restore_random_state(now)
+    return state
+
+
+def _check(path: Any, values: Any, checks: Mapping[str, Check]) -> None:
+    if not _is_dict(values):
+        raise DamagedCheckpoint(f"'{path}' is damaged: it has no keys.")
+    for name, is_right in checks.items():
+        if name not in values or not is_right(values[name]):
+            found = str(values[name])[:80] if name in values else "missing"
+            raise DamagedCheckpoint(f"'{path}' is damaged: {name} is {found}.")
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_float(value: Any) -> bool:
+    """NaN too: an average of losses may be that."""
+    return is_number(value) or isinstance(value, float)
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_dict(value) and all(
+        isinstance(text, str) for pair in value.items() for text in pair
+    )
+
+
+def _is_tally(value: Any) -> bool:
+    names = [field.name for field in dataclasses.fields(Tally)]
+    counts = ("n_right", "n_seen", "n_steps")
+    return (
+        _is_dict(value)
+        and sorted(value) == sorted(names)
+        and all(map(_is_float, value.values()))
+        and all(is_count(value[name]) for name in counts)
+    )
