@@ -5,6 +5,7 @@ exception is a bug. Used by test_fuzz.py and by fuzz_atheris.py.
 """
 
 import contextlib
+import faulthandler
 import os
 import resource
 import signal
@@ -110,6 +111,8 @@ def try_inputs(target: Target, inputs) -> Outcome:
     try:
         with alarm_clock(3 * SECONDS), _quiet():
             for data in inputs:
+                if outcome.inputs % 100 == 0:  # what signals cannot end
+                    faulthandler.dump_traceback_later(900, exit=True)
                 signal.alarm(3 * SECONDS)
                 began = time.process_time()
                 try:
@@ -131,6 +134,7 @@ def try_inputs(target: Target, inputs) -> Outcome:
                     outcome.failed("too large", size, data)
                     before = max(before, _forget_peak())
     finally:
+        faulthandler.cancel_dump_traceback_later()
         target.place.write_bytes(target.seal(target.good))
     return outcome
 
