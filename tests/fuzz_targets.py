@@ -1,204 +1,201 @@
-"""What reads files of others, with a good file each to begin from.
+"""Every reader of files of others, with a good file each to begin from.
 
 A target takes bytes. It may succeed, or raise the error of its own; any other
 exception is a bug. Used by test_fuzz.py and by fuzz_atheris.py.
 """
 
 import contextlib
-import io
-import json
-import random
+import faulthandler
+import os
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import Any, NamedTuple
 
-import numpy as np
-import soundfile
-from safetensors.torch import load_file
-from small_encoder import export_small
+import fuzz_values
 
-from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
-from speechbrain_ram.data.manifest import ManifestError, read_manifest
-from speechbrain_ram.export.architecture import fingerprint
-from speechbrain_ram.inference import EncoderError, SpeakerEncoder
-from speechbrain_ram.training.checkpoints import (
-    CheckpointError,
-    SafeCheckpointer,
-    read_checkpoint,
-)
-from speechbrain_ram.verification.scores import read_scores
-from speechbrain_ram.verification.trials import (
-    FORMS,
-    TrialError,
-    read_models,
-    read_trials,
-)
+SECONDS = 20  # for one input, of the processor
+MEGABYTES = 100  # more than before
 
 
 class Target(NamedTuple):
-    """A reader, its own error, and a good file.
+    """A reader, its own errors, and a good file.
 
-    `place` is where the bytes are put before `read(place)`.
+    `place` is where the bytes are put before `read(place)`. `changes(good)`
+    lists functions, each of which gives the bytes of a file with one field
+    changed; `seal` writes checksums anew in a changed file. `many` is how
+    many inputs the long run tries.
     """
 
-    read: object
-    error: type
+    read: Callable[[Path], Any]
+    error: type | tuple
     good: bytes
     place: Path
+    changes: Callable[[bytes], list]
+    many: int
+    seal: Callable[[bytes], bytes] = bytes
 
 
-TRIALS = b"1 id1/a.wav id1/b.wav\n0 id1/a.wav id2/c d.wav\n"
-MANIFEST = (
-    b"ID,duration,wav,start,stop,spk_id\n"
-    b's/a.wav,1.5,$data_root/s/a.wav,0,24000,"s"\n'
-    b"s/b.wav,2.0,/abs/b.wav,16000,48000,t\n"
-)
-SCORES = b"id1/a.wav id1/b.wav 0.25 1\nid1/a.wav id2/c.wav -1e-3 0\n"
-
-
-def recording(format, subtype=None):
-    noise = np.random.default_rng(0).normal(0, 0.1, 2000).astype(np.float32)
-    file = io.BytesIO()
-    soundfile.write(file, noise, 16000, format=format, subtype=subtype)
-    return file.getvalue()
-
-
-def read_any_trials(path):
-    """All forms of lists; the first error is raised at the end."""
-    errors = []
-    for form in FORMS:
-        try:
-            read_trials(path, form)
-        except TrialError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-
-
-def read_recording(path):
-    errors = []
-    for attempt in (
-        lambda: audio_info(path),
-        lambda: read_audio(path),
-        lambda: read_audio(path, 5, 900, 8000, resample=True, mixdown=True),
-    ):
-        try:
-            attempt()
-        except AudioError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-
-
-def load_edited(encoder):
-    """An encoder whose description was edited by who knows fingerprints.
-
-    Without a new one nearly every change would be refused for that alone.
-    """
-    file = encoder / "encoder.json"
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        description = json.loads(file.read_text(encoding="utf-8"))
-        weights = load_file(encoder / "encoder.safetensors")
-        description["fingerprint"] = fingerprint(
-            description["architecture"], weights
-        )
-        file.write_text(json.dumps(description))
-    return SpeakerEncoder.from_folder(encoder)
-
-
-def trained_run(folder, encoder):
-    """A run of which SpeakerEncoder takes the best checkpoint."""
-    model = SpeakerEncoder.from_folder(encoder).modules["embedding_model"]
-    saved = SafeCheckpointer(folder / "save", {"embedding_model": model})
-    checkpoint = saved.save_checkpoint(meta={"EER": 3.5}).path
-    text = (encoder / "hyperparams.yaml").read_text()
-    text = text.partition("# Cosines")[0]  # the encoder: parsing is slow
-    (folder / "hyperparams.yaml").write_text(text)
-    return checkpoint
-
-
-def targets(folder):
+def targets(folder: Path) -> dict[str, Target]:
     """Name -> target; `folder` is for their files."""
-    encoder = export_small(folder / "encoder")
-    edited = export_small(folder / "edited")
-    checkpoint = trained_run(folder / "run", encoder)
-    texts = {
-        "trials": (read_any_trials, TrialError, TRIALS),
-        "models": (read_models, TrialError, b"m1 a.wav b.wav\nm2 c.wav\n"),
-        "scores": (read_scores, TrialError, SCORES),
-        "manifest": (read_manifest, ManifestError, MANIFEST),
-    }
-    recordings = {
-        "wav": ("WAV", "PCM_16"),
-        "wav float": ("WAV", "FLOAT"),
-        "flac": ("FLAC", None),
-        "ogg": ("OGG", "VORBIS"),
-        "mp3": ("MP3", None),
-    }
-    found = {
-        name: Target(*each, folder / f"{name}.txt")
-        for name, each in texts.items()
-    }
-    for name, how in recordings.items():
-        place = folder / f"{name}.{name.split()[0]}"
-        good = recording(*how)
-        found[name] = Target(read_recording, AudioError, good, place)
-    for name in ("encoder.json", "encoder.safetensors"):
-        found[name] = Target(
-            lambda _: SpeakerEncoder.from_folder(encoder),
-            EncoderError,
-            (encoder / name).read_bytes(),
-            encoder / name,
-        )
-    found["edited encoder.json"] = Target(
-        lambda _: load_edited(edited),
-        EncoderError,
-        (edited / "encoder.json").read_bytes(),
-        edited / "encoder.json",
-    )
-    for place in (
-        folder / "run" / "hyperparams.yaml",
-        checkpoint / "embedding_model.ckpt",
+    # not above, for they take Target from here
+    from fuzz_encoders import encoders
+    from fuzz_lists import corpora, lists, made_by_us, settings
+    from fuzz_recordings import recordings
+
+    found: dict[str, Target] = {}
+    for group in (
+        lists,
+        settings,
+        made_by_us,
+        corpora,
+        recordings,
+        encoders,
     ):
-        # The checkpoint's own folder: its checksums would refuse all changes.
-        found[place.name] = Target(
-            lambda _: SpeakerEncoder.from_folder(checkpoint),
-            EncoderError,
-            place.read_bytes(),
-            place,
-        )
-    found["CKPT.yaml"] = Target(
-        lambda _: read_checkpoint(checkpoint),
-        CheckpointError,
-        (checkpoint / "CKPT.yaml").read_bytes(),
-        checkpoint / "CKPT.yaml",
-    )
+        place = folder / group.__name__
+        place.mkdir()
+        found |= group(place)
     return found
 
 
-def try_input(target, data):
-    """Whether the reader accepted it; restores the good file."""
-    target.place.write_bytes(data)
+def try_input(target: Target, data: bytes) -> bool:
+    """Whether the reader accepted it."""
+    target.place.write_bytes(target.seal(data))
+    fuzz_values.executed.clear()
     try:
         target.read(target.place)
     except target.error as error:
-        assert str(error)
+        # Python's own are no better than foreign ones, if nobody wrote them
+        assert str(error).strip()
+        if type(error) is ValueError:
+            assert target.place.name in str(error)
+        assert not isinstance(error, UnicodeError)
         return False
     finally:
-        target.place.write_bytes(target.good)
+        assert not fuzz_values.executed
     return True
 
 
-#: What breaks parsers, put into good files.
+class Outcome:
+    """What happened to the inputs of one target.
+
+    Failures of one type in one line are one; the smallest input is kept.
+    """
+
+    def __init__(self) -> None:
+        self.inputs = self.accepted = 0
+        self.seconds = self.slowest = self.megabytes = 0.0
+        self.failures: dict[tuple[str, str], tuple[bytes, str]] = {}
+
+    def failed(self, kind: str, where: str, data: bytes, why: str = "") -> None:
+        """Note an input; `kind` and `where` tell failures apart."""
+        smallest = self.failures.get((kind, where))
+        if smallest is None or len(data) < len(smallest[0]):
+            self.failures[kind, where] = data, why
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{kind} at {where}: {why}\n  {len(data)} bytes, {data[:300]!r}"
+            for (kind, where), (data, why) in self.failures.items()
+        )
+
+
+def try_inputs(target: Target, inputs) -> Outcome:
+    """Try them all, and note the time and the memory that each needs."""
+    outcome = Outcome()
+    before = _forget_peak()
+    try:
+        with alarm_clock(3 * SECONDS), _quiet():
+            for data in inputs:
+                if outcome.inputs % 100 == 0:  # what signals cannot end
+                    faulthandler.dump_traceback_later(900, exit=True)
+                signal.alarm(3 * SECONDS)
+                began = time.process_time()
+                try:
+                    outcome.accepted += try_input(target, data)
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt):
+                        raise
+                    outcome.failed(*_described(error), data, str(error)[:200])
+                spent = time.process_time() - began
+                outcome.inputs += 1
+                outcome.seconds += spent
+                outcome.slowest = max(outcome.slowest, spent)
+                if spent > SECONDS:
+                    outcome.failed("too slow", f"{spent:.0f} s", data)
+                grown = (_peak() - before) / 1e6
+                outcome.megabytes = max(outcome.megabytes, grown)
+                if grown > MEGABYTES:
+                    size = f"{round(grown, -2):.0f} MB"
+                    outcome.failed("too large", size, data)
+                    before = max(before, _forget_peak())
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        target.place.write_bytes(target.seal(target.good))
+    return outcome
+
+
+@contextlib.contextmanager
+def alarm_clock(seconds: int):
+    """What takes longer is ended with a traceback."""
+
+    def too_long(*_):
+        raise TimeoutError(f"an input took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Progress bars and the like go nowhere."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _forget_peak() -> int:
+    """Memory in use now, in bytes; where Linux allows it the peak is too."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> int:
+    """The most memory in use since, of everything in this process."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """The type, and the line of the package that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/speechbrain_ram/" in f.filename] or frames
+    name = ours[-1].filename.rpartition("/speechbrain_ram/")[2]
+    return type(error).__name__, f"{name}:{ours[-1].lineno}"
+
+
+#: What breaks parsers, put anywhere into good files.
 TOKENS = (
     *(b"", b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"),
     *(b"\n", b"\r", b"\t", b" ", b",", b'"', b"'", b"$", b"/", b"..", b"%s"),
     *(b"nan", b"inf", b"-1", b"1e999", b"9" * 400, b"0x10", b"null", b"true"),
     *(b"{", b"}", b"[", b"]", b"[" * 3000, b'{"a":' * 2000, b"\xef\xbb\xbf"),
-    *("\u2028", "\u202e", "é"),
+    *("\u2028".encode(), "\u202e".encode(), "é".encode()),
 )
 
 
-def mutate(good, draw: random.Random):
+def mutate(good: bytes, draw: Random) -> bytes:
     """A good file with a few pieces cut, doubled, flipped or replaced."""
     data = bytearray(good)
     for _ in range(draw.randint(1, 4)):
@@ -206,10 +203,7 @@ def mutate(good, draw: random.Random):
         end = min(len(data), begin + draw.choice((0, 1, 4, 40)))
         kind = draw.randrange(4)
         if kind == 0:
-            token = draw.choice(TOKENS)
-            data[begin:end] = (
-                token if isinstance(token, bytes) else (token.encode())
-            )
+            data[begin:end] = draw.choice(TOKENS)
         elif kind == 1:
             data[begin:begin] = data[begin:end] * draw.choice((1, 50))
         elif kind == 2 and data:
@@ -217,3 +211,32 @@ def mutate(good, draw: random.Random):
         else:
             del data[draw.randrange(len(data) + 1) :]
     return bytes(data)
+
+
+def inputs(target: Target, draw: Random, count: int):
+    """Half with one field changed, none twice while others are left.
+
+    The others are cut and flipped anywhere, one in ten nothing but noise.
+    """
+    changes = target.changes(target.good)
+    draw.shuffle(changes)
+    for i in range(count):
+        if i % 2 == 0:
+            yield changes[i // 2 % len(changes)]()
+        elif i % 10 == 9:
+            yield _noise(draw)
+        else:
+            good = target.good
+            if i % 4 == 1:
+                good = draw.choice(changes)()
+            yield mutate(good, draw)
+
+
+def _noise(draw: Random) -> bytes:
+    if draw.random() < 0.5:
+        return draw.randbytes(draw.randrange(300))
+    letters = (
+        chr(draw.choice((draw.randrange(128), draw.randrange(55000))))
+        for _ in range(draw.randrange(200))
+    )
+    return "".join(letters).encode()
