@@ -40,21 +40,11 @@ _CHUNK = 64  # files a task
 
 
 class Conversion(NamedTuple):
-    """What a conversion came to.
+    """What a conversion came to."""
 
-    Arguments
-    ---------
-    converted : int
-        Files written by this call.
-    skipped : int
-        Files that were there already.
-    broken : list of str
-        ``PATH: reason`` of those that cannot be decoded.
-    """
-
-    converted: int
-    skipped: int
-    broken: list[str]
+    converted: int  # files written by this call
+    skipped: int  # that were there already
+    broken: list[str]  # PATH: reason, of those that cannot be decoded
 
 
 def convert_tree(
@@ -66,32 +56,9 @@ def convert_tree(
 ) -> Conversion:
     """Convert every recording below a folder to 16-bit mono files.
 
-    Arguments
-    ---------
-    source : path
-        Never written to.
-    destination : path
-        Gets the same folders and names, with another ending, and
-        ``broken.txt`` when files cannot be decoded.
-    to : str
-        'flac' or 'wav'.
-    sample_rate : int
-        In Hz, of the new files.
-    workers : int, optional
-        Processes; one a processor by default.
-
-    Returns
-    -------
-    Conversion
-
-    Raises
-    ------
-    ManifestError
-        The source is missing or has nothing to convert, two of its files
-        would become one, or the destination lies within it.
-    OSError
-        The disk is full, or the destination cannot be written. What is
-        complete stays, and a rerun continues.
+    `destination` gets the same folders and names, with another ending, and
+    ``broken.txt``, which lists what cannot be decoded. What is complete stays
+    where an error ends the work, and a rerun goes on from there.
     """
     if to not in FORMATS:
         raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")

@@ -60,19 +60,11 @@ _BANDWIDTHS = np.array([70.0, 100.0, 140.0, 200.0, 260.0])
 
 
 class SyntheticCorpus(NamedTuple):
-    """Where the parts of a synthetic corpus lie.
+    """Where the parts of a synthetic corpus lie."""
 
-    Arguments
-    ---------
-    train_root, test_root : pathlib.Path
-        Folders of speakers.
-    trials : pathlib.Path
-        Trial list in VoxCeleb's form; paths are relative to `test_root`.
-    """
-
-    train_root: Path
+    train_root: Path  # of folders of speakers
     test_root: Path
-    trials: Path
+    trials: Path  # in VoxCeleb's form, relative to `test_root`
 
 
 class _Voice(NamedTuple):
@@ -163,7 +155,7 @@ def make_synthetic(
     try:
         with atomic_folder(output_dir) as temporary:
             _write_corpus(temporary, settings)
-    except OSError:  # somebody else was faster, or there is no space
+    except OSError:  # another process was faster, or the disk is full
         if not _already_made(output_dir, settings):
             raise
     return _parts(output_dir)
@@ -334,15 +326,12 @@ def _resonances(formants: np.ndarray) -> np.ndarray:
 
 
 def _equaliser(generator, low_tilt: float = -3, high_tilt: float = 3):
-    """A random smooth curve in dB over the bins: microphone, room, codec.
-
-    Like any microphone it takes in nothing below 60 Hz; pulses have an
-    offset there that voices have not.
-    """
+    """A random smooth curve in dB over the bins: microphone, room, codec."""
     octaves = np.log2(np.maximum(_FREQUENCIES, 100) / 100)
     curve = generator.uniform(low_tilt, high_tilt) * octaves
     knots = np.linspace(0, octaves[-1], 9)
     curve += np.interp(octaves, knots, generator.normal(0, 5, 9))
+    # Pulses have an offset that voices have not, and no microphone takes in.
     return np.where(_FREQUENCIES < 60, -100, curve)
 
 

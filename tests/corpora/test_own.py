@@ -12,12 +12,9 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.corpora.folder import (
-    corpus_name,
-    kaldi_parts,
-    make_trials,
-    prepare_own,
-)
+from speechbrain_ram.corpora.folder import corpus_name, prepare_own
+from speechbrain_ram.corpora.held_out import make_trials
+from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     ManifestError,
