@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import safetensors.torch
@@ -70,49 +71,17 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 @dataclass(frozen=True, eq=False)
 class EncoderFolder:
-    """What a folder says, read without executing anything.
+    """What a folder says, read without executing anything."""
 
-    Arguments
-    ---------
-    architecture : dict
-        Plain data, see :mod:`speechbrain_ram.export.architecture`.
-    weights : dict of str to torch.Tensor
-        State of the embedding model.
-    fingerprint : str
-        Of both; checked against what was written.
-    decision : Decision, optional
-        Thresholds and score distributions, where a list was scored.
-    facts : dict
-        What the model card states.
-    """
-
-    architecture: dict
-    weights: dict[str, torch.Tensor]
-    fingerprint: str
-    decision: Decision | None
-    facts: dict
+    architecture: dict  # plain data, see export/architecture.py
+    weights: dict[str, torch.Tensor]  # state of the embedding model
+    fingerprint: str  # of both; checked against what was written
+    decision: Decision | None  # where a development list was scored
+    facts: dict  # what the model card states
 
 
 def encoder_section(hyperparams: str | os.PathLike) -> str:
-    """Cut the encoder out of a run's hyperparams.yaml, as YAML of its own.
-
-    Arguments
-    ---------
-    hyperparams : path
-        The file that SpeechBrain writes into the output folder, with every
-        reference and override resolved. Its key ``encoder`` is what
-        ``hparams/encoder.yaml`` became.
-
-    Returns
-    -------
-    str
-        Sizes, front-end and encoder.
-
-    Raises
-    ------
-    EncoderError
-        There is no such key.
-    """
+    """The encoder's part of a run's hyperparams.yaml, as YAML of its own."""
     text = Path(hyperparams).read_text(encoding="utf-8")
     return write_architecture(read_architecture(text, str(hyperparams)))
 
@@ -127,32 +96,11 @@ def export_inference(
     decision: Decision | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the folder.
+    """Write the folder, replacing an older one only when it is complete.
 
-    Written under a temporary name and renamed when complete, so that an
-    interrupted export leaves no half of a folder.
-
-    Arguments
-    ---------
-    folder : path
-        Replaced if it exists.
-    encoder_yaml : str
-        From :func:`encoder_section`.
-    embedding_model, classifier : torch.nn.Module
-        Trained, on any device.
-    label_encoder : CategoricalEncoder
-        The names of the classifier's rows.
-    mean_embedding : torch.Tensor
-        Shape [E]: what ``encode_batch(normalize=True)`` takes off.
-    decision : Decision, optional
-        From a scored development list.
-    facts : mapping, optional
-        For the model card, see :data:`speechbrain_ram.export.folder.FACTS`.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
+    `encoder_yaml` is from :func:`encoder_section`; `mean_embedding`, [E], is
+    what ``encode_batch(normalize=True)`` takes off; `decision` is from a
+    scored development list; `facts` are for the model card, see :data:`FACTS`.
     """
     folder = Path(folder)
     architecture = read_architecture(encoder_yaml)
@@ -191,23 +139,7 @@ def export_inference(
 
 
 def read_folder(folder: str | os.PathLike) -> EncoderFolder:
-    """Read an exported folder; nothing in it is executed.
-
-    Arguments
-    ---------
-    folder : path
-        Written by :func:`export_inference`.
-
-    Returns
-    -------
-    EncoderFolder
-
-    Raises
-    ------
-    EncoderError
-        A file is missing, damaged, of another format number, or does not
-        belong to the others.
-    """
+    """Read what :func:`export_inference` wrote; nothing in it is executed."""
     folder = Path(folder)
     file = folder / DESCRIPTION
     try:
@@ -279,82 +211,7 @@ FACTS = {
     "license": "Licence",  # an SPDX identifier, which hubs read in lower case
 }
 
-_CARD = """---
-library_name: speechbrain
-license: {license_id}
-tags:
-- speaker-verification
-- speaker-recognition
-- speaker-embeddings
-- speechbrain
-- pytorch
-metrics:
-- EER
----
-
-# {name}
-
-A speaker encoder: it maps a recording of {rate} Hz to {dim} numbers that are
-alike when the speaker is. Trained with [speechbrain-ram] on [SpeechBrain].
-
-| | |
-| --- | --- |
-{facts}
-
-## How good it is
-
-{results}
-
-These numbers hold for recordings like those of that list. For another
-language, channel or age group measure anew before you rely on a threshold.
-
-## Use it
-
-Nothing that this folder contains is executed:
-
-```python
-from speechbrain_ram.inference import SpeakerEncoder
-
-encoder = SpeakerEncoder.from_folder("path/of/this/folder")
-print(encoder.compare("a.wav", "b.wav"))
-```
-
-```
-speechbrain-ram compare --encoder path/of/this/folder a.wav b.wav
-```
-
-With SpeechBrain alone (it executes what `hyperparams.yaml` names, so trust the
-folder first):
-
-```python
-from speechbrain.inference.speaker import SpeakerRecognition
-
-model = SpeakerRecognition.from_hparams("path/of/this/folder")
-score, _ = model.verify_files("a.wav", "b.wav")  # compare with a threshold
-```
-
-## What is inside
-
-| file | what |
-| --- | --- |
-| `encoder.json` | architecture, thresholds and score distributions |
-| `encoder.safetensors` | weights |
-| `hyperparams.yaml`, `*.ckpt` | the same for SpeechBrain, with the classifier |
-
-## Cite
-
-```bibtex
-@inproceedings{{li2022ram,
-  title     = {{Real Additive Margin Softmax for Speaker Verification}},
-  author    = {{Li, Lantian and Nai, Ruiqian and Wang, Dong}},
-  booktitle = {{Proc. ICASSP}},
-  year      = {{2022}}
-}}
-```
-
-[speechbrain-ram]: https://pypi.org/project/speechbrain-ram
-[SpeechBrain]: https://speechbrain.github.io
-"""
+_CARD = Path(__file__).with_name("model_card.md")
 
 
 def model_card(
@@ -362,27 +219,7 @@ def model_card(
     facts: Mapping[str, Any],
     decision: Decision | None = None,
 ) -> str:
-    """Write the model card.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data, for the sample rate and the size of the embedding.
-    facts : mapping
-        Any of the keys of `FACTS`.
-    decision : Decision, optional
-        The development list's results.
-
-    Returns
-    -------
-    str
-        Markdown.
-
-    Raises
-    ------
-    ValueError
-        A fact of another name.
-    """
+    """The README of an encoder, in Markdown, from any of :data:`FACTS`."""
     unknown = sorted(set(facts) - set(FACTS))
     if unknown:
         raise ValueError(
@@ -398,7 +235,8 @@ def model_card(
     rows.append(f"| Front-end | `{_describe(front_end)}` |")
     rows.append(f"| Network | `{_describe(architecture['embedding_model'])}` |")
     note = [f"**{facts['note']}**"] if facts.get("note") else []
-    return _CARD.format(
+    card = Template(_CARD.read_text(encoding="utf-8"))
+    return card.substitute(
         name=facts.get("name", "Speaker encoder"),
         license_id=str(facts.get("license", "unknown")).lower(),
         rate=architecture["sample_rate"],
@@ -452,29 +290,7 @@ def start_from(
     Speakers whom both know keep their rows of the classifier; the others
     begin anew. So the number of speakers may be another: with the same ones
     this is the start of large-margin fine-tuning, with others of an
-    adaptation to another corpus.
-
-    Arguments
-    ---------
-    folder : path
-        Written by :func:`speechbrain_ram.export.folder.export_inference`.
-    encoder_yaml : str
-        What the run trains, from
-        :func:`speechbrain_ram.export.folder.encoder_section`.
-    embedding_model, classifier : torch.nn.Module
-        Changed in place.
-    label_encoder : CategoricalEncoder
-        The run's speakers.
-
-    Returns
-    -------
-    int
-        How many speakers were taken over.
-
-    Raises
-    ------
-    EncoderError
-        No such folder, damaged, or of another architecture.
+    adaptation to another corpus. Returns how many were taken over.
     """
     folder = Path(folder)
     found = read_folder(folder)
@@ -487,7 +303,7 @@ def start_from(
             if there.get(key) != wanted.get(key)
         )
         raise EncoderError(
-            f"the encoder in '{folder}' is of another architecture: "
+            f"the encoder in '{folder}' has another architecture: "
             f"{'; '.join(different)}. Give this run the same."
         )
     embedding_model.load_state_dict(found.weights)
