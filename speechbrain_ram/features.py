@@ -195,26 +195,10 @@ class KaldiFbank(torch.nn.Module):
 def mirrored(
     start: int, stop: int, samples: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Indices into a recording that goes on past its ends as in mirrors.
+    """Indices [stop - start] into a recording that is mirrored at its ends.
 
-    Arguments
-    ---------
-    start, stop : int
-        Positions wanted; those below 0 or from `samples` on are outside.
-    samples : int
-        Length of the recording, however short.
-    device : torch.device
-        Where the indices are needed.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [stop - start], each in [0, samples).
-
-    Example
-    -------
-    >>> mirrored(-2, 8, samples=3)
-    tensor([1, 0, 0, 1, 2, 2, 1, 0, 0, 1])
+    Positions below 0 or from `samples` on are outside of it; every index is in
+    [0, samples), however short the recording.
     """
     index = torch.arange(start, stop, device=device)
     # A tensor of moduli: the ONNX exporter refuses a symbolic number.
@@ -266,20 +250,8 @@ def make_front_end(
 def windowed_dft(window: int, n_fft: int) -> torch.Tensor:
     """Povey window and discrete Fourier transform as one matrix.
 
-    The Nyquist bin is left out: Kaldi's triangles never reach it.
-
-    Arguments
-    ---------
-    window : int
-        Samples a frame.
-    n_fft : int
-        Length of the transform, at least `window`.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [window, n_fft], float32: cosines of bins 0 to n_fft/2 - 1,
-        then their sines.
+    [window, n_fft], float32: cosines of bins 0 to n_fft / 2 - 1, then their
+    sines. The Nyquist bin is left out: Kaldi's triangles never reach it.
     """
     taper = torch.hann_window(window, periodic=False, dtype=torch.float64)
     time = torch.arange(window, dtype=torch.float64)
@@ -300,28 +272,9 @@ def mel_triangles(
     low_freq: float,
     high_freq: float,
 ) -> torch.Tensor:
-    """Triangular filters, equally wide on the Mel scale, without gaps.
+    """Triangles equally wide on the Mel scale, [n_fft / 2, n_mels], float32.
 
-    Arguments
-    ---------
-    n_mels : int
-        Number of filters.
-    n_fft : int
-        Length of the Fourier transform.
-    sample_rate : int
-        In Hz.
-    low_freq, high_freq : float
-        In Hz; a `high_freq` of 0 or less counts down from Nyquist.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [n_fft / 2, n_mels], float32.
-
-    Raises
-    ------
-    ValueError
-        The frequencies are not 0 <= low < high <= Nyquist.
+    A `high_freq` of 0 or less counts down from Nyquist.
     """
     nyquist = sample_rate / 2
     top = high_freq if high_freq > 0 else nyquist + high_freq

@@ -44,39 +44,10 @@ class EncoderError(ValueError):
 def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
     """Parse the YAML of an encoder into plain data; nothing is executed.
 
-    Arguments
-    ---------
-    text : str
-        YAML with ``sample_rate``, ``embedding_dim`` and the three parts as
-        ``!new:`` or ``!apply:`` objects, every reference resolved. The keys
-        may also stand under ``encoder``, as in a run's hyperparams.yaml.
-    name : str
-        What the text is called in an error.
-
-    Returns
-    -------
-    dict
-        ``sample_rate``, ``embedding_dim``, and for each part a dictionary of
-        ``arguments`` and the dotted name of what takes them: a ``class``
-        (``!new:``) or a ``function`` (``!apply:``).
-
-    Raises
-    ------
-    EncoderError
-        No YAML, a key is missing, or a part is not described by plain data.
-
-    Example
-    -------
-    >>> text = '''
-    ... sample_rate: 16000
-    ... embedding_dim: 512
-    ... compute_features: !new:speechbrain_ram.features.KaldiFbank
-    ... mean_var_norm: !new:speechbrain.processing.features.InputNormalization
-    ...   norm_type: sentence
-    ... embedding_model: !new:speechbrain_ram.resnet.ResNet34
-    ... '''
-    >>> read_architecture(text)["mean_var_norm"]["arguments"]
-    {'norm_type': 'sentence'}
+    It needs ``sample_rate``, ``embedding_dim`` and the three parts as ``!new:``
+    or ``!apply:`` objects, every reference resolved; all of these may stand
+    under ``encoder``, as in a run's hyperparams.yaml. Each part becomes its
+    ``arguments`` and a ``class`` (``!new:``) or a ``function`` (``!apply:``).
     """
     if text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise EncoderError(
@@ -86,7 +57,7 @@ def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
     try:
         document = ruamel.yaml.YAML().load(text)
     except (ruamel.yaml.error.YAMLError, ValueError, RecursionError) as error:
-        raise EncoderError(f"'{name}' is no YAML: {error}") from error
+        raise EncoderError(f"'{name}' is not valid YAML: {error}") from error
     if isinstance(document, Mapping) and "encoder" in document:
         document = document["encoder"]
     wanted = ("sample_rate", "embedding_dim", *PARTS)
@@ -106,29 +77,7 @@ def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
 
 
 def write_architecture(architecture: Mapping[str, Any]) -> str:
-    """The YAML that :func:`read_architecture` reads, for SpeechBrain.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data.
-
-    Returns
-    -------
-    str
-        HyperPyYAML without references.
-
-    Example
-    -------
-    >>> call = {"class": "torch.nn.Identity", "arguments": {"n": [1, True]}}
-    >>> data = {"sample_rate": 16000, **dict.fromkeys(PARTS, call)}
-    >>> print(write_architecture(data)[:76])
-    sample_rate: 16000
-    <BLANKLINE>
-    compute_features: !new:torch.nn.Identity
-      n: [1, true]
-    <BLANKLINE>
-    """
+    """The YAML that :func:`read_architecture` reads, for SpeechBrain."""
     # JSON's scalars and lists are YAML's.
     lines = [
         f"{key}: {json.dumps(value)}"
@@ -146,46 +95,12 @@ def write_architecture(architecture: Mapping[str, Any]) -> str:
 
 
 def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
-    """Build the parts, without weights, from plain data.
-
-    Arguments
-    ---------
-    architecture : mapping
-        From :func:`read_architecture`, or from the JSON it was written to.
-
-    Returns
-    -------
-    dict of str to torch.nn.Module
-        The three parts, in evaluation mode.
-
-    Raises
-    ------
-    EncoderError
-        A class that is not allowed, or arguments that it does not take.
-    """
+    """Build the parts, without weights, in evaluation mode."""
     return {part: build_part(architecture, part) for part in PARTS}
 
 
 def build_part(architecture: Mapping[str, Any], part: str) -> torch.nn.Module:
-    """One of the parts that :func:`build` makes.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As for :func:`build`.
-    part : str
-        One of :data:`PARTS`.
-
-    Returns
-    -------
-    torch.nn.Module
-        In evaluation mode.
-
-    Raises
-    ------
-    EncoderError
-        As :func:`build`.
-    """
+    """One of the parts that :func:`build` makes."""
     try:
         call = dict(architecture[part])
         arguments = dict(call.pop("arguments"))
@@ -216,24 +131,9 @@ def build_part(architecture: Mapping[str, Any], part: str) -> torch.nn.Module:
 def fingerprint(
     architecture: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> str:
-    """A name for an encoder: equal when it gives equal embeddings.
+    """A name for an encoder: the SHA-256 of architecture and weights.
 
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data.
-    weights : mapping of str to torch.Tensor
-        The state of the embedding model, on any device.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits (SHA-256 of both).
-
-    Example
-    -------
-    >>> fingerprint({}, {"w": torch.zeros(2)})[:8]
-    '5ff2a478'
+    Equal names mean equal embeddings.
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for key in sorted(weights):
@@ -293,4 +193,4 @@ def _plain(value: Any, name: str, left: list[int] | None = None) -> Any:
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
-    raise EncoderError(f"'{name}' has {value!r}, which is no plain data.")
+    raise EncoderError(f"'{name}' has {value!r}, which is not plain data.")

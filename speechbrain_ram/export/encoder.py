@@ -28,15 +28,7 @@ from speechbrain_ram.verification.embeddings import Padding
 
 
 class LoadedEncoder:
-    """A front-end and an encoder, ready to embed padded batches.
-
-    Arguments
-    ---------
-    folder : EncoderFolder
-        From :func:`read_encoder`.
-    device : str
-        Where to compute.
-    """
+    """A front-end and an encoder, ready to embed padded batches."""
 
     def __init__(self, folder: EncoderFolder, device: str = "cpu"):
         self.facts = folder.facts
@@ -81,23 +73,9 @@ class LoadedEncoder:
 
 
 def read_encoder(path: str | os.PathLike) -> EncoderFolder:
-    """Read an encoder; nothing in the folder is executed.
+    """Read an exported folder, a run's best checkpoint, or one ``CKPT+...``.
 
-    Arguments
-    ---------
-    path : path
-        An exported folder; or a run's output folder, whose best checkpoint
-        is taken; or one checkpoint folder (``CKPT+...``) of a run.
-
-    Returns
-    -------
-    EncoderFolder
-
-    Raises
-    ------
-    EncoderError
-        Nothing there, damaged, of another version, or weights of another
-        architecture.
+    Nothing in it is executed.
     """
     path = Path(path)
     if not path.is_dir():
@@ -167,11 +145,9 @@ def _best_checkpoint(run: Path) -> Path:
 
 
 def _check_sizes(folder: EncoderFolder) -> None:
-    """Refuse an architecture that the weights are not of.
-
-    On the meta device no memory is taken: an edited file cannot ask for more
-    than the weights' own size.
-    """
+    """Refuse an architecture that the weights are not of."""
+    # No memory is taken on the meta device: an edited file cannot ask for more
+    # than the weights' own size.
     with torch.device("meta"):
         model = build_part(folder.architecture, "embedding_model")
     wanted = {key: tuple(t.shape) for key, t in model.state_dict().items()}

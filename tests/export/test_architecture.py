@@ -87,13 +87,13 @@ def test_nothing_is_executed_wherever_it_stands(tmp_path, old, new):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("- 1", "has no sample_rate, embedding_dim, compute_features"),
         ("sample_rate: 1", "has no embedding_dim, compute_features"),
         (KALDI.replace("!new:", "!name:"), "is !name:speechbrain.*needed"),
         (KALDI.replace("  name: kaldi", "  - kaldi"), "with named arguments"),
         (KALDI.replace("80", "!ref <n_mels>"), "!ref where a number"),
-        (KALDI.replace("80", "2026-01-01"), "no plain data"),
+        (KALDI.replace("80", "2026-01-01"), "is not plain data"),
     ],
 )
 def test_what_is_no_architecture(text, message):
