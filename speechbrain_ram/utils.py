@@ -12,6 +12,8 @@ import logging
 import math
 import os
 import platform
+import re
+import reprlib
 import secrets
 import shutil
 import sys
@@ -413,6 +415,32 @@ pip install "speechbrain-ram[report]"
             f'pip install "speechbrain-ram[{extra}]"',
             name=error.name,
         ) from error
+
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def whole_number(text: str) -> int:
+    """`int`, but a ValueError for 1_0, for digits of other scripts than ASCII
+    and for more than 18 of them, which no array of 64 bits holds.
+    """
+    if not _WHOLE.fullmatch(text.strip()):
+        raise ValueError(
+            f"{reprlib.repr(text)} is not a whole number of at most 18 digits"
+        )
+    return int(text)
+
+
+def number(text: str) -> float:
+    """`float`, but a ValueError for 1_0, for digits of other scripts than
+    ASCII, for nan and for what is, or rounds to, infinity.
+    """
+    if len(text) < 400 and _NUMBER.fullmatch(text.strip()):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    raise ValueError(f"{reprlib.repr(text)} is not a finite number")
 
 
 def first_ten(names: Sequence[str], between: str = ", ") -> str:
