@@ -30,6 +30,7 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_folder
 
 SAMPLE_RATE = 16000
@@ -172,16 +173,22 @@ def _already_made(folder: Path, settings: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     stamp = folder / "synthetic.json"
-    found = json.loads(stamp.read_text()) if stamp.is_file() else None
+    try:
+        found = read_json(stamp) if stamp.exists() else None
+    except (OSError, ValueError) as error:
+        raise ManifestError(
+            f"'{stamp}' does not say which corpus this is: {error} Choose "
+            "another folder, or remove this one."
+        ) from error
     if found == settings:
         return True
-    if found is None:
+    if not isinstance(found, dict):
         raise ManifestError(
             f"'{folder}' is not empty and holds no synthetic corpus. Choose "
             "another folder for it."
         )
     changed = {
-        key: f"{found.get(key)} there, {value} wanted"
+        key: f"{found.get(key)!r:.40} there, {value} wanted"
         for key, value in settings.items()
         if found.get(key) != value
     }

@@ -9,6 +9,7 @@ import csv
 import io
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from speechbrain_ram.data.names import TextError, part_name, read_text
 
 logger = get_logger(__name__)
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BLANK = " \t\r"  # between Kaldi's fields; a name may hold Unicode's spaces
 _KALDI_OVERSHOOT = 0.5  # seconds that Kaldi, too, cuts off without a word
 
 
@@ -65,8 +68,8 @@ def _rows(path: Path) -> Iterator[Part]:
     columns = reader.fieldnames or []
     if not {"wav", "spk_id"} <= set(columns):
         raise ManifestError(
-            f"{path}, line 1: found the columns {columns}, expected "
-            "wav and spk_id among them."
+            f"{path}, line 1: found the columns "
+            f"{reprlib.repr(columns)}, expected wav and spk_id among them."
         )
     bounds = [column for column in ("start", "stop") if column in columns]
     if len(bounds) == 1:
@@ -76,12 +79,14 @@ def _rows(path: Path) -> Iterator[Part]:
         )
     for record in reader:
         place = f"{path}, line {reader.line_num}"
-        if not record["wav"] or not record["spk_id"]:
+        name, speaker = record["wav"], record["spk_id"]
+        if not name or not speaker:
             raise ManifestError(f"{place}: wav or spk_id is empty.")
+        _check_names(place, name, speaker)
         yield Part(
             place,
-            record["wav"].removeprefix("$data_root/"),
-            record["spk_id"],
+            name.removeprefix("$data_root/"),
+            speaker,
             *(_sample(record[column], column, place) for column in bounds),
         )
 
@@ -89,10 +94,20 @@ def _rows(path: Path) -> Iterator[Part]:
 def _sample(text: str | None, column: str, place: str) -> int:
     if text is None or not re.fullmatch("[0-9]{1,15}", text):
         raise ManifestError(
-            f"{place}: {column} is '{text}', expected a whole number of "
-            "samples at the recording's own rate. Is it in seconds?"
+            f"{place}: {column} is {reprlib.repr(text)}, expected a whole "
+            "number of samples at the recording's own rate. Is it in seconds?"
         )
     return int(text)
+
+
+def _check_names(place: str, *names: str) -> None:
+    """Names go into lists and tables, one a line."""
+    for name in names:
+        if _CONTROL.search(name):
+            raise ManifestError(
+                f"{place}: {reprlib.repr(name)} has a line break or another "
+                "control character. Is a quote missing, or the file damaged?"
+            )
 
 
 def is_kaldi(corpus: str | os.PathLike) -> bool:
@@ -114,8 +129,8 @@ def kaldi_parts(
     for place, (name, path) in _kaldi_lines(corpus, "wav.scp", 2):
         if path.endswith("|"):
             raise ManifestError(
-                f"{place}: '{path}' is a command. Only paths are read: run it "
-                "once, and write the path of its result here."
+                f"{place}: {reprlib.repr(path)} is a command. Only paths are "
+                "read: run it once, and write the path of its result here."
             )
         recordings[name] = path
     speakers = dict(each for _, each in _kaldi_lines(corpus, "utt2spk", 2))
@@ -164,14 +179,18 @@ def _kaldi_lines(corpus, name: str, n_fields: int) -> Iterator[tuple]:
     path = os.path.join(corpus, name)
     if not os.path.isfile(path):
         return
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        fields = line.strip().split(maxsplit=n_fields - 1)
-        if not fields:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        line = line.strip(_BLANK)
+        if not line:
             continue
+        fields = re.split(f"[{_BLANK}]+", line, maxsplit=n_fields - 1)
         place = f"{path}, line {number}"
         numbers = n_fields < 4 or all(map(_is_seconds, fields[2:]))
         if len(fields) != n_fields or not numbers:
-            raise ManifestError(f"{place}: '{line}' is not of Kaldi's form.")
+            raise ManifestError(
+                f"{place}: {reprlib.repr(line)} is not of Kaldi's form."
+            )
+        _check_names(place, *fields)
         if first.setdefault(fields[0], number) != number:
             raise ManifestError(
                 f"{place}: '{fields[0]}' is in line {first[fields[0]]} already."

@@ -56,7 +56,7 @@ LISTS = {
 #: Where VoxCeleb's makers publish the lists.
 LISTS_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/"
 
-_SPEAKER = re.compile(r"id\d{5}$")
+_SPEAKER = re.compile(r"id[0-9]{5}\Z")
 _VOXCELEB2_DEV = (5994, 1092009)  # speakers, utterances
 
 
@@ -293,9 +293,14 @@ def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
     for folder in (path.parent, *folders):
         meta = folder / "vox1_meta.csv"
         if meta.is_file():
-            for line in read_text(meta).splitlines():
+            for number, line in enumerate(read_text(meta).split("\n"), 1):
                 fields = re.split(r"[\t, ]+", line)  # both are about
                 if _SPEAKER.match(fields[0]):
+                    if len(fields) < 2:
+                        raise ManifestError(
+                            f"'{meta}', line {number}: '{fields[0]}' has no "
+                            "name. Is it VoxCeleb1's vox1_meta.csv?"
+                        )
                     id_of[fields[1]] = fields[0]
             break
     strangers = [each for each in listed if each not in id_of]
