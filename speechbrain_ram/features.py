@@ -20,6 +20,9 @@ import torch
 from speechbrain.lobes.features import Fbank
 from speechbrain.utils.autocast import fwd_default_precision
 
+#: Length of the Fourier transform in the front-end called "fbank".
+FBANK_N_FFT = 512
+
 #: Kaldi never takes the logarithm of less than float32's machine epsilon.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
 
@@ -238,7 +241,7 @@ def make_front_end(
     torch.Size([2, 101, 80])
     """
     if name == "fbank":
-        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=512)
+        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=FBANK_N_FFT)
     if name == "kaldi":
         return KaldiFbank(n_mels=n_mels, sample_rate=sample_rate)
     raise ValueError(
