@@ -24,8 +24,9 @@ import soundfile
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
+from speechbrain_ram.corpora.convert import frames_of
 from speechbrain_ram.corpora.folder import write_split
-from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -367,7 +368,7 @@ def join_short(
         stem = os.path.splitext(os.path.basename(group[0].id))[0]
         name = f"{group[0].spk_id}/{stem}-join{len(group)}.flac"
         path = output_dir / name
-        frames = _frames(path)
+        frames = frames_of(path)
         expected = sum(row.duration for row in group) * sample_rate
         if abs(frames - expected) > len(group):  # each may be rounded
             samples = np.concatenate(
@@ -387,14 +388,6 @@ def join_short(
         written = pool.map(write, joined)
         bar = tqdm(written, total=len(joined), desc="Joining", unit="file")
         return kept + list(bar)
-
-
-def _frames(path: Path) -> int:
-    """Samples of a recording, 0 where it is missing or damaged."""
-    try:
-        return audio_info(path).frames
-    except AudioError:
-        return 0
 
 
 def _write(path: Path, samples: np.ndarray, sample_rate: int) -> None:

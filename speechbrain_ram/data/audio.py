@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import soundfile
 import torch
 
 from speechbrain_ram.data import containers
@@ -158,12 +159,7 @@ class Audio:
                 wanted = _within(path, start, stop, frames) - start
                 if start:
                     decoder.seek(start)
-                data = decoder.read(wanted, dtype="float32", always_2d=True)
-        if len(data) < wanted:
-            raise AudioError(
-                f"'{path}' is truncated: its header promises {wanted} "
-                f"samples, {len(data)} could be read. Was a copy interrupted?"
-            )
+                data = _decoded(path, decoder, wanted)
         return self.convert(data, rate, path)
 
     def windows(
@@ -184,8 +180,28 @@ class Audio:
             Shape [samples], as :meth:`read` gives it.
         """
         info = self.info(path)
-        for start, stop in cut(0, info.frames, info.sample_rate, seconds):
-            yield self.read(path, start, stop)
+        bounds = cut(0, info.frames, info.sample_rate, seconds)
+        with opened(path) as file:
+            if containers.is_container(file.head):
+                self.check(path, info.channels, info.sample_rate)
+                ratio = self.sample_rate / info.sample_rate
+                for samples in containers.stream(
+                    path,
+                    self.sample_rate,
+                    stop=round(info.frames * ratio),
+                    least=round(seconds * self.sample_rate),
+                ):
+                    yield _from_16_bit(samples)
+                return
+            samples = find_samples(path, file.number, file.size, file.head)
+            with decoder_of(file, samples) as (decoder, _):
+                # soundfile seeks after every read of what can be sought in,
+                # which an MP3 pays with its next frames.
+                decoder.seekable = lambda: False
+                blocks = (_decoded(path, decoder, b - a) for a, b in bounds)
+                yield from self._converted(
+                    blocks, len(bounds), decoder.samplerate, path
+                )
 
     def convert(
         self,
@@ -212,6 +228,38 @@ class Audio:
         import torchaudio.functional  # slow to import and seldom needed
 
         return torchaudio.functional.resample(waveform, rate, self.sample_rate)
+
+    def _converted(
+        self,
+        blocks: Iterable[np.ndarray],
+        count: int,
+        rate: int,
+        path: str | os.PathLike,
+    ) -> Iterator[torch.Tensor]:
+        """What :meth:`convert` makes of all `count` blocks at once.
+
+        Bit for bit, as long as blocks last seconds: the filter between two
+        rates sees `margin` samples of the neighbours.
+        """
+        common = math.gcd(rate, self.sample_rate)
+        old, new = rate // common, self.sample_rate // common
+        # torchaudio's: six zero crossings of a sinc at 0.99 of the lower rate.
+        width = math.ceil(6 * old / (0.99 * min(old, new)))
+        margin = 0 if old == new else (width // old + 2) * old
+        held, sent = None, 0
+        for left, block in zip(range(count - 1, -1, -1), blocks, strict=True):
+            held = block if held is None else np.concatenate([held, block])
+            end = (len(held) - margin) // old * old if left else len(held)
+            if end <= sent:
+                continue
+            waveform = self.convert(
+                held[: end + margin if left else None], rate, path
+            )
+            yield waveform[
+                sent // old * new : end // old * new if left else None
+            ]
+            keep = max(end - margin, 0)
+            held, sent = held[keep:], end - keep
 
     def check(self, path: str | os.PathLike, channels: int, rate: int) -> None:
         """Refuse several channels or another rate where that is not allowed.
@@ -365,6 +413,19 @@ def pad_waveforms(
     lens = (valid - 0.5) / (hops + 1)
     lens[valid == hops + 1] = 1.0
     return padded, lens
+
+
+def _decoded(
+    path: str | os.PathLike, decoder: soundfile.SoundFile, wanted: int
+) -> np.ndarray:
+    """The next samples of a decoder, [wanted, channels]."""
+    data = decoder.read(wanted, dtype="float32", always_2d=True)
+    if len(data) < wanted:
+        raise AudioError(
+            f"'{path}' is truncated: its header promises {wanted} samples, "
+            f"{len(data)} could be read. Was a copy interrupted?"
+        )
+    return data
 
 
 def _from_16_bit(samples: np.ndarray) -> torch.Tensor:
