@@ -1,6 +1,6 @@
 """What all parts use and what knows nothing of speech.
 
-Whole files, memory, threads, errors and lists in words, several processes.
+Whole files, memory, threads, errors, numbers in text, several processes.
 """
 
 from __future__ import annotations
@@ -29,31 +29,10 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A name to write a file under, which then takes its own.
+    """A hidden name beside `path` that becomes `path` when the block ends.
 
-    Arguments
-    ---------
-    path : path
-        The file to write; its folder is made where it is missing.
-
-    Yields
-    ------
-    Path
-        In the same folder, hidden, different for each caller, ending in
-        `.tmp`: say the format where it would be taken from the ending. The
-        block writes the whole file, which gets the mode that any new file
-        gets here. An exception inside the block leaves an older file of that
-        name as it was, and nothing else.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "new" / "one"
-    >>> with atomic_path(path) as temporary:
-    ...     _ = temporary.write_bytes(b"1")
-    ...     path.exists()
-    False
-    >>> path.read_bytes()
-    b'1'
+    The name ends in `.tmp`, so tell a writer the format. The file gets the
+    usual mode. After an exception an older file of that name is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,26 +55,7 @@ def _hidden(path: Path) -> Path:
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
-    """As :func:`atomic_path`, with a text file open for writing.
-
-    Arguments
-    ---------
-    path : path
-        The file to write.
-
-    Yields
-    ------
-    text file
-        UTF-8, line ends as written.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "list.txt"
-    >>> with atomic_writer(path) as file:
-    ...     _ = file.write("one\\n")
-    >>> path.read_text()
-    'one\\n'
-    """
+    """As :func:`atomic_path`, with a UTF-8 text file open for writing."""
     with (
         atomic_path(path) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
@@ -107,29 +67,9 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[TextIO]:
 def atomic_folder(
     path: str | os.PathLike, replace: bool = False
 ) -> Iterator[Path]:
-    """As :func:`atomic_path`, for a folder with all that is in it.
+    """As :func:`atomic_path`, for a folder, which the block finds empty.
 
-    Arguments
-    ---------
-    path : path
-        The folder to make.
-    replace : bool
-        Whether one of that name that holds something is replaced; without,
-        it is an OSError.
-
-    Yields
-    ------
-    Path
-        An empty folder beside it, hidden, ending in `.tmp`.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "folder"
-    >>> for text in ("old", "new"):
-    ...     with atomic_folder(path, replace=True) as temporary:
-    ...         _ = (temporary / "file").write_text(text)
-    >>> (path / "file").read_text()
-    'new'
+    Without `replace`, a folder of that name that is not empty is an OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,13 +92,7 @@ def atomic_folder(
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no infinity and no NaN: they become null.
-
-    Example
-    -------
-    >>> json_text({0.01: [1.5, float("inf")]})
-    '{"0.01": [1.5, null]}'
-    """
+    """JSON, which has no infinity and no NaN: they become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -189,17 +123,8 @@ def keep_freed_memory() -> bool:
     """Let this process reuse what it frees instead of giving it back.
 
     For a process of its own that repeats the same work, as training does; it
-    then looks as large as it ever was. Only glibc (most of Linux) can be told.
-
-    Returns
-    -------
-    bool
-        Whether it was told.
-
-    Example
-    -------
-    >>> keep_freed_memory() in (True, False)
-    True
+    then looks as large as it ever was. Only glibc (most of Linux) can be told;
+    returns whether it was.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -209,9 +134,9 @@ def keep_freed_memory() -> bool:
 
 # -- One utterance a core, instead of several cores on one utterance ----------
 #
-# PyTorch splits each operation among the cores. On one utterance they are so
-# small that the cores wait for each other; on utterances of their own they do
-# not.
+# PyTorch splits each operation among the cores. The operations on one utterance
+# are so small that the cores wait for each other; with an utterance each, they
+# do not.
 
 if TYPE_CHECKING:
     import torch
@@ -223,27 +148,7 @@ Result = TypeVar("Result")
 def n_threads(device: str | torch.device, asked: int | None = None) -> int:
     """How many threads should compute.
 
-    Arguments
-    ---------
-    device : str or torch.device
-        Where the computing is done.
-    asked : int, optional
-        What the caller wants; by default, on a CPU as many as PyTorch uses
-        for one operation, elsewhere one.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        Fewer than one was asked for.
-
-    Example
-    -------
-    >>> n_threads("cuda:0"), n_threads("cpu", 3)
-    (1, 3)
+    By default as many as PyTorch uses for one operation on a CPU, elsewhere 1.
     """
     if asked is None:
         import torch
@@ -260,25 +165,8 @@ def in_threads(
 ) -> Iterator[Result]:
     """`map`, in order, where each call has a core to itself.
 
-    Arguments
-    ---------
-    work : callable
-        May be called by several threads at once. PyTorch's own threads are
-        one in each of them.
-    items : iterable
-        Taken only a few ahead of the results.
-    threads : int
-        With 1, this is `map`.
-
-    Returns
-    -------
-    iterator
-        Of results. The first error ends it.
-
-    Example
-    -------
-    >>> list(in_threads(abs, [-2, 1, -3], threads=2))
-    [2, 1, 3]
+    PyTorch's own threads are one in each thread. Items are taken only a few
+    ahead of the results, and the first error ends it.
     """
     if threads == 1:
         yield from map(work, items)
@@ -317,9 +205,9 @@ def ahead(
 
 # -- Errors that a user can mend, said in one line ----------------------------
 #
-# A wrong option, a file that is missing, a disk that is full: the message is
-# what helps, a traceback hides it. Every other error is a fault in a program
-# and keeps its traceback.
+# A wrong option, a file that is missing, a disk that is full: the message
+# helps, and a traceback would hide it. Every other error is a fault in a
+# program and keeps its traceback.
 
 _CLASSES = (ValueError, OSError, ImportError, MemoryError)
 
@@ -329,8 +217,8 @@ logger = logging.getLogger(__name__)
 def is_user_error(error: BaseException) -> bool:
     """Whether a message of one line says all that a user needs.
 
-    So are values, files, packages and memory, and all error classes of
-    speechbrain_ram itself.
+    That is so for wrong values, files, packages and memory, and for all error
+    classes of speechbrain_ram itself.
     """
     kind = type(error)
     ours = kind.__module__.split(".")[0] == __name__.split(".")[0]
@@ -344,13 +232,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Give the message of an error as one line.
-
-    Example
-    -------
-    >>> one_line(FileNotFoundError(2, "No such file or directory", "a.wav"))
-    "'a.wav': No such file or directory"
-    """
+    """The message of an error as one line."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"'{error.filename}': {error.strerror}"
@@ -360,17 +242,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
-    """End the program with one line on a user's error.
+    """End the program with `PROGRAM: MESSAGE` on a user's error.
 
     The traceback goes to the logger at level DEBUG: a training run has it in
     OUTPUT/log.txt.
-
-    Arguments
-    ---------
-    program : str
-        What the line begins with, such as 'verify_speakers.py'.
-    status : int
-        That the program exits with.
     """
     try:
         yield
@@ -386,26 +261,7 @@ def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
 def needs_extra(what: str, extra: str) -> Iterator[None]:
     """Imports of packages that one of our extras brings.
 
-    Arguments
-    ---------
-    what : str
-        What needs them, such as 'A picture'.
-    extra : str
-        Its name in `setup.py`.
-
-    Raises
-    ------
-    ImportError
-        Says how to get what is missing.
-
-    Example
-    -------
-    >>> with needs_extra("A picture", "report"):
-    ...     raise ImportError("No module named 'matplotlib'")
-    Traceback (most recent call last):
-    ...
-    ImportError: A picture needs more (No module named 'matplotlib'): \
-pip install "speechbrain-ram[report]"
+    The ImportError says how to get what is missing; `what` begins it.
     """
     try:
         yield
@@ -444,42 +300,30 @@ def number(text: str) -> float:
 
 
 def first_ten(names: Sequence[str], between: str = ", ") -> str:
-    """The first ten names, and how many more there are.
-
-    Example
-    -------
-    >>> first_ten(["a", "b"]), first_ten("abcdefghijklm")
-    ('a, b', 'a, b, c, d, e, f, g, h, i, j, and 3 more')
-    """
+    """The first ten names, and how many more there are."""
     shown = list(names[:10])
     if len(names) > 10:
         shown.append(f"and {len(names) - 10} more")
     return between.join(shown)
 
 
-# -- What several processes tell each other; with one, nothing is sent --------
+# -- What several processes tell each other; a single one sends nothing -------
 
 
 def n_processes() -> int:
-    """How many processes train together.
-
-    Example
-    -------
-    >>> n_processes()
-    1
-    """
+    """How many processes train together."""
     group = _group()
     return group.get_world_size() if group else 1
 
 
 def rank() -> int:
-    """Which of them this process is, from 0 on."""
+    """The number of this process among them, from 0."""
     group = _group()
     return group.get_rank() if group else 0
 
 
 def wait_for_all() -> None:
-    """Go on when all processes are here; all must call this."""
+    """Wait until all processes are here; all must call this."""
     if group := _group():
         group.barrier()
 
@@ -493,23 +337,7 @@ def _group():
 
 
 def gathered(mine: Any) -> list:
-    """Collect a picklable object of every process; all must call this.
-
-    Arguments
-    ---------
-    mine : object
-        Of this process.
-
-    Returns
-    -------
-    list
-        By rank.
-
-    Example
-    -------
-    >>> gathered("a")
-    ['a']
-    """
+    """A picklable object of every process, by rank; all must call this."""
     if n_processes() == 1:
         return [mine]
     everything = [None] * n_processes()
@@ -518,25 +346,10 @@ def gathered(mine: Any) -> list:
 
 
 def together(work: Callable[[], Result]) -> list[Result]:
-    """Do a piece of work on every process; all must call this.
+    """The results of a piece of work on every process, by rank.
 
-    An error on one process is an error on all of them, so that none waits
-    for one that has left.
-
-    Arguments
-    ---------
-    work : callable
-        Its result, and what it raises, must be picklable.
-
-    Returns
-    -------
-    list
-        The results by rank.
-
-    Example
-    -------
-    >>> together(lambda: 3)
-    [3]
+    All must call this. An error on one process is an error on all of them, so
+    that none waits for one that has left. Results and errors must be picklable.
     """
     if n_processes() == 1:
         return [work()]
@@ -546,52 +359,26 @@ def together(work: Callable[[], Result]) -> list[Result]:
     except (Exception, SystemExit) as error:
         problem = error
     outcomes = gathered((mine, problem))
-    for rank, (_, error) in enumerate(outcomes):
+    for place, (_, error) in enumerate(outcomes):
         if error is None:
             continue
         if not isinstance(error, SystemExit):  # its argument is the status
-            error.args = (f"Rank {rank} failed: {error}",)
+            error.args = (f"Rank {place} failed: {error}",)
         raise error from problem
     return [result for result, _ in outcomes]
 
 
 def of_rank_0(work: Callable[[], Result]) -> Result:
-    """What `work` returns, or raises, on rank 0; all must call this.
-
-    Arguments
-    ---------
-    work : callable
-        Called on rank 0 only.
-
-    Example
-    -------
-    >>> of_rank_0(lambda: "the first's word")
-    "the first's word"
-    """
+    """What `work` returns or raises on rank 0; all must call this."""
     return together(lambda: None if rank() else work())[0]
 
 
 def all_numbers(
     mine: tuple[int, ...], device: str | torch.device = "cpu"
 ) -> list[tuple[int, ...]]:
-    """Collect some whole numbers of every process, faster than objects.
+    """As :func:`gathered`, for as many whole numbers on each; faster.
 
-    Arguments
-    ---------
-    mine : tuple of int
-        Of this process, as many on each.
-    device : str or torch.device
-        Where the backend sends from.
-
-    Returns
-    -------
-    list of tuple of int
-        By rank.
-
-    Example
-    -------
-    >>> all_numbers((1, 2))
-    [(1, 2)]
+    The backend sends from `device`.
     """
     if n_processes() == 1:
         return [mine]
@@ -610,10 +397,6 @@ def leave_group() -> None:
     before them, the process can abort when all its work is done, and torchrun
     takes that for a failure. Models in DistributedDataParallel refer to the
     group: they must be out of scope.
-
-    Example
-    -------
-    >>> leave_group()  # one process: nothing to let go of
     """
     if group := _group():
         gc.collect()

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there; numbers in text."""
+"""What all parts use: whole files, numbers in text, threads, processes."""
 
 import os
 import stat
@@ -8,9 +8,22 @@ import pytest
 from safetensors.numpy import save_file
 
 from speechbrain_ram.utils import (
+    all_numbers,
     atomic_folder,
     atomic_path,
+    first_ten,
+    gathered,
+    in_threads,
+    json_text,
+    leave_group,
+    n_processes,
+    n_threads,
+    needs_extra,
     number,
+    of_rank_0,
+    rank,
+    together,
+    wait_for_all,
     whole_number,
 )
 
@@ -36,6 +49,23 @@ def test_a_folder_gets_the_usual_mode(tmp_path, umask):
         pass
     mode = stat.S_IMODE((tmp_path / "a").stat().st_mode)
     assert mode == 0o777 & ~umask
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"1")
+        assert not path.exists()
+    assert path.read_bytes() == b"1"
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_a_folder_replaces_another_where_that_is_asked(tmp_path):
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "a", replace=True) as temporary:
+            (temporary / text).touch()
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(tmp_path / "a") == ["new"]
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
@@ -64,6 +94,45 @@ def test_whole_numbers(text):
 )
 def test_numbers(text):
     assert number(text) == float(text)
+
+
+def test_json_has_no_infinity():
+    text = json_text({0.01: [1.5, float("inf"), (float("nan"),)]})
+    assert text == '{"0.01": [1.5, null, [null]]}'
+
+
+def test_ten_names_are_shown():
+    assert first_ten("ab") == "a, b"
+    assert first_ten("abcdefghijkl", "") == "abcdefghijand 2 more"
+
+
+def test_what_is_missing_is_named_with_its_extra():
+    with (
+        pytest.raises(ImportError, match=r"A plot needs .*-ram\[report\]"),
+        needs_extra("A plot", "report"),
+    ):
+        raise ImportError("No module named 'matplotlib'")
+
+
+def test_threads():
+    assert n_threads("cuda:0") == 1
+    assert n_threads("cpu", 3) == 3
+    with pytest.raises(ValueError, match="threads is 0, allowed is 1 or more"):
+        n_threads("cpu", 0)
+    for threads in (1, 2):
+        assert list(in_threads(abs, [-2, 1, -3], threads)) == [2, 1, 3]
+
+
+def test_one_process_waits_for_nobody():
+    assert (n_processes(), rank()) == (1, 0)
+    assert gathered("a") == ["a"]
+    assert all_numbers((1, 2)) == [(1, 2)]
+    assert together(lambda: 3) == [3]
+    assert of_rank_0(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        of_rank_0(lambda: 1 // 0)
+    wait_for_all()
+    leave_group()
 
 
 NO_NUMBERS = ["", " ", "1_0", "٣", "１２", "nan", "inf", "-inf", "1 0", "0x10"]

@@ -1,4 +1,4 @@
-"""Reading recordings: one place that says no to bad audio, by name.
+"""Reading recordings: one place that refuses bad audio, by name.
 
 Everything that opens a recording in this package does so here, so that a
 wrong sample rate, a stereo file, a truncated or silent-by-NaN file, a pipe or
@@ -23,8 +23,9 @@ import soundfile
 import torch
 
 from speechbrain_ram.data import containers
-from speechbrain_ram.data.files import File, decoder_of, opened
+from speechbrain_ram.data.files import BLOCK, File, decoder_of, opened
 from speechbrain_ram.data.lengths import (
+    RATES,
     AudioError,
     AudioInfo,
     Samples,
@@ -32,6 +33,7 @@ from speechbrain_ram.data.lengths import (
     find_samples,
     flac_info,
 )
+from speechbrain_ram.utils import whole_number
 
 #: File name endings that are taken for recordings when a folder is searched.
 AUDIO_EXTENSIONS = (
@@ -52,9 +54,6 @@ AUDIO_EXTENSIONS = (
     *containers.VIDEO_EXTENSIONS,
 )
 
-#: Hz; outside, a header is damaged rather than a recording unusual.
-_RATES = (1_000, 1_000_000)
-
 #: Coefficients of torchaudio's filter between two rates: 64 MB of float32.
 _FILTER = 2**24
 
@@ -64,29 +63,10 @@ _AT_ONCE = 2**29
 
 @dataclass(frozen=True)
 class Audio:
-    """The reader of recordings.
+    """The reader: recordings at one rate in Hz, others only where allowed.
 
-    Arguments
-    ---------
-    sample_rate : int
-        The rate in Hz that the caller needs.
-    resample : bool
-        Whether a file of another rate may be converted.
-    mixdown : bool
-        Whether the channels of a multi-channel file may be averaged.
-
-    Example
-    -------
-    >>> import soundfile
-    >>> path = getfixture("tmp_path") / "a.wav"
-    >>> soundfile.write(path, np.zeros(1600), 16000)
-    >>> audio = Audio(sample_rate=16000)
-    >>> audio.info(path)
-    AudioInfo(frames=1600, sample_rate=16000, channels=1)
-    >>> audio.read(path, start=100, stop=500).shape
-    torch.Size([400])
-    >>> [len(window) for window in audio.windows(path, seconds=0.06)]
-    [800, 800]
+    `resample` allows another rate, `mixdown` several channels, which are
+    averaged.
     """
 
     sample_rate: int = 16000
@@ -94,19 +74,14 @@ class Audio:
     mixdown: bool = False
 
     def info(self, path: str | os.PathLike) -> AudioInfo:
-        """Length, rate and channels of a recording.
+        """Length, rate and channels of a recording, an AudioError if it is bad.
 
-        From its header, or, where that only estimates the length, by decoding.
-
-        Raises
-        ------
-        AudioError
-            The file is missing, empty, cut short, no regular file, or not
-            audio.
+        From its header, or by decoding where a header only estimates the
+        length.
         """
         with opened(path) as file:
             if containers.is_container(file.head):
-                return containers.sound_of(path)
+                return check_promise(path, containers.sound_of(path), file.size)
             samples = find_samples(path, file.number, file.size, file.head)
             info = samples and samples.info or flac_info(file.head)
             if not (info and info.frames) and not (samples and samples.info):
@@ -119,34 +94,17 @@ class Audio:
     def read(
         self, path: str | os.PathLike, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
-        """Read a mono waveform, or a piece of one, and check it.
+        """Read a checked mono waveform, float32 [samples], or a piece of one.
 
-        Arguments
-        ---------
-        path : path
-            A file, or a recording in a shard.
-        start, stop : int
-            Samples at the file's own rate, end exclusive. `stop=None` reads
-            to the end, and so does one beyond it.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [samples], float32, at `sample_rate`.
-
-        Raises
-        ------
-        AudioError
-            As :meth:`info`; another sample rate or several channels where
-            that was not allowed; a rate that nothing sensible converts; NaN
-            or infinite samples; samples that the header promises and that
-            cannot be decoded.
+        `start` and `stop` are samples at the file's own rate, end exclusive;
+        `None`, or what lies beyond the end, is the end. The AudioError says
+        what is wrong with the file, its rate, its channels or its samples.
         """
         if is_packed(path):
             return read_packed(path, start, stop)
         with opened(path) as file:
             if containers.is_container(file.head):
-                return self._read_container(path, start, stop)
+                return self._read_container(path, file, start, stop)
             samples = find_samples(path, file.number, file.size, file.head)
             if samples and samples.bare:
                 waveform = self._read_bare(path, file, samples, start, stop)
@@ -156,29 +114,17 @@ class Audio:
                 rate = decoder.samplerate
                 info = AudioInfo(frames, rate, decoder.channels)
                 check_promise(path, info, file.size)
+                self.check(path, info.channels, rate)
                 wanted = _within(path, start, stop, frames) - start
                 if start:
                     decoder.seek(start)
                 data = _decoded(path, decoder, wanted)
-        return self.convert(data, rate, path)
+        return self._checked(data, rate, path)
 
     def windows(
         self, path: str | os.PathLike, seconds: float = 60.0
     ) -> Iterator[torch.Tensor]:
-        """Read a recording in equal windows, so that memory is bounded.
-
-        Arguments
-        ---------
-        path : path
-            The file.
-        seconds : float
-            Longest window.
-
-        Yields
-        ------
-        torch.Tensor
-            Shape [samples], as :meth:`read` gives it.
-        """
+        """Read a recording in equal windows, so that memory is bounded."""
         info = self.info(path)
         bounds = cut(0, info.frames, info.sample_rate, seconds)
         with opened(path) as file:
@@ -195,9 +141,7 @@ class Audio:
                 return
             samples = find_samples(path, file.number, file.size, file.head)
             with decoder_of(file, samples) as (decoder, _):
-                # soundfile seeks after every read of what can be sought in,
-                # which an MP3 pays with its next frames.
-                decoder.seekable = lambda: False
+                self.check(path, decoder.channels, decoder.samplerate)
                 blocks = (_decoded(path, decoder, b - a) for a, b in bounds)
                 yield from self._converted(
                     blocks, len(bounds), decoder.samplerate, path
@@ -209,13 +153,16 @@ class Audio:
         rate: int,
         path: str | os.PathLike,
     ) -> torch.Tensor:
-        """Samples [samples, channels], float32, as :meth:`read` gives them.
-
-        They are refused as there; `path` is what they are called then.
-        """
+        """Samples [samples, channels] of `path` as :meth:`read` gives them."""
         self.check(path, samples.shape[1], rate)
         several = samples.shape[1] > 1
         samples = samples.mean(axis=1) if several else samples[:, 0]
+        return self._checked(samples, rate, path)
+
+    def _checked(
+        self, samples: np.ndarray, rate: int, path: str | os.PathLike
+    ) -> torch.Tensor:
+        """Finite samples, at the rate that is needed."""
         if not np.isfinite(samples).all():
             bad = int((~np.isfinite(samples)).sum())
             raise AudioError(
@@ -236,7 +183,7 @@ class Audio:
         rate: int,
         path: str | os.PathLike,
     ) -> Iterator[torch.Tensor]:
-        """What :meth:`convert` makes of all `count` blocks at once.
+        """What :meth:`_checked` makes of all `count` blocks at once.
 
         Bit for bit, as long as blocks last seconds: the filter between two
         rates sees `margin` samples of the neighbours.
@@ -252,7 +199,7 @@ class Audio:
             end = (len(held) - margin) // old * old if left else len(held)
             if end <= sent:
                 continue
-            waveform = self.convert(
+            waveform = self._checked(
                 held[: end + margin if left else None], rate, path
             )
             yield waveform[
@@ -264,8 +211,8 @@ class Audio:
     def check(self, path: str | os.PathLike, channels: int, rate: int) -> None:
         """Refuse several channels or another rate where that is not allowed.
 
-        Where it is, refuse rates between which a filter would fill the memory,
-        as damaged headers have them.
+        Also refuse rates, as damaged headers have them, for which the filter of
+        the conversion would fill the memory.
         """
         if channels > 1 and not self.mixdown:
             raise AudioError(
@@ -282,11 +229,11 @@ class Audio:
             )
         common = math.gcd(rate, self.sample_rate)
         size = rate * self.sample_rate // common**2
-        if not _RATES[0] <= rate <= _RATES[1] or size > _FILTER:
+        if not RATES[0] <= rate <= RATES[1] or size > _FILTER:
             raise AudioError(
                 f"'{path}' has a sample rate of {rate} Hz, which cannot be "
                 f"converted to {self.sample_rate} Hz here: allowed are "
-                f"{_RATES[0]} to {_RATES[1]} Hz with a product of at most "
+                f"{RATES[0]} to {RATES[1]} Hz with a product of at most "
                 f"{_FILTER} when the two are divided by their greatest "
                 f"common divisor, {common}. Is the header damaged? If not, "
                 "convert the file with sox or ffmpeg."
@@ -303,8 +250,8 @@ class Audio:
         """Read 16-bit mono WAV by its bytes, without libsndfile.
 
         libsndfile takes 0.2 ms for a crop of 2 s, most of it to turn integers
-        into floats one by one; converted at once they take 0.03 ms. The
-        samples are the same to the last bit.
+        into floats one by one; converted at once they take 0.03 ms. The samples
+        are the same to the last bit.
         """
         info = check_promise(path, samples.info, file.size)
         stop = _within(path, start, stop, info.frames)
@@ -319,10 +266,14 @@ class Audio:
         return _from_16_bit(np.frombuffer(data, "<i2"))
 
     def _read_container(
-        self, path: str | os.PathLike, start: int, stop: int | None
+        self,
+        path: str | os.PathLike,
+        file: File,
+        start: int,
+        stop: int | None,
     ) -> torch.Tensor:
         """Read the sound of a video, at the rate that is needed."""
-        info = containers.sound_of(path)
+        info = check_promise(path, containers.sound_of(path), file.size)
         self.check(path, info.channels, info.sample_rate)
         ratio = self.sample_rate / info.sample_rate
         stop = _within(path, start, stop, info.frames)  # padding may follow
@@ -352,13 +303,7 @@ def read_audio(
 def cut(
     start: int, stop: int, rate: int, seconds: float
 ) -> list[tuple[int, int]]:
-    """Bounds of equal windows of at most some seconds.
-
-    Example
-    -------
-    >>> cut(0, 60 * 8000, 8000, 25.0)
-    [(0, 160000), (160000, 320000), (320000, 480000)]
-    """
+    """Bounds of equal windows, each of at most some seconds."""
     n = max(math.ceil((stop - start) / rate / seconds), 1)
     cuts = [start + (stop - start) * i // n for i in range(n + 1)]
     return list(zip(cuts, cuts[1:], strict=False))
@@ -367,36 +312,13 @@ def cut(
 def pad_waveforms(
     waveforms: Sequence[torch.Tensor], hop: int = 160
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch waveforms so that the host's masks fit their feature frames.
+    """Batch B waveforms: [B, N] with zeros behind, relative lengths [B].
 
     SpeechBrain's Fbank makes ``n // hop + 1`` frames of n samples, and its
     masks keep frame i of T while ``i < rel * T``. Lengths relative to samples
     are a frame off there; these are relative to frames and exact. With k of T
-    frames valid, ``rel = (k - 0.5) / T``, half a frame away from rounding.
-
-    Arguments
-    ---------
-    waveforms : sequence of torch.Tensor
-        B mono waveforms, each of shape [samples].
-    hop : int
-        Samples from one feature frame to the next.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Waveforms [B, N] padded with zeros, N a whole number of hops, and
-        relative lengths [B], 1 where every frame is valid.
-
-    Raises
-    ------
-    AudioError
-        There is no waveform, or one is empty or not one-dimensional.
-
-    Example
-    -------
-    >>> wavs, lens = pad_waveforms([torch.ones(320), torch.ones(100)])
-    >>> wavs.shape, lens
-    (torch.Size([2, 320]), tensor([1.0000, 0.1667]))
+    frames valid, ``rel = (k - 0.5) / T``, half a frame away from rounding. N is
+    a whole number of hops.
     """
     shapes = [tuple(wav.shape) for wav in waveforms]
     if not shapes or any(len(s) != 1 or s[0] == 0 for s in shapes):
@@ -418,14 +340,24 @@ def pad_waveforms(
 def _decoded(
     path: str | os.PathLike, decoder: soundfile.SoundFile, wanted: int
 ) -> np.ndarray:
-    """The next samples of a decoder, [wanted, channels]."""
-    data = decoder.read(wanted, dtype="float32", always_2d=True)
-    if len(data) < wanted:
+    """The next samples of a decoder; channels are averaged block by block."""
+    if decoder.channels == 1:
+        samples = decoder.read(wanted, dtype="float32")
+        have = len(samples)
+    else:
+        samples, have = np.empty(wanted, np.float32), 0
+        size = BLOCK // decoder.channels
+        while len(
+            block := decoder.read(min(size, wanted - have), dtype="float32")
+        ):
+            block.mean(axis=1, out=samples[have : have + len(block)])
+            have += len(block)
+    if have < wanted:
         raise AudioError(
             f"'{path}' is truncated: its header promises {wanted} samples, "
-            f"{len(data)} could be read. Was a copy interrupted?"
+            f"{have} could be read. Was a copy interrupted?"
         )
-    return data
+    return samples
 
 
 def _from_16_bit(samples: np.ndarray) -> torch.Tensor:
@@ -459,56 +391,39 @@ _MARK = ".tar#"
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Whether a path names samples in a shard.
-
-    Example
-    -------
-    >>> is_packed("/shards/shard-000002.tar#51756"), is_packed("/a.wav")
-    (True, False)
-    """
+    """Whether a path names samples in a shard."""
     return _MARK in str(path)
 
 
-def read_packed(path: str, start: int, stop: int) -> torch.Tensor:
-    """Read samples of a packed utterance.
-
-    Arguments
-    ---------
-    path : str
-        ``SHARD.tar#BYTE`` from a packed manifest.
-    start, stop : int
-        Samples of the utterance, end exclusive.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [stop - start], float32 in [-1, 1]: bit for bit what
-        :meth:`Audio.read` gives of a 16-bit source.
-
-    Raises
-    ------
-    AudioError
-        The shard is missing or truncated.
-    """
+def read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
+    """Read samples of a packed utterance, as :meth:`Audio.read` does."""
     shard, _, offset = path.rpartition("#")
     try:
-        data = os.pread(
-            _descriptor(shard), 2 * (stop - start), int(offset) + 2 * start
-        )
-    except OSError as error:
+        place = whole_number(offset)
+        file = _descriptor(shard)
+        there = max(os.fstat(file).st_size - place, 0) // 2
+    except (OSError, ValueError) as error:
         raise AudioError(
             f"'{path}' cannot be read: {error}. Were the shards moved since "
             "they were packed?"
         ) from error
-    if len(data) < 2 * (stop - start):
+    if place < 0 or stop is None or not 0 <= start < stop:
+        raise AudioError(
+            f"'{path}' has no samples {start} to {stop}: both are needed, of a "
+            "packed manifest."
+        )
+    if there < stop:
         raise AudioError(
             f"'{path}' is truncated: samples {start} to {stop} were asked "
-            f"for, {len(data) // 2} could be read. Was a copy interrupted?"
+            f"for, {max(there - start, 0)} could be read. Was a copy "
+            "interrupted?"
         )
+    data = os.pread(file, 2 * (stop - start), place + 2 * start)
     return _from_16_bit(np.frombuffer(data, "<i2"))
 
 
 @cache
 def _descriptor(shard: str) -> int:
     """Open a shard once a process; pread() shares no position with others."""
-    return os.open(shard, os.O_RDONLY)
+    # A pipe would wait for somebody who writes into it.
+    return os.open(shard, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

@@ -27,29 +27,9 @@ MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}
 
 
 class NoiseBank:
-    """Pieces of the recordings in a folder, drawn at random.
+    """Pieces of the mono recordings of one rate in a folder, drawn at random.
 
     A ``noise_funct`` for SpeechBrain's ``AddNoise``.
-
-    Arguments
-    ---------
-    folder : path
-        Recordings, mono, of one sample rate.
-    sample_rate : int
-        In Hz.
-
-    Raises
-    ------
-    ManifestError
-        No folder, no recordings, another sample rate, several channels.
-
-    Example
-    -------
-    >>> import numpy, soundfile
-    >>> folder = getfixture("tmp_path")
-    >>> soundfile.write(folder / "hum.wav", numpy.ones(8000) / 2, 16000)
-    >>> NoiseBank(folder)(torch.zeros(3, 12000)).shape
-    torch.Size([3, 12000])
     """
 
     def __init__(self, folder: str | os.PathLike, sample_rate: int = 16000):
@@ -62,18 +42,9 @@ class NoiseBank:
         return len(self.recordings)
 
     def draw(self, length: int | None = None) -> torch.Tensor:
-        """Read a random recording.
+        """Read a random recording, [samples], or `length` samples of one.
 
-        Arguments
-        ---------
-        length : int, optional
-            A random piece of so many samples; shorter recordings are
-            repeated. By default all of it.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [samples].
+        The piece is taken at random; shorter recordings are repeated.
         """
         path, frames = self.recordings[_randint(len(self.recordings))]
         if length is None:
@@ -84,30 +55,13 @@ class NoiseBank:
         return piece.repeat(math.ceil(length / len(piece)))[:length]
 
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Draw one piece for each waveform.
-
-        Arguments
-        ---------
-        waveforms : torch.Tensor
-            Shape [B, T].
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [B, T].
-        """
+        """Draw one piece for each waveform; [B, T] to [B, T]."""
         pieces = [self.draw(waveforms.shape[1]) for _ in waveforms]
         return torch.stack(pieces).to(waveforms)
 
 
 class Reverberation:
-    """A random room for each waveform, the direct sound kept in its place.
-
-    Arguments
-    ---------
-    rirs : NoiseBank
-        Room impulse responses.
-    """
+    """A random room for each waveform, the direct sound kept in its place."""
 
     def __init__(self, rirs: NoiseBank):
         self.rirs = rirs
@@ -124,26 +78,10 @@ class Reverberation:
 class RandomAugmentation:
     """One of several augmentations, or none, for every utterance.
 
-    Arguments
-    ---------
-    choices : sequence of callable
-        Each maps (waveforms [1, T], lengths [1]) to waveforms [1, T], such as
-        SpeechBrain's ``AddNoise``; they draw from torch's random generator.
-    weights : sequence of float
-        How often each is chosen.
-    probability : float
-        Share of utterances that are changed, in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        No choices, or numbers out of range.
-
-    Example
-    -------
-    >>> flip = RandomAugmentation([lambda x, lengths: -x], [1.0], 1.0)
-    >>> flip(torch.ones(3), "any key")
-    tensor([-1., -1., -1.])
+    Each of `choices` maps (waveforms [1, T], lengths [1]) to waveforms [1, T],
+    such as SpeechBrain's ``AddNoise``, and draws from torch's random generator.
+    Each is chosen as often as its weight says; `probability` is the share of
+    utterances that are changed.
     """
 
     def __init__(
@@ -166,20 +104,7 @@ class RandomAugmentation:
         self.probability = probability
 
     def __call__(self, waveform: torch.Tensor, key: str) -> torch.Tensor:
-        """Change one waveform, or not.
-
-        Arguments
-        ---------
-        waveform : torch.Tensor
-            Shape [T].
-        key : str
-            The same key gives the same change.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [T].
-        """
+        """Change a waveform [T], or not; the same key gives the same change."""
         digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest, "big"))

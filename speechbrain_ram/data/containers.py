@@ -44,13 +44,7 @@ _PACKET = 188  # bytes of an MPEG transport stream, each packet begins with G
 
 
 def is_container(head: bytes) -> bool:
-    """Whether a file that begins so is such a container.
-
-    Example
-    -------
-    >>> is_container(bytes(4) + b"ftypisom"), is_container(b"RIFF....WAVE")
-    (True, False)
-    """
+    """Whether a file that begins so is such a container."""
     return (
         head.startswith(_STARTS)
         or head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide")  # MP4, MOV
@@ -73,27 +67,11 @@ def decode(
     start: int = 0,
     stop: int | None = None,
 ) -> np.ndarray:
-    """Decode a recording of any format that FFmpeg knows, or a part of it.
+    """Decode a recording, or a part of it, as mono int16 [samples].
 
-    Arguments
-    ---------
-    path : path
-        The file.
-    sample_rate : int
-        In Hz, of the result.
-    start, stop : int
-        Samples at that rate, end exclusive; None is the end.
-
-    Returns
-    -------
-    np.ndarray
-        Shape [samples], int16, mono.
-
-    Raises
-    ------
-    AudioError
-        No PyAV, not audio, or damaged, or shorter than asked for or than its
-        container says.
+    `start` and `stop` are samples at `sample_rate`, end exclusive. It is an
+    AudioError where less is there than was asked for or than the container
+    says.
     """
     return np.concatenate(list(stream(path, sample_rate, start, stop)))
 
@@ -147,25 +125,19 @@ def sound_of(path: str | os.PathLike) -> AudioInfo:
     """Length, rate and channels of the sound, without decoding.
 
     Where the format does not hold the length, the file is read through.
-
-    Raises
-    ------
-    AudioError
-        No PyAV, not audio, or damaged.
     """
     with _opened(path) as (container, stream):
         end = stream.duration
         if end is None:
             end = _last_moment(path, container, stream)
-        samples = round(end * stream.time_base * stream.rate)
-        if samples <= 0:
-            raise AudioError(f"'{path}' holds no samples.")
-        return AudioInfo(samples, stream.rate, stream.channels)
+        rate = stream.rate or 0
+        samples = round(end * stream.time_base * rate)
+        return AudioInfo(samples, rate, stream.channels or 0)
 
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
-    """A container and its first audio stream; FFmpeg's errors in words."""
+    """A container and its first audio stream; errors become an AudioError."""
     try:
         import av
     except ImportError as error:
@@ -178,7 +150,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
             if not container.streams.audio:
                 raise AudioError(f"'{path}' has no audio stream.")
             yield container, container.streams.audio[0]
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ArithmeticError, TypeError) as error:
         raise AudioError(f"'{path}' cannot be decoded: {error}") from error
 
 

@@ -145,13 +145,7 @@ class CropDataset(DynamicItemDataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random crops of an epoch.
-
-        Arguments
-        ---------
-        epoch : int
-            Counted as the training loop counts.
-        """
+        """Choose the random crops of an epoch."""
         self._epoch.fill_(epoch)
 
     def _read_crop(
@@ -192,8 +186,8 @@ class CropDataset(DynamicItemDataset):
     def _position(self, utterance_id: str) -> float:
         """A number in [0, 1) from seed, epoch and utterance alone.
 
-        A hash, not a random generator: there is no state that workers could
-        share or that a checkpoint would have to keep.
+        A hash, not a random generator, has no state that workers could share or
+        that a checkpoint would have to keep.
         """
         key = self._key(utterance_id).encode()
         digest = hashlib.blake2b(key, digest_size=6).digest()
@@ -209,13 +203,7 @@ def _check_speeds(speeds: Sequence[float]) -> None:
 
 
 def at_speed(name: str, speed: float) -> str:
-    """Name an utterance or a speaker who is played at another speed.
-
-    Example
-    -------
-    >>> at_speed("anna", 1.0), at_speed("anna", 0.9)
-    ('anna', 'anna@0.9')
-    """
+    """Name an utterance or a speaker who is played at another speed."""
     return name if speed == 1 else f"{name}@{speed:g}"
 
 
@@ -224,19 +212,8 @@ def original_speakers(
 ) -> tuple[CategoricalEncoder, torch.Tensor]:
     """Leave out the speakers that only a change of speed made.
 
-    Arguments
-    ---------
-    label_encoder : CategoricalEncoder
-        From :func:`speaker_datasets`.
-    speeds : sequence of float
-        That it was given.
-
-    Returns
-    -------
-    label_encoder : CategoricalEncoder
-        Of the real speakers, in the same order.
-    rows : torch.Tensor
-        Shape [number of real speakers], int64: their labels before.
+    Returns the labels of the real speakers, in the same order, and their labels
+    before, int64 [number of real speakers].
     """
     known = label_encoder.lab2ind
     made = {
@@ -255,13 +232,7 @@ def original_speakers(
 def speaker_labels(
     train_csv: str | os.PathLike, speeds: Sequence[float] = (1.0,)
 ) -> CategoricalEncoder:
-    """Number the training speakers in sorted order, once for each speed.
-
-    Raises
-    ------
-    ManifestError
-        A bad manifest, or one speaker only.
-    """
+    """Number the training speakers in sorted order, once for each speed."""
     _check_speeds(speeds)
     speakers = sorted({row.spk_id for row in read_manifest(train_csv)})
     if len(speakers) < 2:
@@ -292,40 +263,10 @@ def speaker_datasets(
 ) -> tuple[CropDataset, CropDataset, CategoricalEncoder]:
     """Make the training and validation datasets and the speaker labels.
 
-    Arguments
-    ---------
-    train_csv, valid_csv : path
-        Manifests.
-    data_root : path
-        The corpus folder.
-    crop_seconds : float
-        Length of every item.
-    sample_rate : int
-        In Hz.
-    label_encoder : CategoricalEncoder, optional
-        A fitted one, for example of the run that is continued. By default a
-        new one numbers the training speakers in sorted order. Its length is
-        the number of classes; ``label_encoder.save(path)`` writes it as text.
-    seed : int
-        Of the random crops.
-    resample, mixdown : bool
-        Whether files of another rate, or of several channels, are converted
-        while reading.
-    speeds : sequence of float
-        Of the training utterances: each but 1.0 adds as many speakers as
-        there are. :func:`original_speakers` drops them again.
-    augment : callable, optional
-        Of the training crops, see :class:`CropDataset`.
-
-    Returns
-    -------
-    train, valid : CropDataset
-    label_encoder : CategoricalEncoder
-
-    Raises
-    ------
-    ManifestError
-        A bad manifest, or speakers that the labels do not know.
+    The options are those of :class:`CropDataset`; `speeds` and `augment`
+    concern training only, and each speed but 1.0 adds as many speakers as there
+    are. Without a `label_encoder`, such as that of a run that is continued, a
+    new one numbers the training speakers. Its length is the number of classes.
     """
     _check_speeds(speeds)
     train_rows, valid_rows = read_manifest(train_csv), read_manifest(valid_csv)

@@ -20,7 +20,7 @@ import soundfile
 from speechbrain_ram.data.lengths import AudioError, Samples, mp3_is_counted
 
 _HEAD = 4096  # bytes of a file's beginning that are read before anything else
-_BLOCK = 2**16  # samples decoded at once where they are only counted
+BLOCK = 2**18  # samples decoded at once, of all channels together
 
 #: What decoding a file to its end has found: its state -> samples.
 _counted: dict[tuple, int] = {}
@@ -41,7 +41,7 @@ class File(NamedTuple):
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[File]:
-    """Open a regular file; what goes wrong in the block is said in words."""
+    """Open a regular file; errors in the block become an AudioError."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     # Without these, opening a pipe waits for somebody who writes into it.
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -54,7 +54,13 @@ def opened(path: str | os.PathLike) -> Iterator[File]:
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise AudioError(_why_unreadable(path, None))
         yield File(number, status, os.pread(number, _HEAD, 0))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
+    except (
+        soundfile.SoundFileError,
+        OSError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise AudioError(_why_unreadable(path, error)) from error
     finally:
         os.close(number)
@@ -72,6 +78,9 @@ def decoder_of(
         source = _View(file.number, file.size, (samples.first - 4, size))
     os.lseek(file.number, 0, os.SEEK_SET)
     with soundfile.SoundFile(source, closefd=False) as decoder:
+        # soundfile seeks after every read of what can be sought in, which an
+        # MP3 pays with its next frames.
+        decoder.seekable = lambda: False
         estimated = decoder.format == "MP3" and not mp3_is_counted(
             file.number, file.head
         )
@@ -83,7 +92,8 @@ def decoder_of(
     if key not in _counted:
         frames = 0
         with _endless(file, estimated) as decoder:
-            while block := len(decoder.read(_BLOCK, dtype="float32")):
+            size = BLOCK // decoder.channels
+            while block := len(decoder.read(size, dtype="float32")):
                 frames += block
         _counted[key] = frames
     with _endless(file, estimated) as decoder:
@@ -91,7 +101,7 @@ def decoder_of(
 
 
 def _endless(file: File, estimated: bool) -> _Forward:
-    """Decode on while there is something."""
+    """A decoder that goes on to the end, wherever the header says it is."""
     if estimated:
         # libsndfile stops where it estimates the end, from the size of the
         # file; no frame is 64 times smaller than another.
@@ -109,8 +119,8 @@ class _Forward(soundfile.SoundFile):
     def seek(self, frames: int, whence: int = os.SEEK_SET) -> int:
         if self.format != "MP3":
             return super().seek(frames, whence)
-        for begin in range(0, frames, _BLOCK):  # a frame needs those before
-            self.read(min(_BLOCK, frames - begin), dtype="float32")
+        for begin in range(0, frames, BLOCK):  # a frame needs those before
+            self.read(min(BLOCK, frames - begin), dtype="float32")
         return frames
 
 

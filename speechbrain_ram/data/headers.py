@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,30 +34,14 @@ _CHUNK = 256  # files a task: handing over costs far less than reading
 
 
 class Header(NamedTuple):
-    """One file, as its header and its folder describe it.
+    """One file, as its header and its folder describe it."""
 
-    Arguments
-    ---------
-    size : int
-        Bytes.
-    mtime_ns : int
-        Time of the last change, nanoseconds.
-    frames : int
-        Samples per channel.
-    sample_rate : int
-        In Hz.
-    channels : int
-        1 is mono.
-    verified : bool
-        Whether the file was decoded to its end.
-    """
-
-    size: int
-    mtime_ns: int
-    frames: int
+    size: int  # bytes
+    mtime_ns: int  # of the last change
+    frames: int  # samples a channel
     sample_rate: int
     channels: int
-    verified: bool
+    verified: bool  # decoded to its end
 
 
 @contextmanager
@@ -66,11 +49,6 @@ def many_objects() -> Iterator[None]:
     """Spare the garbage collector a million tuples, none of them in a cycle.
 
     It would go through all of them again and again while they become more.
-
-    Example
-    -------
-    >>> with many_objects():
-    ...     rows = [(i, str(i)) for i in range(1000)]
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -88,36 +66,12 @@ def read_headers(
     verify: bool = False,
     workers: int | None = None,
 ) -> list[Header | AudioError]:
-    """Read headers, those that a cache does not know already.
+    """Read headers, or find what is wrong, in the order of `names`.
 
-    Arguments
-    ---------
-    data_root : path
-        The corpus folder.
-    names : sequence of str
-        Paths relative to it, or absolute.
-    cache : path, optional
-        Read first and written last, also when the reading is interrupted.
-    verify : bool
-        Decode each file to its end, once.
-    workers : int, optional
-        Threads that wait for a slow disk, or decode; 4 a processor by
-        default.
-
-    Returns
-    -------
-    list of Header or AudioError
-        In the order of `names`; the error says what is wrong with a file.
-
-    Example
-    -------
-    >>> import numpy, soundfile
-    >>> root = getfixture("tmp_path")
-    >>> soundfile.write(root / "a.wav", numpy.zeros(24000), 16000)
-    >>> read_headers(root, ["a.wav"])[0].frames
-    24000
-    >>> print(read_headers(root, ["b.wav"])[0])  # doctest: +ELLIPSIS
-    '...b.wav' does not exist. Is data_root the right folder?
+    Names are relative to `data_root` or absolute. `cache` is a file that is
+    read first and written last, also when the reading is interrupted. `verify`
+    decodes each file to its end, once. `workers` threads, by default 4 a
+    processor, wait for a slow disk, or decode.
     """
     root = Path(data_root)
     known = _read_cache(cache, root) if cache else {}
@@ -132,32 +86,17 @@ def read_headers(
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     headers: list[Header | AudioError] = []
     try:
-        with tqdm(total=len(names), desc="Headers", unit="file") as bar:
-            for result in _map(examine, chunks, verify, workers):
+        with (
+            tqdm(total=len(names), desc="Headers", unit="file") as bar,
+            ThreadPoolExecutor(workers or 4 * (os.cpu_count() or 1)) as pool,
+        ):
+            for result in pool.map(examine, chunks):
                 headers.extend(result)
                 bar.update(len(result))
     finally:  # an interrupted run keeps what it has read
         if cache:
             _write_cache(cache, root, names, headers, known)
     return headers
-
-
-def _map(examine, chunks, decoding, workers) -> Iterator[list]:
-    """Work through chunks, in threads as soon as they would wait for a disk.
-
-    Files in the page cache keep one thread busy, and more would only wait for
-    each other; a network disk answers many at a time.
-    """
-    workers = workers or 4 * (os.cpu_count() or 1)
-    done = 0
-    while done < len(chunks) and not decoding:
-        wall, cpu = time.perf_counter(), time.thread_time()
-        yield examine(chunks[done])
-        done += 1
-        if time.perf_counter() - wall > 2 * (time.thread_time() - cpu):
-            break
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(examine, chunks[done:])
 
 
 def _examine(
@@ -179,7 +118,7 @@ def _examine(
     except AudioError as error:
         return error
     except (OSError, ValueError):
-        try:  # the reader says best what is wrong
+        try:  # the reader says what is wrong
             Audio().info(path)
         except AudioError as error:
             return error
@@ -201,12 +140,16 @@ def _read_header(path: str) -> Header:
 
 def _read_cache(path: str | os.PathLike, root: Path) -> dict[str, Header]:
     """Read the cache; a damaged or foreign one counts as empty."""
+    kinds = (str, int, int, int, int, int, bool)
     try:
-        known = read_recorded(path, _made_with(root)) or {}
+        rows = read_recorded(path, _made_with(root), *kinds) or []
+        known = {name: Header(*values) for name, *values in rows}
+        if not all(0 < n < 2**62 for h in known.values() for n in h[2:5]):
+            raise RecordError("it has lengths, rates or channels below 1")
     except RecordError as error:
-        logger.warning("The cache '%s' is not used: %s.", path, error)
+        logger.warning(f"The cache '{path}' is not used: {error}.")
         return {}
-    return {name: Header(*values) for name, values in known.items()}
+    return known
 
 
 def _write_cache(path, root, names, headers, known) -> None:
@@ -219,13 +162,14 @@ def _write_cache(path, root, names, headers, known) -> None:
             merged.pop(name, None)
     if merged == known:
         return
-    write_recorded(path, _made_with(root), merged)
+    rows = [(name, *header) for name, header in merged.items()]
+    write_recorded(path, _made_with(root), rows)
 
 
 def _made_with(root: Path) -> dict[str, str]:
     """The record of a cache: its corpus, and who read the headers."""
     return {
-        "format": "speechbrain-ram headers 3",
+        "format": "speechbrain-ram headers 4",
         "data_root": str(root.resolve()),
         "speechbrain_ram": speechbrain_ram.__version__,
         "libsndfile": soundfile.__libsndfile_version__,

@@ -14,6 +14,10 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+#: Hz and channels of which a header is believed.
+RATES = (1_000, 384_000)
+_CHANNELS = 1024  # libsndfile reads no more
+
 # No format needs less for silence: FLAC has up to 65,535 samples in 14 bytes.
 _SAMPLES_PER_BYTE = 10_000
 
@@ -41,19 +45,9 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """How long a recording is, and in what form.
+    """How long a recording is, and in what form."""
 
-    Arguments
-    ---------
-    frames : int
-        Samples per channel.
-    sample_rate : int
-        In Hz.
-    channels : int
-        1 is mono.
-    """
-
-    frames: int
+    frames: int  # samples a channel
     sample_rate: int
     channels: int
 
@@ -64,27 +58,13 @@ class AudioInfo:
 
 
 class Samples(NamedTuple):
-    """Where in a file its samples lie, by its header.
+    """Where in a file its samples lie, by its header."""
 
-    Arguments
-    ---------
-    first : int
-        Their first byte.
-    size : int
-        Their bytes.
-    unknown : bool
-        Whether the header does not say how many, so that all are meant.
-    info : AudioInfo, optional
-        Of PCM and float in WAV.
-    bare : bool
-        Whether they are 16-bit little-endian mono: to be read without more.
-    """
-
-    first: int
-    size: int
-    unknown: bool
-    info: AudioInfo | None = None
-    bare: bool = False
+    first: int  # byte
+    size: int  # bytes
+    unknown: bool  # the header does not say how many: all that follow
+    info: AudioInfo | None = None  # of PCM and float in WAV
+    bare: bool = False  # 16-bit little-endian mono
 
 
 def find_samples(
@@ -92,21 +72,8 @@ def find_samples(
 ) -> Samples | None:
     """Find the samples of an uncompressed format; None for other formats.
 
-    Arguments
-    ---------
-    path : path
-        Named in the errors.
-    file : int
-        Its descriptor.
-    size : int
-        Its bytes.
-    head : bytes
-        The first of them.
-
-    Raises
-    ------
-    AudioError
-        The header promises more than there is, or no samples.
+    `path` is named in errors, `file` is a descriptor of `size` bytes that begin
+    with `head`. It is an AudioError if the header promises more than is there.
     """
     start = head[:4]
     if start in _CHUNKS:
@@ -141,6 +108,11 @@ def find_samples(
         rate and channels and block
     ):
         return Samples(first, length, unknown)
+    if block != channels * -(-bits // 8):  # rounded up to bytes
+        raise AudioError(
+            f"'{path}' is damaged: its header says {channels} channels of "
+            f"{bits} bits in blocks of {block} bytes."
+        )
     info = AudioInfo(length // block, rate, channels)
     bare = (kind, channels, block, bits) == (_PCM, 1, 2, 16)
     return Samples(first, length, unknown, info, bare)
@@ -183,7 +155,7 @@ def _walk(file: int, size: int, head: bytes) -> tuple | None:
 
 
 def _only_chunks(file: int, place: int, size: int, start: bytes) -> bool:
-    """Whether what follows the samples is chunks with names, to the end."""
+    """Whether only named chunks follow the samples, to the end."""
     layout = _CHUNKS[start][0]
     for _ in range(_MOST_CHUNKS):
         if place >= size:
@@ -212,10 +184,7 @@ def _sphere(head: bytes) -> tuple | None:
 
 
 def flac_info(head: bytes) -> AudioInfo | None:
-    """What STREAMINFO says; None of anything else.
-
-    Where the file came out of a pipe, it counts 0 samples.
-    """
+    """What STREAMINFO says, 0 samples if written to a pipe; else None."""
     if head[:4] != b"fLaC" or len(head) < 42 or head[4] & 0x7F:
         return None
     # 20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples
@@ -226,7 +195,9 @@ def flac_info(head: bytes) -> AudioInfo | None:
 def mp3_is_counted(file: int, head: bytes) -> bool:
     """Whether an MP3 file says how many frames it has (Xing's header)."""
     place = 0
-    while head[:3] == b"ID3" and len(head) >= 10:
+    for _ in range(_MOST_CHUNKS):
+        if head[:3] != b"ID3" or len(head) < 10:
+            break
         a, b, c, d = head[6:10]  # 7 bits each
         place += 10 + (a << 21 | b << 14 | c << 7 | d)
         head = os.pread(file, 4096, place)
@@ -237,7 +208,16 @@ def mp3_is_counted(file: int, head: bytes) -> bool:
 def check_promise(
     path: str | os.PathLike, info: AudioInfo, size: int
 ) -> AudioInfo:
-    """Refuse lengths that cannot be: memory is taken for them at once."""
+    """Refuse what cannot be: memory and time are taken for it at once."""
+    if not (
+        1 <= info.channels <= _CHANNELS
+        and RATES[0] <= info.sample_rate <= RATES[1]
+    ):
+        raise AudioError(
+            f"'{path}' is damaged: its header says {info.channels} channels at "
+            f"{info.sample_rate} Hz; up to {_CHANNELS} channels at {RATES[0]} "
+            f"to {RATES[1]} Hz are read."
+        )
     if info.frames <= 0:
         raise AudioError(
             f"'{path}' holds no samples (an empty recording, or one that was "

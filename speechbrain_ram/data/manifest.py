@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +25,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.audio import AUDIO_EXTENSIONS, Audio, AudioError
-from speechbrain_ram.data.headers import (
-    many_objects,
-    read_headers,
-)
+from speechbrain_ram.data.headers import many_objects, read_headers
 from speechbrain_ram.data.names import (
     TextError,
     alike,
@@ -38,7 +34,7 @@ from speechbrain_ram.data.names import (
     part_of,
     read_text,
 )
-from speechbrain_ram.utils import atomic_writer, first_ten
+from speechbrain_ram.utils import atomic_writer, first_ten, number, whole_number
 
 logger = get_logger(__name__)
 
@@ -48,34 +44,15 @@ COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
 #: What stands for the corpus folder in the `wav` column.
 ROOT_PREFIX = "$data_root/"
 
+_LARGEST = 2**48  # seconds or samples: 23 years at 384 kHz
+
 
 class ManifestError(ValueError):
     """A corpus or a manifest cannot be used; the message says where and why."""
 
 
 class Utterance(NamedTuple):
-    """One row of a manifest.
-
-    Arguments
-    ---------
-    id : str
-        Unique; the path under the corpus root.
-    duration : float
-        Seconds.
-    wav : str
-        ``$data_root/`` and the path under the corpus root, or an absolute
-        path.
-    start, stop : int
-        Samples at the file's own rate, end exclusive.
-    spk_id : str
-        The speaker.
-
-    Example
-    -------
-    >>> row = Utterance("s1/a.wav", 1.5, "$data_root/s1/a.wav", 0, 24000, "s1")
-    >>> row.path("/corpus")
-    '/corpus/s1/a.wav'
-    """
+    """One row of a manifest; the module says what its columns mean."""
 
     id: str
     duration: float
@@ -96,14 +73,6 @@ def embedding_names(rows: Sequence[Utterance]) -> list[str]:
 
     A row is a part where its ID names one, where it begins later than its
     recording, or where its recording has several rows.
-
-    Example
-    -------
-    >>> row = Utterance("a", 1.0, "$data_root/s/a.wav", 0, 16000, "s")
-    >>> embedding_names([row])
-    ['s/a.wav']
-    >>> embedding_names([row, row._replace(id="b", start=16000, stop=32000)])
-    ['s/a.wav@0-16000', 's/a.wav@16000-32000']
     """
     uses = Counter(row.wav for row in rows)
     names = []
@@ -130,51 +99,12 @@ def build_manifest(
 ) -> list[Utterance]:
     """Read the headers of recordings, in parallel, into manifest rows.
 
-    Arguments
-    ---------
-    data_root : path
-        The corpus folder.
-    recordings : iterable of (str, str)
-        Path, relative to `data_root` or absolute, and speaker.
-    cache : path, optional
-        A file outside of the corpus that remembers headers from one call to
-        the next. A file is read again when its size or its time of change is
-        another.
-    sample_rate : int
-        The rate in Hz that training needs.
-    resample, mixdown : bool
-        Whether files of another rate, or of several channels, are welcome.
-    min_duration : float
-        Seconds; shorter utterances are left out with a warning.
-    verify : bool
-        Decode every file to its end once. Only this finds damage that the
-        header does not show (minutes to hours on a large corpus).
-    skipped_list : path, optional
-        When given, unusable recordings are left out and listed in this file,
-        with their reasons; when not, the first few are named in an error.
-    workers : int, optional
-        Threads that wait for a slow disk, or decode; 4 a processor by
-        default.
-
-    Returns
-    -------
-    list of Utterance
-        In the order of `recordings`.
-
-    Raises
-    ------
-    ManifestError
-        Unusable recordings, each with its reason, or none left; or a file
-        name that cannot be written into a manifest.
-
-    Example
-    -------
-    >>> import numpy, soundfile
-    >>> root = getfixture("tmp_path")
-    >>> (root / "anna").mkdir()
-    >>> soundfile.write(root / "anna" / "1.wav", numpy.zeros(24000), 16000)
-    >>> build_manifest(root, [("anna/1.wav", "anna")])[0].duration
-    1.5
+    `recordings` are pairs of a path, relative to `data_root` or absolute, and a
+    speaker. `cache`, `verify` and `workers` are those of
+    :func:`~speechbrain_ram.data.headers.read_headers`. Recordings shorter than
+    `min_duration` seconds are left out with a warning. Unusable ones are an
+    error that names the first ten, or, with `skipped_list`, are left out and
+    listed in that file.
     """
     root = Path(data_root)
     recordings = list(recordings)
@@ -190,13 +120,15 @@ def build_manifest(
             min_duration,
             Audio(sample_rate, resample, mixdown),
         )
-    hint = ""
     if skipped and skipped_list is None:
         gone = [name for name in names if not (root / name).exists()]
-        hint = missing_hint(root, gone)
-    _report_skipped(
-        skipped, short, len(recordings), min_duration, skipped_list, hint
-    )
+        shown = first_ten(skipped, "\n  ")
+        raise ManifestError(
+            f"{len(skipped)} of {len(names)} recordings cannot be used:\n  "
+            f"{shown}\nRepair or remove them; `--skip_bad True` leaves them "
+            f"out.{missing_hint(root, gone)}"
+        )
+    _report_left_out(skipped, short, len(names), min_duration, skipped_list)
     if not rows:
         raise ManifestError(
             f"None of the {len(recordings)} recordings under '{root}' is left: "
@@ -207,10 +139,7 @@ def build_manifest(
 
 
 def check_speakers(speakers: Iterable[str], where: str | os.PathLike) -> None:
-    """Raise a ManifestError for two names that nobody can tell apart.
-
-    And for one that SpeechBrain cannot read back from its label file.
-    """
+    """Refuse speakers that nobody, or no label file, can tell apart."""
     speakers = dict.fromkeys(speakers)
     arrow = CategoricalEncoder.VALUE_SEPARATOR
     for name in speakers:
@@ -231,7 +160,7 @@ def check_speakers(speakers: Iterable[str], where: str | os.PathLike) -> None:
 
 
 def _check_names(names: Iterable[str], root: Path) -> None:
-    """Raise for a file name that SpeechBrain would not read back."""
+    """Refuse a file name that SpeechBrain would not read back."""
     for name in names:
         if "$" in name or not name.isprintable():
             raise ManifestError(
@@ -245,10 +174,9 @@ def _rows(root, recordings, headers, min_duration, audio):
     """Rows, and what is wrong with the files that become none."""
     rows, skipped, short = [], [], []
     for (name, speaker), header in zip(recordings, headers, strict=True):
-        if isinstance(header, AudioError):
-            skipped.append(str(header))
-            continue
         try:
+            if isinstance(header, AudioError):
+                raise header
             audio.check(root / name, header.channels, header.sample_rate)
         except AudioError as error:
             skipped.append(str(error))
@@ -262,55 +190,26 @@ def _rows(root, recordings, headers, min_duration, audio):
     return rows, skipped, short
 
 
-def _report_skipped(
-    skipped, short, total, min_duration, skipped_list, hint
-) -> None:
-    """Raise for unusable recordings, or list them where that was asked."""
-    if skipped and skipped_list is None:
-        shown = first_ten(skipped, "\n  ")
-        raise ManifestError(
-            f"{len(skipped)} of {total} recordings cannot be used:\n  {shown}"
-            f"\nRepair or remove them; `--skip_bad True` leaves them out."
-            f"{hint}"
-        )
+def _report_left_out(skipped, short, total, min_duration, skipped_list):
+    """Warn of recordings that are left out, and list them if that was asked."""
     if short:
         logger.warning(
-            "%d of %d recordings are shorter than %s s and left out, the "
-            "first: %s",
-            len(short),
-            total,
-            min_duration,
-            short[0],
+            f"{len(short)} of {total} recordings are shorter than "
+            f"{min_duration} s and left out, the first: {short[0]}"
         )
     if skipped_list is not None:
         with atomic_writer(skipped_list) as file:
             file.writelines(f"{line}\n" for line in skipped + short)
     if skipped:
         logger.warning(
-            "%d of %d recordings cannot be used and are left out; all are "
-            "listed in '%s', the first: %s",
-            len(skipped),
-            total,
-            skipped_list,
-            skipped[0],
+            f"{len(skipped)} of {total} recordings cannot be used and are "
+            f"left out; all are listed in '{skipped_list}', the first: "
+            f"{skipped[0]}"
         )
 
 
 def write_manifest(rows: Iterable[Utterance], path: str | os.PathLike) -> None:
-    """Write a manifest; it appears complete or not at all.
-
-    Arguments
-    ---------
-    rows : iterable of Utterance
-        At least one, with unique ids.
-    path : path
-        The CSV file.
-
-    Raises
-    ------
-    ManifestError
-        No rows, or two rows of one id.
-    """
+    """Write at least one row with a unique ID each, or nothing at all."""
     seen = set()
     with atomic_writer(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -328,23 +227,7 @@ def write_manifest(rows: Iterable[Utterance], path: str | os.PathLike) -> None:
 
 
 def read_manifest(path: str | os.PathLike) -> list[Utterance]:
-    """Read and check a manifest.
-
-    Arguments
-    ---------
-    path : path
-        A CSV file with at least the columns of :data:`COLUMNS`, in any order.
-
-    Returns
-    -------
-    list of Utterance
-
-    Raises
-    ------
-    ManifestError
-        Missing file or columns, or a bad row: the message gives file, line,
-        the text found and what was expected.
-    """
+    """Read and check a manifest; its columns may stand in any order."""
     path = Path(path)
     if not path.is_file():
         raise ManifestError(
@@ -355,11 +238,6 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
             rows = list(_checked_rows(path))
     except TextError as error:
         raise ManifestError(str(error)) from error
-    except csv.Error as error:
-        raise ManifestError(
-            f"'{path}' cannot be read as CSV: {error}. Is it a manifest, and "
-            "was it copied whole?"
-        ) from error
     if not rows:
         raise ManifestError(f"The manifest '{path}' holds no utterances.")
     check_speakers((row.spk_id for row in rows), path)
@@ -369,12 +247,14 @@ def read_manifest(path: str | os.PathLike) -> list[Utterance]:
 def _checked_rows(path: Path) -> Iterator[Utterance]:
     """The rows of a manifest, each with an ID of its own."""
     line_of_id: dict[str, int] = {}
-    with io.StringIO(read_text(path), newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
+    reader = csv.DictReader(
+        io.StringIO(read_text(path), newline=""), skipinitialspace=True
+    )
+    try:
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
         if missing:
             raise ManifestError(
-                f"{path}, line 1: found the columns {reader.fieldnames}, "
+                f"{path}, line 1: found the columns {reader.fieldnames!s:.99}, "
                 f"expected {','.join(COLUMNS)} ({', '.join(missing)} missing)."
             )
         for record in reader:
@@ -382,35 +262,44 @@ def _checked_rows(path: Path) -> Iterator[Utterance]:
             row = _parse_row(record, place)
             if row.id in line_of_id:
                 raise ManifestError(
-                    f"{place}: the ID '{row.id}' stands in line "
+                    f"{place}: the ID {row.id!r:.200} stands in line "
                     f"{line_of_id[row.id]} already; expected unique IDs."
                 )
             line_of_id[row.id] = reader.line_num
             yield row
+    except csv.Error as error:
+        raise ManifestError(
+            f"{path}, line {reader.line_num + 1}: not CSV ({error}). Is it a "
+            "manifest, and was it copied whole?"
+        ) from error
 
 
 def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
     """Turn one CSV record into an utterance, or say what is wrong with it."""
     if None in record or None in record.values():
+        found = [value for value in record.values() if value]
         raise ManifestError(
-            f"{place}: found {[v for v in record.values() if v is not None]}, "
-            f"expected {len(COLUMNS)} values: {','.join(COLUMNS)}."
+            f"{place}: found {found!s:.300}, expected {len(COLUMNS)} values: "
+            f"{','.join(COLUMNS)}."
         )
 
-    def number(column, kind, low, text):
+    def read(column, kind, low, text):
         try:
             value = kind(record[column])
         except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
+            value = low - 1
+        if not low <= value < _LARGEST:
             raise ManifestError(
-                f"{place}: {column} is '{record[column]}', expected {text}."
+                f"{place}: {column} is {record[column]!r:.80}, expected "
+                f"{text}, in ASCII digits."
             )
         return value
 
-    duration = number("duration", float, 1e-9, "seconds above 0")
-    start = number("start", int, 0, "a sample number, 0 or more")
-    stop = number("stop", int, start + 1, f"a sample number above {start}")
+    duration = read("duration", number, 1e-9, "seconds above 0")
+    start = read("start", whole_number, 0, "a sample number, 0 or more")
+    stop = read(
+        "stop", whole_number, start + 1, f"a sample number above {start}"
+    )
     for column in ("ID", "wav", "spk_id"):
         if not record[column]:
             raise ManifestError(f"{place}: {column} is empty.")
@@ -419,7 +308,7 @@ def _parse_row(record: dict[str, str | None], place: str) -> Utterance:
         wav.startswith(ROOT_PREFIX) or os.path.isabs(wav)
     ):
         raise ManifestError(
-            f"{place}: wav is '{wav}', expected '{ROOT_PREFIX}' and a path "
+            f"{place}: wav is {wav!r:.99}, expected '{ROOT_PREFIX}' and a path "
             "under the corpus folder, or an absolute path."
         )
     return Utterance(record["ID"], duration, wav, start, stop, record["spk_id"])
@@ -434,26 +323,9 @@ def find_recordings(
 ) -> list[str]:
     """List the recordings below a folder, sorted, links to folders followed.
 
-    Hidden files and folders are passed over (``._00001.wav`` is a trace of a
-    macOS archive, not a recording).
-
-    Arguments
-    ---------
-    data_root : path
-        The corpus folder.
-    extensions : sequence of str
-        File name endings that count, in lower case with the dot; upper-case
-        endings in the corpus match too.
-
-    Returns
-    -------
-    list of str
-        Paths relative to `data_root`, with forward slashes.
-
-    Raises
-    ------
-    ManifestError
-        The folder is missing or holds no recording.
+    Paths are relative to it, with forward slashes. Endings are compared in
+    lower case. Hidden files and folders are passed over (``._00001.wav`` is a
+    trace of a macOS archive, not a recording).
     """
     root = Path(data_root)
     if not root.is_dir():
@@ -477,7 +349,7 @@ def find_recordings(
 
 
 def _walk(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator:
-    """Yield relative file paths; `above` guards against loops of links."""
+    """Relative file paths; `above` guards against loops of links."""
     status = folder.stat()
     key = (status.st_dev, status.st_ino)
     if key in above:
@@ -503,32 +375,7 @@ def check_overlap(
     test_name: str,
     remedy: str = "Leave them out of training.",
 ) -> None:
-    """Raise when a speaker is both trained on and tested on.
-
-    Arguments
-    ---------
-    train_speakers, test_speakers : iterable of str
-        Identities in one naming scheme.
-    test_name : str
-        What the test is called, for the message.
-    remedy : str
-        What to do about it.
-
-    Raises
-    ------
-    ManifestError
-        Names the first speakers and says how many there are.
-
-    Example
-    -------
-    >>> check_overlap(["id1", "id2"], ["id3"], "my test")
-    >>> check_overlap(["id1", "id3"], ["id3"], "my test")
-    Traceback (most recent call last):
-    ...
-    speechbrain_ram.data.manifest.ManifestError: 1 training speakers are \
-also in my test: id3. Its results would be worthless. Leave them out of \
-training.
-    """
+    """Refuse a speaker who is both trained on and tested on."""
     both = sorted(set(train_speakers) & set(test_speakers))
     if both:
         raise ManifestError(
@@ -539,22 +386,7 @@ training.
 
 
 def check_outside(output: str | os.PathLike, corpus: str | os.PathLike) -> None:
-    """Raise when an output folder lies within a corpus.
-
-    Arguments
-    ---------
-    output, corpus : path
-        Folders, which need not exist.
-
-    Raises
-    ------
-    ManifestError
-        Names both.
-
-    Example
-    -------
-    >>> check_outside("results", "/data/corpus")
-    """
+    """Refuse an output folder within a corpus."""
     if Path(output).resolve().is_relative_to(Path(corpus).resolve()):
         raise ManifestError(
             f"The output folder '{output}' lies within the corpus "
@@ -570,29 +402,10 @@ def split_by_utterance(
 ) -> tuple[list[Utterance], list[Utterance]]:
     """Split utterances so that every speaker keeps one for training at least.
 
-    The held-out share is spread over the speakers as evenly as whole
-    utterances allow: speakers are put in a random order and each gives what
-    brings the running total to its share.
-
-    Arguments
-    ---------
-    rows : sequence of Utterance
-        Of two or more speakers.
-    valid_fraction : float
-        Share held out, in (0, 1).
-    seed : int
-        The same seed and rows give the same split.
-
-    Returns
-    -------
-    train, valid : list of Utterance
-        Each in the order of `rows`.
-
-    Raises
-    ------
-    ManifestError
-        One speaker only, no speaker with two utterances, or a share outside
-        of (0, 1).
+    The held-out share, in (0, 1), is spread over the speakers as evenly as
+    whole utterances allow: speakers are put in a random order and each gives
+    what brings the running total to its share. Both parts keep the order of
+    `rows`.
     """
     if not 0 < valid_fraction < 1:
         raise ManifestError(
@@ -616,12 +429,9 @@ def split_by_utterance(
         )
     if single:
         logger.warning(
-            "%d speakers have one utterance each, which is kept for "
-            "training: %s",
-            len(single),
-            first_ten(sorted(single)),
+            f"{len(single)} speakers have one utterance each, which is kept "
+            f"for training: {first_ten(sorted(single))}"
         )
-
     generator = np.random.default_rng(seed)
     speakers = generator.permutation(sorted(by_speaker))
     held_out, seen = set(), 0

@@ -14,25 +14,7 @@ class TextError(ValueError):
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a list or a table that a user hands in.
-
-    Raises
-    ------
-    TextError
-        Not UTF-8, or with NUL bytes; names file and line.
-    OSError
-        It cannot be read.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "list.txt"
-    >>> _ = path.write_bytes("Zoë".encode("latin-1"))
-    >>> read_text(path)
-    Traceback (most recent call last):
-    ...
-    speechbrain_ram.data.names.TextError: '...list.txt', line 1: not text in \
-UTF-8 (byte 0xeb). Is it in Latin-1 or UTF-16? Save it as UTF-8.
-    """
+    """Read a list or a table of a user; a TextError unless it is UTF-8."""
     return _decode(Path(path).read_bytes(), path, 1)
 
 
@@ -65,13 +47,7 @@ def _decode(content: bytes, path: str | os.PathLike, line: int) -> str:
 
 
 def same_letters(name: str) -> str:
-    """A name without what nobody sees: Unicode's form, spaces at its ends.
-
-    Example
-    -------
-    >>> same_letters("Zoe\\u0308 ") == same_letters("Zo\\u00eb")
-    True
-    """
+    """A name without what nobody sees: Unicode's form, spaces at its ends."""
     return unicodedata.normalize("NFC", name.replace("\xa0", " ")).strip()
 
 
@@ -123,24 +99,12 @@ _PART = re.compile(r"(.+)@([0-9]{1,15})-([0-9]{1,15})")
 
 
 def part_name(path: str, start: int, stop: int) -> str:
-    """What a part of a recording is called in manifests and lists.
-
-    Example
-    -------
-    >>> part_name("radio.wav", 16000, 48000)
-    'radio.wav@16000-48000'
-    """
+    """What a part of a recording is called in manifests and lists."""
     return f"{path}@{start}-{stop}"
 
 
 def part_of(name: str) -> tuple[str, int, int | None]:
-    """Path and bounds, in samples, of what :func:`part_name` names.
-
-    Example
-    -------
-    >>> part_of("radio.wav@16000-48000"), part_of("radio.wav")
-    (('radio.wav', 16000, 48000), ('radio.wav', 0, None))
-    """
+    """Path and bounds, in samples, of what :func:`part_name` names."""
     found = _PART.fullmatch(name)
     if found is None or os.path.exists(name):
         return name, 0, None
@@ -148,14 +112,6 @@ def part_of(name: str) -> tuple[str, int, int | None]:
 
 
 def session_of(name: str) -> str:
-    """The session of an utterance, as far as its name shows it.
-
-    It is the folder, and of a part the recording.
-
-    Example
-    -------
-    >>> session_of("anna/may/1.wav"), session_of("radio.wav@16000-48000")
-    ('anna/may', 'radio.wav')
-    """
+    """The session of an utterance: its folder, or the recording of a part."""
     path, _, stop = part_of(name)
     return os.path.dirname(path) if stop is None else path

@@ -11,11 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from speechbrain_ram.data.plain import JSON_BYTES, limited_text, parse_json
 from speechbrain_ram.utils import atomic_writer
+
+_LIMIT = 2**29  # bytes read: headers of six million recordings
+_ROWS = 32  # a line, which then is below JSON_BYTES with the longest paths
 
 
 class RecordError(ValueError):
@@ -23,13 +28,7 @@ class RecordError(ValueError):
 
 
 def checksum(*parts: str | bytes | memoryview) -> str:
-    """128 bits of BLAKE2b over some parts and over where they end.
-
-    Example
-    -------
-    >>> checksum("ab", "c") == checksum("a", "bc")
-    False
-    """
+    """128 bits of BLAKE2b over some parts and over where they end."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         part = memoryview(part.encode() if isinstance(part, str) else part)
@@ -41,22 +40,8 @@ def checksum(*parts: str | bytes | memoryview) -> str:
 def seal(made_with: Mapping[str, Any], *content: str | bytes) -> str:
     """The record of a file, one line of JSON.
 
-    Arguments
-    ---------
-    made_with : mapping
-        Names, which stand in messages, and values, all of them JSON's.
-    *content : str, bytes or buffer
-        What the file holds besides.
-
-    Example
-    -------
-    >>> record = seal({"sample_rate": 8000}, b"samples")
-    >>> check(record, {"sample_rate": 8000}, b"samples")
-    >>> check(record, {"sample_rate": 16000}, b"samples")
-    Traceback (most recent call last):
-    ...
-    speechbrain_ram.data.record.RecordError: it was made with another \
-sample_rate (8000; now it is 16000)
+    `made_with` are JSON values under the names that messages use, `content` is
+    what the file holds besides.
     """
     sums = checksum(json.dumps(made_with), *content)
     return json.dumps({"made_with": made_with, "checksum": sums})
@@ -67,14 +52,15 @@ def check(
 ) -> None:
     """Raise a RecordError unless a record is of these values and content."""
     try:
-        found = json.loads(record)
+        found = parse_json(record[:JSON_BYTES], "record")
         values, sums = dict(found["made_with"]), found["checksum"]
-    except (KeyError, TypeError, ValueError) as error:
+        mine = checksum(json.dumps(values), *content)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise RecordError(
             "it has no record of what it was made from, so it is something "
             "else, or was written by an older version"
         ) from error
-    if checksum(json.dumps(values), *content) != sums:
+    if mine != sums:
         raise RecordError(
             "it is damaged, its content is not what was written (another "
             "checksum)"
@@ -83,33 +69,51 @@ def check(
         there, here = values.get(name), made_with.get(name)
         if there != here:
             raise RecordError(
-                f"it was made with another {name} ({there}; now it is {here})"
+                f"it was made with another {name:.80} ({there!s:.200}; now it "
+                f"is {here!s:.200})"
             )
 
 
 def write_recorded(
-    path: str | os.PathLike, made_with: Mapping[str, Any], content: Any
+    path: str | os.PathLike,
+    made_with: Mapping[str, Any],
+    rows: Sequence[Sequence],
 ) -> None:
-    """Write what JSON can hold, below the line of its record."""
-    text = json.dumps(content)
+    """Write rows of numbers and strings below the line of their record."""
+    text = "".join(
+        f"{json.dumps(rows[i : i + _ROWS])}\n"
+        for i in range(0, len(rows), _ROWS)
+    )
     with atomic_writer(path) as file:
         file.write(f"{seal(made_with, text)}\n{text}")
 
 
 def read_recorded(
-    path: str | os.PathLike, made_with: Mapping[str, Any]
-) -> Any | None:
+    path: str | os.PathLike, made_with: Mapping[str, Any], *kinds: type
+) -> list[list] | None:
     """What :func:`write_recorded` wrote; None if there is no such file.
 
-    Raises
-    ------
-    RecordError
-        The file was made with other values, is damaged, or something else.
+    Each row must hold one value of each of the kinds, such as ``str, int``.
     """
     try:
-        content = Path(path).read_bytes()
+        text = limited_text(path, _LIMIT)
     except FileNotFoundError:
         return None
-    record, _, text = content.decode(errors="replace").partition("\n")
+    except ValueError as error:
+        raise RecordError(f"it is damaged ({error})") from error
+    record, _, text = text.partition("\n")
     check(record, made_with, text)
-    return json.loads(text)
+    rows, wanted = [], list(kinds)
+    for number, line in enumerate(re.finditer("[^\n]+", text), 2):
+        try:
+            if line.end() - line.start() > JSON_BYTES:
+                raise ValueError("the line is too long")
+            block = parse_json(line[0], path)
+            for row in block if isinstance(block, list) else [block]:
+                if not isinstance(row, list) or [*map(type, row)] != wanted:
+                    raise ValueError(f"{reprlib.repr(row)} is not a row")
+                rows.append(row)
+        except ValueError as error:
+            message = f"it is damaged (line {number}: {error})"
+            raise RecordError(message) from error
+    return rows

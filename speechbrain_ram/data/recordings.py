@@ -72,33 +72,15 @@ _CONTENTS = (bytes, bytearray, io.IOBase)
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What is embedded at once: a recording, or a window of a long one.
-
-    Arguments
-    ---------
-    recording : int
-        Which recording it belongs to.
-    samples : int
-        Its length at the encoder's sample rate, perhaps off by one.
-    load : callable
-        Returns its waveform, float32 of shape [samples].
-    """
+    """What is embedded at once: a recording, or a window of a long one."""
 
     recording: int
-    samples: int
+    samples: int  # at the encoder's rate, perhaps off by one
     load: Callable[[], torch.Tensor]
 
 
 def is_recording(given: object) -> bool:
-    """Whether something is one recording, not several.
-
-    Example
-    -------
-    >>> is_recording("a.wav"), is_recording(["a.wav"])
-    (True, False)
-    >>> is_recording((np.zeros(8000), 8000)), is_recording(("a.wav", "b.wav"))
-    (True, False)
-    """
+    """Whether something is one recording, not several."""
     pair = isinstance(given, tuple) and len(given) == 2
     return (
         isinstance(
@@ -128,35 +110,9 @@ def split_into_pieces(
 ) -> list[Piece]:
     """Plan how a recording is read, from its header alone.
 
-    Arguments
-    ---------
-    recording : Recording
-        One of the kinds listed above.
-    position : int
-        Its place among the recordings.
-    sample_rate : int
-        In Hz, of the encoder.
-    resample, mixdown : bool
-        As for :class:`speechbrain_ram.data.audio.Audio`.
-    longest : float, optional
-        Seconds; a longer recording is cut into equal windows of at most that.
-        By default :data:`WHOLE`.
-
-    Returns
-    -------
-    list of Piece
-
-    Raises
-    ------
-    AudioError
-        Not readable, not a recording, or too short.
-
-    Example
-    -------
-    >>> minute = np.zeros(60 * 16000)
-    >>> pieces = split_into_pieces(minute, 0, 16000, False, False, 25.0)
-    >>> [piece.samples for piece in pieces]
-    [320000, 320000, 320000]
+    `position` is its place among the recordings, `sample_rate` the encoder's. A
+    recording of more than `longest` seconds, by default :data:`WHOLE`, is cut
+    into equal windows.
     """
     name = describe(recording, position)
     audio = Audio(sample_rate, resample, mixdown)
@@ -207,21 +163,9 @@ def check_length(seconds: float, name: str) -> None:
 def audible(
     pieces: list[Piece], name: str, warn: bool = True
 ) -> Iterator[torch.Tensor]:
-    """Read pieces one by one, without the silent ones.
+    """Read pieces of one recording one by one, without the silent ones.
 
-    Arguments
-    ---------
-    pieces : list of Piece
-        Of one recording.
-    name : str
-        What it is called in a message.
-    warn : bool
-        Whether to warn of clipping.
-
-    Raises
-    ------
-    AudioError
-        All are silent, one cannot be read, or is no waveform in [-1, 1].
+    `name` stands in messages. It is an AudioError if all are silent.
     """
     heard = False
     for piece in pieces:
@@ -242,12 +186,9 @@ def is_silent(waveform: torch.Tensor) -> bool:
 
 
 def check_level(waveform: torch.Tensor, name: str, warn: bool) -> None:
-    """Warn, if asked, where over 1 % of the samples are at full scale.
+    """Refuse what is no waveform in [-1, 1].
 
-    Raises
-    ------
-    AudioError
-        The samples are far beyond it, so they are no waveform in [-1, 1].
+    If asked, warn where over 1 % of the samples are at full scale.
     """
     loudest = float(waveform.abs().max())
     if loudest > 8:
@@ -347,26 +288,26 @@ def _as_array(
 
 def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
     """Floats as they are, whole numbers by the full scale of their type."""
-    kind, loudest = array.dtype, 0
+    kind, loudest, scale = array.dtype, 0, 1.0
     if np.issubdtype(kind, np.signedinteger) and array.size:
         loudest = max(abs(int(array.min())), abs(int(array.max())))
-    if kind == np.uint8:
-        array = (array - 128.0) / 128
-    elif kind == np.int64:
-        if loudest > 2**15:
-            raise AudioError(
-                f"{name} has int64 numbers up to {loudest}; 16-bit numbers, up "
-                "to 32768, are read. Pass it as int32 if that is its scale, or "
-                "as floats in [-1, 1]."
-            )
-        array = array / 2.0**15
-    elif kind == np.int32 and 0 < loudest <= 2**15:
+    if kind == np.int64 and loudest > 2**15:
         raise AudioError(
-            f"{name} has int32 numbers up to {loudest}, next to nothing of 32 "
-            "bits. Are they 16-bit numbers? Pass it as int16."
+            f"{name} has int64 numbers up to {loudest}; 16-bit numbers, up to "
+            "32768, are read. Pass it as int32 if that is its scale, or as "
+            "floats in [-1, 1]."
         )
+    if kind == np.int32 and 0 < loudest <= 2**15:
+        raise AudioError(
+            f"{name} has int32 numbers up to {loudest}, a tiny part of the "
+            "range of 32 bits. Are they 16-bit numbers? Pass it as int16."
+        )
+    if kind == np.int64:
+        scale = 2.0**15
+    elif kind == np.uint8:
+        scale = 2.0**7
     elif np.issubdtype(kind, np.signedinteger):
-        array = array / (np.iinfo(kind).max + 1.0)
+        scale = np.iinfo(kind).max + 1.0
     elif not np.issubdtype(kind, np.floating):
         raise AudioError(
             f"{name} has samples of type {kind}; floats in [-1, 1], or int16, "
@@ -374,4 +315,8 @@ def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
         )
     if not np.isfinite(array).all():
         raise AudioError(f"{name} has samples that are NaN or infinite.")
-    return array.astype(np.float32)
+    floats = array.astype(np.float32)
+    if kind == np.uint8:
+        floats -= 128
+    floats /= scale  # a power of two: exact
+    return floats

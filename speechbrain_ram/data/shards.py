@@ -45,11 +45,11 @@ from speechbrain_ram.data.record import (
     read_recorded,
     write_recorded,
 )
-from speechbrain_ram.utils import atomic_path
+from speechbrain_ram.utils import ahead, atomic_path
 
 _WAV_HEADER = 44  # bytes, of the plain PCM header that `wave` writes
 _THREADS = 4
-_BATCH = 64  # utterances decoded ahead, in memory
+_AHEAD = 2 * _THREADS  # utterances decoded ahead, in memory
 
 
 def pack_shards(
@@ -65,41 +65,12 @@ def pack_shards(
 ) -> Path:
     """Pack the utterances of a manifest; an interrupted call can be repeated.
 
-    Arguments
-    ---------
-    manifest : path
-        Of the loose recordings.
-    data_root : path
-        Their folder, in which nothing is written.
-    output_dir : path
-        For ``shard-000000.tar``, ..., a record beside each of what it was
-        made from, and ``manifest.csv`` of all.
-    sample_rate : int
-        In Hz, of the packed samples.
-    resample, mixdown : bool
-        As for :class:`speechbrain_ram.data.audio.Audio`.
-    shard_bytes : int
-        About the size of a shard: as many utterances as the durations in the
-        manifest say will fit.
-    seed : int
-        Of the order of the utterances in the shards.
-    progress : bool
-        Whether to show a progress bar on stderr.
-
-    Returns
-    -------
-    Path
-        The packed manifest. It holds the absolute path of `output_dir`: after
-        moving the shards, pack again there, which only rewrites the manifest.
-        A shard that is gone, or whose size is another, is made again.
-
-    Raises
-    ------
-    ManifestError
-        A bad manifest, shards of other rows, of another `data_root` or of
-        another setting in `output_dir`, or an `output_dir` inside the corpus.
-    AudioError
-        A recording cannot be used.
+    Writes ``shard-000000.tar``, ... of about `shard_bytes`, a record beside
+    each of what it was made from, and ``manifest.csv`` of all, whose path is
+    returned. It holds the absolute path of `output_dir`: after moving the
+    shards, pack again there, which only rewrites the manifest. A shard that is
+    gone, or whose size is another, is made again. Other rows or settings than
+    before are an error.
     """
     check_outside(output_dir, data_root)
     output = Path(output_dir).absolute()
@@ -114,7 +85,10 @@ def pack_shards(
     }
     tars = [output / f"shard-{i:06d}.tar" for i in range(len(shards))]
     made_with = [_made_with(shard, data_root, reading) for shard in shards]
-    known = [_places(*each) for each in zip(tars, made_with, strict=True)]
+    known = [
+        _places(tar, record, len(shard))
+        for tar, record, shard in zip(tars, made_with, shards, strict=True)
+    ]
     if None in known:  # until the end, no manifest of what changes
         (output / "manifest.csv").unlink(missing_ok=True)
     bar = tqdm(total=len(rows), unit="utt", desc="pack", disable=not progress)
@@ -124,8 +98,8 @@ def pack_shards(
         ):
             if places is None:
                 places = _write_shard(tar, shard, data_root, reading, pool, bar)
-                content = {"bytes": tar.stat().st_size, "places": places}
-                write_recorded(_record_of(tar), record, content)
+                whole = (tar.stat().st_size, len(shard))
+                write_recorded(_record_of(tar), record, [whole, *places])
             else:
                 bar.update(len(shard))
             for row, (first, n) in zip(shard, places, strict=True):
@@ -192,7 +166,7 @@ def _made_with(shard: list[Utterance], data_root, reading: dict) -> dict:
     """The record of a shard."""
     pieces = [(row.id, row.wav, row.start, row.stop) for row in shard]
     return {
-        "format": "speechbrain-ram shard 1",
+        "format": "speechbrain-ram shard 2",
         "data_root": os.path.realpath(data_root),
         **reading,
         "list of utterances": checksum(json.dumps(pieces)),
@@ -204,19 +178,24 @@ def _record_of(tar: Path) -> Path:
     return tar.with_suffix(".json")  # written last: the shard is whole
 
 
-def _places(tar: Path, made_with: dict) -> list[tuple[int, int]] | None:
+def _places(tar: Path, made_with: dict, n_rows: int) -> list | None:
     """Where samples begin in a finished shard, and how many; None without."""
     try:
-        known = read_recorded(_record_of(tar), made_with)
+        known = read_recorded(_record_of(tar), made_with, int, int)
+        if known is None or not tar.exists():
+            return None
+        (size, n), *places = known or [(0, 0)]
+        if not n == n_rows == len(places) or not all(
+            0 <= first < first + 2 * length <= size for first, length in places
+        ):
+            raise RecordError("it is damaged (its samples are not in the tar)")
     except RecordError as error:
         raise ManifestError(
             f"'{tar}' cannot be kept: {error}. Each manifest, corpus and "
             "setting needs a folder of its own: choose another folder, or "
             "delete the shards in this one to pack them again."
         ) from error
-    if known is None or not tar.exists():
-        return None
-    return known["places"] if tar.stat().st_size == known["bytes"] else None
+    return places if tar.stat().st_size == size else None
 
 
 def _write_shard(tar, shard, data_root, reading, pool, bar):
@@ -226,7 +205,9 @@ def _write_shard(tar, shard, data_root, reading, pool, bar):
         waveform = read_audio(
             row.path(data_root), row.start, row.stop, **reading
         )
-        samples = (waveform.numpy() * 32768).round().clip(-32768, 32767)
+        samples = waveform.numpy()
+        samples *= 32768
+        np.clip(samples.round(out=samples), -32768, 32767, out=samples)
         return samples.astype("<i2")
 
     places = []
@@ -234,10 +215,10 @@ def _write_shard(tar, shard, data_root, reading, pool, bar):
         atomic_path(tar) as temporary,
         tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as file,
     ):
-        for number, row in enumerate(shard):
-            if number % _BATCH == 0:
-                loaded = pool.map(load, shard[number : number + _BATCH])
-            samples = next(loaded)
+        loaded = ahead(pool, load, shard, _AHEAD)
+        for number, (row, samples) in enumerate(
+            zip(shard, loaded, strict=True)
+        ):
             first = file.offset + tarfile.BLOCKSIZE + _WAV_HEADER
             places.append((first, len(samples)))
             wav = _wav(samples, reading["sample_rate"])

@@ -23,6 +23,7 @@ from speechbrain_ram.data.audio import (
     AUDIO_EXTENSIONS,
     Audio,
     AudioError,
+    cut,
     read_audio,
 )
 from speechbrain_ram.data.dataset import CropDataset
@@ -33,6 +34,7 @@ from speechbrain_ram.data.manifest import (
     build_manifest,
     find_recordings,
 )
+from speechbrain_ram.data.recordings import is_recording, split_into_pieces
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.verification.embeddings import Embedder, extract
 
@@ -155,6 +157,15 @@ def test_pieces_that_are_not_there(tmp_path, noise):
         assert torch.equal(
             Audio().read(path, 4900, 5100), Audio().read(path, 4900, 5000)
         )
+
+
+def test_windows_are_equal_and_all_of_it(tmp_path, noise):
+    assert cut(0, 60, 1, 25.0) == [(0, 20), (20, 40), (40, 60)]
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise, RATE)
+    windows = list(Audio().windows(path, seconds=0.1))
+    assert [len(window) for window in windows] == [1250] * 4
+    assert torch.equal(torch.cat(windows), Audio().read(path))
 
 
 # -- Headers that promise too little, too much or nothing ---------------------
@@ -406,6 +417,20 @@ def stored(wav, **settings):
     settings = {"format": "WAV", "subtype": "FLOAT"} | settings
     soundfile.write(file, wav, RATE, **settings)
     return file
+
+
+def test_one_recording_or_several(noise):
+    for one in ("a.wav", b"RIFF", noise, (noise, 8000), {"array": noise}):
+        assert is_recording(one)
+    for several in (["a.wav"], ("a.wav", "b.wav"), (noise, noise), 3, None):
+        assert not is_recording(several)
+
+
+def test_a_long_array_is_cut():
+    minute = np.zeros(60 * RATE)
+    pieces = split_into_pieces(minute, 0, RATE, False, False, 25.0)
+    assert [piece.samples for piece in pieces] == [20 * RATE] * 3
+    assert [len(piece.load()) for piece in pieces] == [20 * RATE] * 3
 
 
 ACCEPTED = {

@@ -183,7 +183,11 @@ def test_rates_of_damaged_headers_take_no_memory(tmp_path, rate):
     """The filter from 44,101 to 16,000 Hz alone would be 2.8 GB."""
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(1000), rate)
-    message = f"{rate} Hz, which cannot be converted to 16000 Hz.*damaged"
+    message = (
+        f"{rate} Hz, which cannot be converted to 16000 Hz.*damaged"
+        if 1000 < rate < 384_000
+        else f"is damaged: its header says 1 channels at {rate} Hz"
+    )
     with pytest.raises(AudioError, match=message):
         read_audio(path, resample=True)
 

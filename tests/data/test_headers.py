@@ -13,6 +13,7 @@ import soundfile
 from speechbrain_ram.data import headers
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.headers import read_headers
+from speechbrain_ram.data.record import write_recorded
 
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 8000)
 
@@ -240,6 +241,33 @@ def test_a_damaged_cache_is_not_used(tmp_path, opened):
     opened.clear()
     assert read_headers(tmp_path, ["a.wav"], cache) == whole
     assert opened == []  # it was written again
+
+
+HOSTILE = {
+    "no rate": ["a.wav", 1, 1, 8000, 0, 1, False],
+    "no channels": ["a.wav", 1, 1, 8000, 16000, 0, False],
+    "no samples": ["a.wav", 1, 1, -1, 16000, 1, False],
+    "too many samples": ["a.wav", 1, 1, 10**400, 16000, 1, False],
+    "a list for a number": ["a.wav", 1, 1, [8000], 16000, 1, False],
+    "a fraction": ["a.wav", 1, 1, 8000, 16000.5, 1, False],
+    "too few numbers": ["a.wav", 1, 1],
+    "no name": [7, 1, 1, 8000, 16000, 1, False],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_cache_that_somebody_has_sealed(tmp_path, opened, caplog, name):
+    """Its checksum is right; what it says of a file cannot be."""
+    soundfile.write(tmp_path / "a.wav", NOISE, 16000)
+    status, row = (tmp_path / "a.wav").stat(), HOSTILE[name]
+    if len(row) == 7:
+        row[1:3] = status.st_size, status.st_mtime_ns
+    cache = tmp_path / "cache"
+    write_recorded(cache, headers._made_with(tmp_path), [row])
+    (header,) = read_headers(tmp_path, ["a.wav"], cache)
+    assert header[2:] == (8000, 16000, 1, False)
+    assert opened == ["a.wav"]
+    assert "cache' is not used" in caplog.text
 
 
 def test_strange_names_are_remembered(tmp_path, opened):

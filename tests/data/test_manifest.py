@@ -13,6 +13,8 @@ from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     build_manifest,
+    check_outside,
+    check_overlap,
     embedding_names,
     find_recordings,
     read_manifest,
@@ -91,6 +93,11 @@ def test_columns_in_any_order_and_absolute_paths(tmp_path):
         (HEADER + ROW.replace("1.5", "0"), "line 2: duration is '0'"),
         (HEADER + ROW.replace(",0,", ",-1,"), "start is '-1', expected a samp"),
         (HEADER + ROW.replace(",0,", ",1.5,"), "start is '1.5'"),
+        (HEADER + '"a\nb"' + ROW[1:] + "x\n", "line 4: found .'x'., exp"),
+        (HEADER + '"' + "a" * 200_000, "line 2: not CSV .field larger"),
+        (HEADER + "a," * 50_000, "line 2: found .* expected 6 values"),
+        ("a," * 50_000, "line 1: found the columns .*ID, duration"),
+        (HEADER + ROW[:-1] + "\0\n", "m.csv', line 2: .* NUL byte"),
         (HEADER + ROW.replace("24000", "0"), "stop is '0', .* above 0"),
         (HEADER + ROW.replace("24000,a", "24000,"), "line 2: spk_id is empty"),
         (
@@ -106,6 +113,34 @@ def test_bad_manifests_are_explained(tmp_path, content, message):
     with pytest.raises(ManifestError, match=message) as caught:
         read_manifest(path)
     assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("column", ["duration", "start", "stop"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "inf",
+        "nan",
+        "-1",
+        "1_0",
+        "٣",
+        "１２",
+        "9" * 400,
+        "9" * 5000,
+        "1e999",
+    ],
+)
+def test_what_is_no_number(tmp_path, column, wrong):
+    values = {"duration": "1.5", "start": "0", "stop": "24000", column: wrong}
+    row = "a,{duration},$data_root/a,{start},{stop},a\n".format(**values)
+    (tmp_path / "m.csv").write_text(HEADER + row)
+    with pytest.raises(
+        ManifestError, match=f"m.csv, line 2: {column} is '.*in ASCII digits"
+    ) as caught:
+        read_manifest(tmp_path / "m.csv")
+    assert len(str(caught.value)) < 400
 
 
 def test_missing_manifest(tmp_path):
@@ -273,3 +308,19 @@ def test_a_manifest_with_speakers_that_look_the_same(tmp_path):
     write_manifest(rows, tmp_path / "m.csv")
     with pytest.raises(ManifestError, match="differ only in"):
         read_manifest(tmp_path / "m.csv")
+
+
+def test_nobody_both_trains_and_tests():
+    check_overlap(["id1", "id2"], ["id3"], "my test")
+    with pytest.raises(
+        ManifestError, match="^1 training speakers .* my test: id3.*Drop them"
+    ):
+        check_overlap(["id1", "id3"], ["id3"], "my test", "Drop them.")
+
+
+def test_nothing_is_written_into_a_corpus(tmp_path):
+    check_outside(tmp_path / "results", tmp_path / "corpus")
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    for inside in ("corpus", "corpus/results", "link/results"):
+        with pytest.raises(ManifestError, match="lies within the corpus"):
+            check_outside(tmp_path / inside, tmp_path / "corpus")

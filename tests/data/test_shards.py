@@ -25,6 +25,7 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from speechbrain_ram.data.record import read_recorded, write_recorded
 from speechbrain_ram.data.shards import pack_shards
 
 
@@ -233,8 +234,25 @@ def test_a_shard_that_is_not_whole_is_made_again(corpus, damage):
 def test_a_damaged_record_is_refused(corpus):
     record = pack(corpus).parent / "shard-000000.json"
     text = record.read_text()
-    record.write_text(text.replace('"places": [[', '"places": [[1'))
+    record.write_text(text.replace("\n[[", "\n[[1"))
     with pytest.raises(ManifestError, match="000.tar.*is damaged.*or delete"):
+        pack(corpus)
+
+
+@pytest.mark.parametrize("change", ["fewer", "beyond", "negative", "none"])
+def test_a_record_that_somebody_has_sealed(corpus, change):
+    """Its checksum is right; its samples are not in the tar."""
+    path = pack(corpus).parent / "shard-000000.json"
+    made_with = json.loads(path.read_text().partition("\n")[0])["made_with"]
+    whole, *places = read_recorded(path, made_with, int, int)
+    rows = {
+        "fewer": [whole, *places[1:]],
+        "beyond": [whole, *places[1:], [places[0][0], 10**400]],
+        "negative": [whole, *places[1:], [-44, 100]],
+        "none": [],
+    }[change]
+    write_recorded(path, made_with, rows)
+    with pytest.raises(ManifestError, match="cannot be kept: it is damaged"):
         pack(corpus)
 
 
