@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.resnet import ResNet34, folded
 from speechbrain_ram.utils import keep_freed_memory
-from speechbrain_ram.verification.embeddings import Embedder, extract
+from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embeddings import extract
 
 CHANNELS = (16, 32, 64, 128)
 

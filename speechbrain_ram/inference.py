@@ -30,7 +30,7 @@ from speechbrain_ram.export.folder import (
     encoder_section,
     export_inference,
 )
-from speechbrain_ram.verification.embeddings import Embedder
+from speechbrain_ram.verification.embedder import Embedder
 
 __all__ = [
     "Comparison",
@@ -79,7 +79,7 @@ class SpeakerEncoder(LoadedEncoder):
     resample, mixdown : bool
         Whether files of another rate, or of several channels, are converted.
     batch_seconds : float, optional
-        As for :class:`speechbrain_ram.verification.embeddings.Embedder`.
+        As for :class:`speechbrain_ram.verification.embedder.Embedder`.
     """
 
     def __init__(

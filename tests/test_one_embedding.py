@@ -14,8 +14,8 @@ from speechbrain_ram.cli import verify
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.brain import SpeakerBrain
-from speechbrain_ram.verification.embeddings import EmbeddingStore
 from speechbrain_ram.verification.scores import read_scores
+from speechbrain_ram.verification.store import EmbeddingStore
 
 RATE = 16000
 LONG = ("150 s.wav", "600 s.wav")

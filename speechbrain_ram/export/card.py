@@ -7,6 +7,7 @@ printable: a terminal obeys some characters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -18,12 +19,10 @@ from speechbrain_ram.export.limits import (
     Rule,
     check,
     either,
-    list_of,
     number,
     one_of,
-    whole,
 )
-from speechbrain_ram.verification.calibration import BINS, Decision
+from speechbrain_ram.verification.calibration import Decision
 
 #: What a recipe may say about an encoder; what it does not say is left open.
 FACTS = {
@@ -100,31 +99,16 @@ def _describe(call: Mapping[str, Any]) -> str:
 
 # -- What a folder of others says: checked, and printable --------------------
 
-_COUNT = whole(1, 10**15)
-_HISTOGRAM = list_of(BINS, whole(0, 10**15))
-_ANY = number(-1e300, 1e300)
-_FACT = either(TEXT, _ANY, one_of(True, False, None))
-_DECISION = {
-    "trials": TEXT,
-    "n_target": _COUNT,
-    "n_nontarget": _COUNT,
-    "eer": number(0, 100),
-    "targets": _HISTOGRAM,
-    "nontargets": _HISTOGRAM,
-}
-_CALIBRATION = {
-    "features": one_of(["score"]),
-    "weights": list_of(1, _ANY),
-    "bias": _ANY,
-    "p_target": number(0, 1),
-}
-_THRESHOLD = number(-2, 2)  # cosines, and their rounding
+_FACT = either(TEXT, number(-1e300, 1e300), one_of(True, False, None))
+_NAMED = Rule("names with values", lambda table: isinstance(table, dict))
 
 
 def read_facts(facts: Any, name: str) -> dict[str, Any]:
     """The facts of a folder, printable; a list becomes one text."""
     read = {}
-    for key, value in _table(facts or {}, "facts", name).items():
+    facts = facts or {}
+    check(facts, _NAMED, "facts", name)
+    for key, value in facts.items():
         check(key, one_of(*FACTS), "the name of a fact", name)
         several = value if isinstance(value, list) else [value]
         for each in several:
@@ -139,21 +123,17 @@ def read_decision(decision: Any, name: str) -> Decision | None:
     """The decision of a folder: its numbers are ones, its names printable."""
     if decision is None:
         return None
-    decision = dict(_table(decision, "decision", name))
-    _check_all(decision, _DECISION, "decision", name)
-    decision["trials"] = printable(decision["trials"])
-    thresholds = _table(decision.get("thresholds"), "thresholds", name)
-    for key, value in thresholds.items():
-        check(value, _THRESHOLD, f"thresholds[{key[:100]!r}]", name)
-    decision["thresholds"] = {printable(k): v for k, v in thresholds.items()}
-    calibration = decision.get("calibration")
-    if calibration is not None:
-        calibration = _table(calibration, "calibration", name)
-        _check_all(calibration, _CALIBRATION, "calibration", name)
     try:
-        return Decision.from_dict(decision)
+        found = Decision.from_dict(decision)
+        if found.calibration and found.calibration.features != ("score",):
+            raise ValueError("the calibration needs more than a score")
     except ValueError as error:
         raise EncoderError(f"{name}: {error}") from error
+    return dataclasses.replace(
+        found,
+        trials=printable(found.trials),
+        thresholds={printable(k): v for k, v in found.thresholds.items()},
+    )
 
 
 def printable(text: str) -> str:
@@ -162,16 +142,3 @@ def printable(text: str) -> str:
         each if each.isprintable() else ascii(each)[1:-1]
         for each in " ".join(text.split())
     )
-
-
-def _table(value: Any, field: str, name: str) -> Mapping[str, Any]:
-    rule = Rule("names with values", lambda table: isinstance(table, dict))
-    check(value, rule, field, name)
-    return value
-
-
-def _check_all(
-    table: Mapping[str, Any], rules: Mapping[str, Rule], field: str, name: str
-) -> None:
-    for key, rule in rules.items():
-        check(table.get(key), rule, f"{field}.{key}", name)

@@ -25,7 +25,7 @@ from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     SafeCheckpointer,
 )
-from speechbrain_ram.verification.embeddings import Padding
+from speechbrain_ram.verification.embedder import Padding
 
 
 class LoadedEncoder:

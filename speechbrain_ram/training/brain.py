@@ -22,11 +22,8 @@ from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.utils import gathered
-from speechbrain_ram.verification.embeddings import (
-    Embedder,
-    Padding,
-    extract,
-)
+from speechbrain_ram.verification.embedder import Embedder, Padding
+from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.metrics import eer, min_dcf
 from speechbrain_ram.verification.scores import score_trials
 from speechbrain_ram.verification.store import EmbeddingSet

@@ -34,15 +34,7 @@ from speechbrain_ram.verification.metrics import (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the interval around it.
-
-    Arguments
-    ---------
-    value : float
-        On the list as it is.
-    low, high : float
-        Ends of the interval.
-    """
+    """A value on the list as it is, and the ends of the interval around it."""
 
     value: float
     low: float
@@ -55,14 +47,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """An interval of a difference, and how often chance alone explains it.
+    """First system minus second: negative where the first is better.
 
-    Arguments
-    ---------
-    value, low, high : float
-        First system minus second: negative where the first is better.
-    p_value : float
-        Two-sided: 1 - the level at which the interval would touch zero.
+    The two-sided p value is 1 - the level at which the interval would touch
+    zero.
     """
 
     p_value: float
@@ -79,43 +67,12 @@ def bootstrap(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Interval]:
-    """Confidence intervals of EER and minDCF over speakers.
+    """Confidence intervals by metric of EER (in percent) and minDCF over
+    speakers.
 
-    Arguments
-    ---------
-    scores, labels : array
-        Shape [N], as for :func:`.metrics.error_curve`.
-    enrol_speakers, test_speakers : array
-        Shape [N], whose voice each side is: names or numbers.
-    p_targets : sequence of float
-        Priors for minDCF.
-    replicates : int
-        How often the speakers are drawn.
-    level : float
-        Share of the replicates inside the interval.
-    seed : int
-        Of the draws: the same seed gives the same interval.
-    progress : bool
-        Whether to show a progress bar on stderr.
-
-    Returns
-    -------
-    dict
-        `{"EER": Interval, "minDCF(0.01)": Interval, ...}`, EER in percent.
-
-    Raises
-    ------
-    ValueError
-        As for `error_curve`; fewer than two speakers; a target trial of two
-        speakers, or a non-target trial of one.
-
-    Example
-    -------
-    >>> scores = [0.9, 0.8, 0.7, 0.2, 0.8, 0.1]
-    >>> labels = [1, 1, 1, 0, 0, 0]
-    >>> result = bootstrap(scores, labels, list("abcaab"), list("abcbcc"))
-    >>> print(f"{result['EER']:.1f}")
-    33.3 [0.0, 66.7]
+    Each trial has a speaker (a name or number) on each side; a target trial of
+    two speakers, or a non-target trial of one, is a ValueError. `level` is the
+    share of the replicates inside the interval.
     """
     system = _Resampled(scores, labels, enrol_speakers, test_speakers)
     names, value, draws = _replicate(
@@ -145,26 +102,7 @@ def paired_bootstrap(
     """Is one system better than another on the same trials?
 
     Both systems see the same draws of speakers, so that what makes a speaker
-    hard for both cancels.
-
-    Arguments
-    ---------
-    scores, other_scores : array
-        Shape [N], two systems' scores of the same trials.
-    labels, enrol_speakers, test_speakers, p_targets, replicates, level, seed
-        As for :func:`bootstrap`.
-    progress : bool
-        Whether to show a progress bar on stderr.
-
-    Returns
-    -------
-    dict
-        Differences by metric, `scores` minus `other_scores`.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`bootstrap`.
+    hard for both cancels. Differences are `scores` minus `other_scores`.
     """
     systems = [
         _Resampled(each, labels, enrol_speakers, test_speakers)
@@ -198,34 +136,10 @@ def bootstrap_draws(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """EER and minDCF of each replicate, for statistics of one's own.
+    """EER (in percent) and minDCF of each replicate, shape [replicates] each.
 
     Calls with one seed, on trials of the same speakers, see the same draws of
     speakers: replicate k of one belongs to replicate k of the other.
-
-    Arguments
-    ---------
-    scores, labels, enrol_speakers, test_speakers, p_targets, replicates, seed
-        As for :func:`bootstrap`.
-    progress : bool
-        Whether to show a progress bar on stderr.
-
-    Returns
-    -------
-    dict
-        Arrays of shape [replicates] by metric, EER in percent.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`bootstrap`.
-
-    Example
-    -------
-    >>> scores, labels = [0.9, 0.8, 0.7, 0.2, 0.8, 0.1], [1, 1, 1, 0, 0, 0]
-    >>> draws = bootstrap_draws(scores, labels, list("abcaab"), list("abcbcc"))
-    >>> draws["EER"].shape
-    (1000,)
     """
     system = _Resampled(scores, labels, enrol_speakers, test_speakers)
     names, _, draws = _replicate(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,56 +27,37 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer
 from speechbrain_ram.verification.metrics import error_curve, threshold_at_far
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted map from score and qualities to log-likelihood ratio.
+    """A fitted map from score and qualities to log-likelihood ratio."""
 
-    Arguments
-    ---------
-    features : tuple of str
-        "score" and the names of the quality measures.
-    weights : tuple of float
-        One a feature.
-    bias : float
-        What is added.
-    p_target : float
-        The prior that the fit was weighted for.
-    """
-
-    features: tuple[str, ...]
-    weights: tuple[float, ...]
+    features: tuple[str, ...]  # "score" and the names of quality measures
+    weights: tuple[float, ...]  # one a feature
     bias: float
-    p_target: float
+    p_target: float  # the prior that the fit was weighted for
+
+    def __post_init__(self) -> None:
+        names, weights = self.features, self.weights
+        if not (all(isinstance(n, str) for n in names) and names[:1]):
+            raise ValueError(f"features must be names, got {names!r:.200}")
+        if len(weights) != len(names):
+            raise ValueError(f"{len(weights)} weights, {len(names)} features")
+        for value in (*weights, self.bias, self.p_target):
+            _finite(value)
+        if not 0 < self.p_target < 1:
+            raise ValueError(f"p_target must lie in (0, 1): {self.p_target}")
 
     def apply(
         self,
         scores: ArrayLike,
         qualities: Mapping[str, ArrayLike] | None = None,
     ) -> np.ndarray:
-        """Calibrate scores.
-
-        Arguments
-        ---------
-        scores : array
-            Shape [N].
-        qualities : Mapping, optional
-            Measures by name, shape [N] each: the ones fitted with.
-
-        Returns
-        -------
-        np.ndarray
-            Shape [N] float64, natural logarithms of likelihood ratios.
-
-        Raises
-        ------
-        ValueError
-            Other qualities than in the fit, or of another length.
-        """
+        """Natural log-likelihood ratios, shape [N] float64."""
         names = ("score", *(qualities or {}))
         if names != self.features:
             raise ValueError(
@@ -88,7 +70,7 @@ class Calibration:
                 "scores and qualities must have one length, got "
                 f"{[column.shape for column in columns]}."
             )
-        llrs = np.full(len(columns[0]), self.bias)
+        llrs = np.full(len(columns[0]), self.bias, np.float64)
         for weight, column in zip(self.weights, columns, strict=True):
             llrs += weight * column
         return llrs
@@ -102,20 +84,28 @@ class Calibration:
     def load(cls, path: str | os.PathLike) -> Calibration:
         """Read what :meth:`save` wrote; ValueError if it is anything else."""
         try:
-            data = json.loads(read_text(path))
-            return cls(
-                tuple(data["features"]),
-                tuple(map(float, data["weights"])),
-                float(data["bias"]),
-                float(data["p_target"]),
-            )
-        except TextError:
-            raise  # names the file already
+            return cls.from_dict(read_json(path))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"'{path}' is no calibration: {error!r}. Was it written by "
+                f"'{path}' is not a calibration: {error!r}. Was it written by "
                 "Calibration.save?"
             ) from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """From plain data; a ValueError, KeyError or TypeError if it is not."""
+        return cls(
+            tuple(data["features"]),
+            tuple(data["weights"]),
+            data["bias"],
+            data["p_target"],
+        )
+
+
+def _finite(value: Any) -> None:
+    """Raise a ValueError unless a value of JSON is a finite number."""
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{reprlib.repr(value)} is not a finite number")
 
 
 def fit_calibration(
@@ -124,34 +114,9 @@ def fit_calibration(
     qualities: Mapping[str, ArrayLike] | None = None,
     p_target: float = 0.01,
 ) -> Calibration:
-    """Fit on a development list.
+    """Fit on a development list, weighted for the prior `p_target`.
 
-    Arguments
-    ---------
-    scores : array
-        Shape [N].
-    labels : array
-        Shape [N], 1 for a target trial, 0 for a non-target trial.
-    qualities : Mapping, optional
-        Measures by name, shape [N] each, see :func:`pair_quality`.
-    p_target : float
-        The prior at which the fit tries hardest.
-
-    Returns
-    -------
-    Calibration
-
-    Raises
-    ------
-    ValueError
-        A class is missing, a value is not finite, the prior is out of range.
-
-    Example
-    -------
-    >>> scores = [-1.0, 0.1, 0.3, 0.0, 1.0, 2.0]
-    >>> calibration = fit_calibration(scores, [0, 0, 0, 1, 1, 1])
-    >>> calibration.apply([0.0, 1.0]).round(1)
-    array([-2.,  5.])
+    `qualities` are measures by name, shape [N] each, see :func:`pair_quality`.
     """
     if not 0 < p_target < 1:
         raise ValueError(
@@ -231,26 +196,11 @@ def _logistic_fit(
 def pair_quality(
     name: str, values: ArrayLike, enrol: ArrayLike, test: ArrayLike
 ) -> dict[str, np.ndarray]:
-    """Make a measure of recordings into two measures of trials.
+    """The smaller and the larger of a measure's values on each trial's two
+    sides.
 
-    Arguments
-    ---------
-    name : str
-        Of the measure.
-    values : array
-        Shape [V], one value a recording (or model).
-    enrol, test : array
-        Shape [N], the rows of each trial's sides.
-
-    Returns
-    -------
-    dict
-        The smaller and the larger value of each trial, shape [N] each.
-
-    Example
-    -------
-    >>> pair_quality("log_seconds", [1.0, 2.0], [0, 1], [1, 1])
-    {'min_log_seconds': array([1., 2.]), 'max_log_seconds': array([2., 2.])}
+    `values` [V] are of recordings or models; `enrol` and `test` [N] index
+    them.
     """
     values = np.asarray(values, dtype=np.float64)
     left, right = values[np.asarray(enrol)], values[np.asarray(test)]
@@ -283,64 +233,39 @@ BINS = 100
 class Decision:
     """Thresholds and score distributions of one development list.
 
-    Arguments
-    ---------
-    trials : str
-        Which list, for a person to read.
-    n_target, n_nontarget : int
-        Its trials of each class.
-    eer : float
-        In percent.
-    thresholds : dict of str to float
-        "EER": where as many targets are missed as non-targets accepted.
-        "FAR=1%": the lowest that accepts at most 1 % of the non-targets.
-        A pair is accepted when its score is at least the threshold.
-    targets, nontargets : tuple of int
-        Scores of each class, counted in `BINS` equal bins over [-1, 1].
-    calibration : Calibration, optional
-        From cosine to the natural logarithm of a likelihood ratio; exports
-        of the first release may lack it.
-
-    Example
-    -------
-    >>> decision = Decision.fit([0.9, 0.8, 0.4, 0.1], [1, 1, 0, 0], "toy")
-    >>> decision.threshold(), decision.threshold("FAR=1%")
-    (0.8, 0.8)
-    >>> decision.shares(0.5)  # of targets below, of non-targets above
-    (0.0, 0.0)
+    A pair is accepted when its score is at least the threshold. The threshold
+    "EER" misses as large a share of the targets as it accepts non-targets;
+    "FAR=1%" is the lowest that accepts at most 1 % of the non-targets.
     """
 
-    trials: str
+    trials: str  # which list, for a person to read
     n_target: int
     n_nontarget: int
-    eer: float
+    eer: float  # in percent
     thresholds: dict[str, float]
-    targets: tuple[int, ...]
+    targets: tuple[int, ...]  # scores counted in `BINS` bins over [-1, 1]
     nontargets: tuple[int, ...]
+    # exports of the first release may lack it
     calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.trials, str):
+            raise ValueError(f"{reprlib.repr(self.trials)} is not a name")
+        for value in (self.eer, *self.thresholds.values()):
+            _finite(value)
+        for value in (*self.targets, *self.nontargets):
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"{reprlib.repr(value)} is not a count")
+        for side in (self.targets, self.nontargets):
+            if len(side) != BINS:
+                raise ValueError(f"{len(side)} bins, {BINS} are needed")
+        for value in (self.n_target, self.n_nontarget):
+            if type(value) is not int or not 0 < value < 2**63:
+                raise ValueError(f"{reprlib.repr(value)} trials of a class")
 
     @classmethod
     def fit(cls, scores: ArrayLike, labels: ArrayLike, trials: str) -> Decision:
-        """Fit on a scored development list.
-
-        Arguments
-        ---------
-        scores : array
-            Shape [N], cosines.
-        labels : array
-            Shape [N], 1 for a target trial, 0 for a non-target trial.
-        trials : str
-            Name of the list.
-
-        Returns
-        -------
-        Decision
-
-        Raises
-        ------
-        ValueError
-            A class is missing, or a score is NaN or infinite.
-        """
+        """Fit on the cosines [N] of a development list of this name."""
         scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
         curve = error_curve(scores, labels)
         eer, at_eer = curve.eer()
@@ -373,18 +298,10 @@ class Decision:
         return float(self.calibration.apply([score])[0])
 
     def shares(self, score: float) -> tuple[float, float]:
-        """Where a score lies among the development scores.
+        """Share of target scores below a cosine, and of non-target scores
+        above it.
 
-        Arguments
-        ---------
-        score : float
-            Cosine.
-
-        Returns
-        -------
-        tuple of float
-            Share of target scores below it, and of non-target scores above
-            it, each to the width of a bin (0.02).
+        Each is exact to the width of a bin (0.02).
         """
         bin_of_score = int(np.clip((score + 1) / 2 * BINS, 0, BINS - 1))
         below = sum(self.targets[:bin_of_score]) / self.n_target
@@ -402,20 +319,13 @@ class Decision:
             fields = dict(data)
             calibration = fields.pop("calibration")
             if calibration is not None:
-                calibration = Calibration(
-                    tuple(calibration["features"]),
-                    tuple(calibration["weights"]),
-                    calibration["bias"],
-                    calibration["p_target"],
-                )
+                calibration = Calibration.from_dict(calibration)
             for side in ("targets", "nontargets"):
-                fields[side] = tuple(int(count) for count in fields[side])
-                if len(fields[side]) != BINS:
-                    raise ValueError(f"{side} has {len(fields[side])} bins")
+                fields[side] = tuple(fields[side])
             return cls(**fields, calibration=calibration)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"These are no thresholds and score distributions: {error!r}. "
+                f"These are not thresholds and score distributions: {error!r}. "
                 "Was the file edited, or written by another version?"
             ) from error
 

@@ -1,50 +1,30 @@
-"""One embedding per utterance: batches of like length, read ahead.
-
-Utterances are sorted by length and batched by the seconds that a batch holds
-with its padding, so that memory is bounded and little is padded. The result
-is the same as one utterance at a time (to 1e-4), given an encoder that honours
-relative lengths.
-"""
+"""One embedding per utterance of a list, by one process or several."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from threading import Condition
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_ram.data.audio import AudioError, pad_waveforms
+from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.names import part_of
-from speechbrain_ram.data.recordings import (
-    WHOLE,
-    Piece,
-    Recording,
-    Segment,
-    audible,
-    split_into_pieces,
-)
+from speechbrain_ram.data.recordings import Piece, Segment
 from speechbrain_ram.utils import (
-    ahead,
     all_numbers,
     first_ten,
-    in_threads,
     n_processes,
-    n_threads,
     rank,
     together,
     wait_for_all,
 )
+from speechbrain_ram.verification.embedder import Embedded, Embedder
 from speechbrain_ram.verification.store import (
     EmbeddingSet,
     EmbeddingStore,
@@ -52,200 +32,8 @@ from speechbrain_ram.verification.store import (
     merge,
 )
 
-Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Padding = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
-
-_THREADS = 4  # decode while the encoder computes
-_CPU_SECONDS, _DEVICE_SECONDS = 2.0, 60.0  # of a batch
+_THREADS = 4  # look at headers at once
 _SECONDS_BETWEEN_PARTS = 60
-
-
-@dataclass(frozen=True)
-class Embedder:
-    """How recordings become embeddings; every way to one goes through here.
-
-    A recording of at most 240 s is embedded whole
-    (:data:`speechbrain_ram.data.recordings.WHOLE`). A longer one is cut into
-    equal windows of at most that, whose embeddings are averaged; silent
-    windows are left out.
-
-    Arguments
-    ---------
-    encode : callable
-        `encode(wavs, lens)` with waveforms [B, T] float32 and relative
-        lengths [B], returns embeddings [B, E].
-    sample_rate : int
-        In Hz, what the encoder was trained on.
-    resample, mixdown : bool
-        As for :func:`speechbrain_ram.data.audio.read_audio`.
-    device : str or torch.device
-        Where `encode` wants its input.
-    pad : callable, optional
-        Batches waveforms; given by front-ends that do not frame as the host's
-        Fbank does (:meth:`speechbrain_ram.features.KaldiFbank.pad`).
-    batch_seconds : float, optional
-        Bound on the audio of a batch, padding included. A recording longer
-        than that is a batch of its own. By default 60 on a GPU, and 2 on a
-        CPU, whose caches a larger batch does not fit.
-    threads : int, optional
-        How many batches are encoded at once. By default, on a CPU as many as
-        PyTorch has threads, which then share nothing; on a GPU one. With 1,
-        `encode` is never called by two threads at once.
-    """
-
-    encode: Encoder
-    sample_rate: int = 16000
-    resample: bool = False
-    mixdown: bool = False
-    device: str | torch.device = "cpu"
-    pad: Padding | None = None
-    batch_seconds: float | None = None
-    threads: int | None = None
-
-    def plan(self, recording: Recording, position: int = 0) -> list[Piece]:
-        """Cut a recording into what is embedded at once, by its header.
-
-        Raises
-        ------
-        AudioError
-            It cannot be used.
-        """
-        return split_into_pieces(
-            recording, position, self.sample_rate, self.resample, self.mixdown
-        )
-
-    def batches(self, samples: Mapping[int, int]) -> list[list[int]]:
-        """Group recordings, given by position, of so many samples each."""
-        seconds = self.batch_seconds
-        if seconds is None:
-            on_cpu = torch.device(self.device).type == "cpu"
-            seconds = _CPU_SECONDS if on_cpu else _DEVICE_SECONDS
-        most = int(seconds * self.sample_rate)
-        place = list(samples)
-        return [
-            [place[i] for i in batch]
-            for batch in length_batches(list(samples.values()), most)
-        ]
-
-    @contextmanager
-    def embedding(
-        self,
-        batches: Iterable[list[int]],
-        pieces: Callable[[int], list[Piece]],
-        name: Callable[[int], str],
-        warn: bool = False,
-    ) -> Iterator[Iterator[Embedded]]:
-        """Embed batches, in order, the next ones being read meanwhile.
-
-        Arguments
-        ---------
-        batches : iterable of list of int
-            Positions of recordings, from :meth:`batches`.
-        pieces : callable
-            What :meth:`plan` said of a recording.
-        name : callable
-            What a recording is called in a message.
-        warn : bool
-            Whether to warn of clipping.
-
-        Yields
-        ------
-        iterator of Embedded
-            One a batch.
-        """
-        threads = n_threads(self.device, self.threads)
-        room = _Room(WHOLE)
-
-        def encode(waveforms: list[torch.Tensor]) -> np.ndarray:
-            seconds = sum(map(len, waveforms)) / self.sample_rate
-            with room.taken(seconds):
-                return self._encode(waveforms)
-
-        def load(batch: list[int]) -> list:
-            return [self._load(pieces(i), name(i), warn) for i in batch]
-
-        def embed(work) -> Embedded:
-            batch, loaded = work
-            rows, errors = {}, {}
-            short = [
-                i
-                for i, each in enumerate(loaded)
-                if isinstance(each, torch.Tensor)
-            ]
-            if short:
-                out = encode([loaded[i] for i in short])
-                rows = dict(zip((batch[i] for i in short), out, strict=True))
-            for i, windows in zip(batch, loaded, strict=True):
-                if i in rows:
-                    continue
-                try:  # one window after the other, however long it is
-                    if isinstance(windows, AudioError):
-                        raise windows
-                    each = [encode([window])[0] for window in windows]
-                    rows[i] = np.mean(each, axis=0, dtype=np.float64)
-                except AudioError as error:
-                    errors[i] = str(error)
-            return Embedded(batch, rows, errors)
-
-        with ThreadPoolExecutor(_THREADS) as pool:
-            batches = list(batches)
-            loaded = ahead(pool, load, batches, depth=threads + 3)
-            work = zip(batches, loaded, strict=True)
-            with (
-                closing(loaded),
-                closing(in_threads(embed, work, threads)) as done,
-            ):
-                yield done
-
-    def _load(self, pieces: list[Piece], name: str, warn: bool):
-        """A waveform; the windows of a long recording; or what is wrong."""
-        windows = audible(pieces, name, warn)
-        try:
-            return windows if len(pieces) > 1 else next(windows)
-        except AudioError as error:
-            return error
-
-    def _encode(self, waveforms: list[torch.Tensor]) -> np.ndarray:
-        pad = self.pad or partial(pad_waveforms, hop=self.sample_rate // 100)
-        padded, lens = pad(waveforms)
-        with torch.inference_mode():
-            out = self.encode(padded.to(self.device), lens.to(self.device))
-        if out.ndim != 2 or len(out) != len(waveforms):
-            raise ValueError(
-                f"encode must return [{len(waveforms)}, E] for this batch, "
-                f"got {tuple(out.shape)}."
-            )
-        return out.float().cpu().numpy()
-
-
-class _Room:
-    """Threads share it: so much audio at most is encoded at once."""
-
-    def __init__(self, seconds: float):
-        self._seconds = self._free = seconds
-        self._changed = Condition()
-
-    @contextmanager
-    def taken(self, seconds: float) -> Iterator[None]:
-        """Wait until there is room for so much, at most for all."""
-        seconds = min(seconds, self._seconds)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= seconds)
-            self._free -= seconds
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += seconds
-                self._changed.notify_all()
-
-
-class Embedded(NamedTuple):
-    """A batch of recordings by position, and what became of each."""
-
-    batch: list[int]
-    rows: dict[int, np.ndarray]
-    errors: dict[int, str]
 
 
 def extract(
@@ -266,8 +54,8 @@ def extract(
     embedder : Embedder
         The encoder, and how it is used.
     utterances : sequence of str
-        Unique names, paths relative to `root`; ``PATH@START-STOP`` is a part
-        of a recording, in samples at its own rate.
+        Paths relative to `root`; ``PATH@START-STOP`` is a part of a
+        recording, in samples at its own rate.
     root : path
         Folder of the recordings.
     store : EmbeddingStore, optional
@@ -404,41 +192,6 @@ class _Plan:
             np.array([self.seconds[i] for i in rows], np.float32),
             self.files[list(rows)],
         )
-
-
-def length_batches(frames: Sequence[int], max_frames: int) -> list[list[int]]:
-    """Group items of like length, longest first.
-
-    Longest first, so that a batch that does not fit into memory fails at
-    once, and the progress bar's guess errs on the safe side.
-
-    Arguments
-    ---------
-    frames : sequence of int
-        Length of each item.
-    max_frames : int
-        Bound on (items in a batch) x (its longest item).
-
-    Returns
-    -------
-    list of list of int
-        Indices; every item is in one batch.
-
-    Example
-    -------
-    >>> length_batches([10, 30, 11, 29], max_frames=60)
-    [[1, 3], [2, 0]]
-    """
-    order = sorted(range(len(frames)), key=lambda i: (-frames[i], i))
-    batches: list[list[int]] = []
-    longest = 0
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * longest <= max_frames:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-            longest = frames[i]
-    return batches
 
 
 def _not_in(

@@ -4,7 +4,8 @@ The file is an SQLite database, so that a thousand enrolments need no
 rewriting of the whole, a crash leaves the last whole state, and two processes
 that enrol at once wait for each other instead of losing one's work. (SQLite's
 locks need a local disk; do not share the file over NFS.) Opening one executes
-nothing that the file contains.
+nothing that the file contains: a file with any other table, view or trigger is
+refused, and all rows are checked before one is used.
 
 A speaker's model is the average of the length-normalised embeddings of all
 enrolled recordings; a score is the cosine between it and a test embedding.
@@ -13,10 +14,13 @@ enrolled recordings; a score is the cosine between it and a test embedding.
 from __future__ import annotations
 
 import os
+import reprlib
 import sqlite3
+import time
 from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +42,20 @@ _SCHEMA = (
         for event in ("insert", "update", "delete")
     ),
 )
+_OBJECTS = (
+    "SELECT type, name, tbl_name, sql FROM sqlite_master "
+    "ORDER BY type, name LIMIT 10"
+)
+_MARKS = ("application_id", "schema_version")  # 0 in an empty file
+# A stranger's file is read within bounds, however it is made.
+_SETTINGS = (
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    "cache_size = -8000",
+)
+_SECONDS = 60  # of one use, waiting for others not counted
+_BYTES = 2**16  # of a row, besides its vector
+_NAME = 1000  # characters
 
 
 class EnrolmentError(ValueError):
@@ -46,51 +64,18 @@ class EnrolmentError(ValueError):
 
 @dataclass(frozen=True)
 class Match:
-    """One candidate of a search.
-
-    Arguments
-    ---------
-    name : str
-        The enrolled speaker.
-    score : float
-        Cosine in [-1, 1], higher is more alike.
-    """
+    """One candidate of a search, with its cosine."""
 
     name: str
     score: float
 
 
 class EnrolmentDatabase:
-    """Speaker models in one file, for one encoder.
+    """Speaker models in one file, for the encoder of this fingerprint.
 
-    Arguments
-    ---------
-    path : path
-        The file. It is created when the first speaker is enrolled, in a
-        folder that exists.
-    fingerprint : str
-        Identifies the encoder; embeddings of two encoders never mix.
-    embedding_dim : int
-        Size of its embeddings.
-    timeout : float
-        Seconds to wait for another process that is writing.
-
-    Raises
-    ------
-    EnrolmentError
-        Not such a database, of another format, or filled by another encoder.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "speakers.db"
-    >>> database = EnrolmentDatabase(path, fingerprint="f00d", embedding_dim=3)
-    >>> database.enrol("ada", np.eye(3)[:2])
-    2
-    >>> database.enrol("bob", np.eye(3)[2:])
-    1
-    >>> best = database.identify(np.array([1.0, 0.0, 0.0]), top=1)[0]
-    >>> best.name, round(best.score, 4)
-    ('ada', 0.7071)
+    The file is created when the first speaker is enrolled, in a folder that
+    exists. `timeout` is how many seconds to wait for another process that
+    writes.
     """
 
     def __init__(
@@ -109,45 +94,27 @@ class EnrolmentDatabase:
         self.embedding_dim = embedding_dim
         self.timeout = timeout
         self._cache: tuple[bytes, list[str], np.ndarray] | None = None
-        if self.path.exists():
-            with self._connection():
+        self._checked: bytes | None = None  # the state that all rows had then
+        if os.path.lexists(self.path):
+            with self._opened():
                 pass  # says now, not at the first search, what is wrong
 
     def enrol(self, name: str, embeddings: np.ndarray) -> int:
-        """Add recordings to a speaker's model, a new one if need be.
-
-        Arguments
-        ---------
-        name : str
-            Any text of one line.
-        embeddings : np.ndarray
-            Shape [N, E] or [E]; their lengths do not matter.
-
-        Returns
-        -------
-        int
-            Recordings that the speaker's model now averages.
+        """Add recordings [N, E] or [E] to one speaker, as :meth:`enrol_many`
+        does.
         """
         return self.enrol_many({name: embeddings})[name]
 
     def enrol_many(
         self, recordings: Mapping[str, np.ndarray]
     ) -> dict[str, int]:
-        """Add to the models of several speakers: all of them or, if it fails,
+        """Add recordings to speakers' models: to all of them or, if it fails,
         none.
 
-        Arguments
-        ---------
-        recordings : mapping of str to np.ndarray
-            Embeddings of each speaker, shape [N, E] or [E].
-
-        Returns
-        -------
-        dict of str to int
-            Recordings that each model now averages.
+        Returns how many recordings each model now averages.
         """
         units = {
-            _checked_name(name): self._units(np.atleast_2d(embeddings))
+            _checked_name(name): self._units(embeddings, f"Of '{name}', ")
             for name, embeddings in recordings.items()
         }
         for name, rows in units.items():
@@ -159,16 +126,23 @@ class EnrolmentDatabase:
                 "cannot be created in it."
             )
         counts = {}
-        with self._connection() as connection, _transaction(connection):
+        with self._opened("IMMEDIATE") as connection:
             for name, rows in units.items():
                 count, total = 0, np.zeros(self.embedding_dim, np.float32)
                 known = connection.execute(
                     "SELECT * FROM speakers WHERE name = ?", [name]
-                ).fetchall()
+                ).fetchone()
                 if known:
-                    count, total = known[0][1], self._vectors(known)[0]
+                    count, total = known[1], self._total(*known)
                 counts[name] = count + len(rows)
-                total = (total + rows.sum(axis=0)).astype("<f4").tobytes()
+                total = total + rows.sum(axis=0)
+                if not _is_model(total[None], counts[name]):
+                    raise EnrolmentError(
+                        f"'{name}' cannot be enrolled: the embeddings cancel "
+                        "each other, their mean is zero or nearly so. Are "
+                        "they of one speaker? Nobody was enrolled."
+                    )
+                total = total.astype("<f4").tobytes()
                 sums = checksum(name, str(counts[name]), total)
                 connection.execute(
                     "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?, ?)",
@@ -177,14 +151,8 @@ class EnrolmentDatabase:
         return counts
 
     def remove(self, name: str) -> None:
-        """Forget a speaker.
-
-        Arguments
-        ---------
-        name : str
-            An enrolled speaker; another one raises EnrolmentError.
-        """
-        with self._connection() as connection, _transaction(connection):
+        """Forget an enrolled speaker."""
+        with self._opened("IMMEDIATE") as connection:
             cursor = connection.execute(
                 "DELETE FROM speakers WHERE name = ?", [name]
             )
@@ -195,9 +163,9 @@ class EnrolmentDatabase:
 
     def speakers(self) -> dict[str, int]:
         """Enrolled speakers and how many recordings made each model."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return {}
-        with self._connection() as connection:
+        with self._opened() as connection:
             return dict(
                 connection.execute(
                     "SELECT name, recordings FROM speakers ORDER BY name"
@@ -205,19 +173,9 @@ class EnrolmentDatabase:
             )
 
     def identify(self, embedding: np.ndarray, top: int = 5) -> list[Match]:
-        """Search all models for the speakers of one recording.
+        """The `top` models closest to one recording's embedding, best first.
 
-        Arguments
-        ---------
-        embedding : np.ndarray
-            Shape [E].
-        top : int
-            How many candidates to return at most.
-
-        Returns
-        -------
-        list of Match
-            Best first; names break ties, so that the answer is one.
+        Names break ties, so that there is one answer.
         """
         if top < 1:
             raise EnrolmentError(f"top is {top}, 1 or more is needed.")
@@ -227,7 +185,7 @@ class EnrolmentDatabase:
                 f"Nobody is enrolled in '{self.path}' yet. Is it the right "
                 "database?"
             )
-        scores = models @ self._units(np.atleast_2d(embedding))[0]
+        scores = models @ self._units(embedding)[0]
         top = min(top, len(names))
         # Everything as good as the last that fits, then exact order: the
         # names are sorted, and a stable sort keeps them so within ties.
@@ -246,32 +204,24 @@ class EnrolmentDatabase:
             raise EnrolmentError(
                 f"Nobody called '{name}' is enrolled in '{self.path}'."
             )
-        unit = self._units(np.atleast_2d(embedding))[0]
+        unit = self._units(embedding)[0]
         return float(np.clip(models[names.index(name)] @ unit, -1.0, 1.0))
 
     def models(self) -> tuple[list[str], np.ndarray]:
-        """All speaker models, read again only after somebody wrote.
-
-        Returns
-        -------
-        tuple of list of str and np.ndarray
-            Names in sorted order, and unit vectors of shape [S, E], float32.
+        """Sorted names, and unit vectors [S, E]; read again only after a
+        write.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return [], np.zeros((0, self.embedding_dim), np.float32)
-        with self._connection() as connection:
-            (state,) = connection.execute("SELECT state FROM record").fetchone()
-            if self._cache is None or self._cache[0] != state:
-                rows = connection.execute(
-                    "SELECT * FROM speakers ORDER BY name"
-                ).fetchall()
-                models = self._units(self._vectors(rows))
-                self._cache = (state, [row[0] for row in rows], models)
-        return self._cache[1], self._cache[2]
+        with self._opened() as connection:
+            if self._cache is None or self._cache[0] != self._checked:
+                self._check_rows(connection)
+        return self._cache[1:]
 
-    def _units(self, embeddings: np.ndarray) -> np.ndarray:
+    def _units(self, embeddings: np.ndarray, whose: str = "") -> np.ndarray:
         """Length-normalise, after checking what came in."""
-        embeddings = np.asarray(embeddings, dtype=np.float32)
+        with np.errstate(over="ignore"):  # infinite, which is refused below
+            embeddings = np.atleast_2d(np.asarray(embeddings, np.float32))
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
             raise EnrolmentError(
                 f"Embeddings of shape {embeddings.shape} do not fit a "
@@ -280,94 +230,202 @@ class EnrolmentDatabase:
         try:
             return unit_length(embeddings)
         except ValueError as error:
-            raise EnrolmentError(str(error)) from None
-
-    def _vectors(self, rows: list[tuple]) -> np.ndarray:
-        """The sums of whole rows of `speakers`, [N, E]."""
-        for name, recordings, total, sums in rows:
-            if checksum(name, str(recordings), total) != sums:
-                raise EnrolmentError(
-                    f"'{self.path}' is damaged: the model of {name!r} is not "
-                    "what was written (another checksum). Restore the file "
-                    "from a copy, or enrol anew in a new one."
-                )
-        totals = np.frombuffer(b"".join(row[2] for row in rows), "<f4")
-        return totals.reshape(-1, self.embedding_dim)
+            raise EnrolmentError(f"{whose}{error}") from None
 
     @contextmanager
-    def _connection(self):
-        """Open the file, checked, with SQLite's errors put into words."""
+    def _opened(self, kind: str = ""):
+        """One transaction on the checked file; SQLite's errors in words."""
+        self._check_file()
+        ends = time.monotonic() + self.timeout + _SECONDS
         try:
             with closing(
                 sqlite3.connect(
-                    self.path, timeout=self.timeout, isolation_level=None
+                    os.path.abspath(self.path),  # not SQLite's ':memory:'
+                    timeout=self.timeout,
+                    isolation_level=None,
                 )
             ) as connection:
-                connection.execute("PRAGMA trusted_schema = OFF")
-                self._check(connection)
+                if hasattr(connection, "setlimit"):  # from Python 3.11 on
+                    most = _BYTES + 4 * self.embedding_dim
+                    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, most)
+                connection.set_progress_handler(
+                    lambda: time.monotonic() > ends, 10_000
+                )
+                # of bytes that are not UTF-8 comes what no name may hold
+                connection.text_factory = partial(
+                    str, encoding="utf-8", errors="surrogateescape"
+                )
+                for setting in _SETTINGS:
+                    connection.execute(f"PRAGMA {setting}")
+                self._create(connection)
+                connection.execute(f"BEGIN {kind}")
+                state = self._check(connection)
+                if state != self._checked:
+                    self._check_rows(connection)
                 yield connection
+                state = self._state(connection)
+                connection.execute("COMMIT")  # closing takes back the rest
+                self._checked = state
         except sqlite3.OperationalError as error:
             raise EnrolmentError(
                 f"'{self.path}' cannot be used now: {error}. Another process "
                 f"may be writing for over {self.timeout:g} s, or the file or "
-                "its folder is read-only."
+                "its folder is read-only, or the file is damaged."
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, MemoryError) as error:
             raise EnrolmentError(
-                f"'{self.path}' is not an enrolment database: {error}."
+                f"'{self.path}' is not an enrolment database, or is damaged: "
+                f"{error}."
             ) from error
 
-    def _check(self, connection: sqlite3.Connection) -> None:
-        """Create an empty file's tables; refuse what is not ours."""
-
-        def number(name: str) -> int:
-            return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-        if number("application_id") == 0 and number("schema_version") == 0:
-            # A model of 512 dimensions fills half of SQLite's usual page and
-            # wastes the other half.
-            connection.execute("PRAGMA page_size = 16384")
-            # Two processes may get here at once: the second changes nothing.
-            with _transaction(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.execute(
-                    "INSERT INTO record SELECT ?, randomblob(16) "
-                    "WHERE NOT EXISTS (SELECT * FROM record)",
-                    [seal(self.made_with)],
-                )
-                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        if number("application_id") != _APPLICATION_ID:
+    def _check_file(self) -> None:
+        """Refuse what SQLite would overwrite, or mix with other files."""
+        if not os.path.lexists(self.path):
+            return
+        problem = None
+        if not self.path.is_file():
+            problem = "it is a folder, a device or a link to nothing"
+        else:
+            try:
+                with open(self.path, "rb") as file:
+                    start = file.read(20)
+            except OSError as error:
+                raise EnrolmentError(
+                    f"'{self.path}' cannot be read: {error.strerror}."
+                ) from error
+            if start and start[:16] != b"SQLite format 3\0":
+                problem = "it does not begin as one"
+            # 2 says that SQLite's write-ahead log is in use; we never use it
+            elif start[18:] != b"\2\2" and os.path.lexists(f"{self.path}-wal"):
+                problem = f"'{self.path}-wal' beside it belongs to another file"
+        if problem:
             raise EnrolmentError(
-                f"'{self.path}' is an SQLite file, but no enrolment database, "
-                "or one of an older version. Enrol anew in a new file."
+                f"'{self.path}' is not an enrolment database: {problem}."
             )
-        (record,) = connection.execute("SELECT seal FROM record").fetchone()
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        """Make the tables of an empty file."""
+        if any(_number(connection, name) for name in _MARKS):
+            return
+        # A model of 512 dimensions fills half of SQLite's usual page and
+        # wastes the other half.
+        connection.execute("PRAGMA page_size = 16384")
+        # Two processes may get here at once: the second changes nothing.
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        connection.execute(
+            "INSERT INTO record SELECT ?, randomblob(16) "
+            "WHERE NOT EXISTS (SELECT * FROM record)",
+            [seal(self.made_with)],
+        )
+        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute("COMMIT")
+
+    def _check(self, connection: sqlite3.Connection) -> bytes:
+        """Refuse what is not ours, before any of it is used; its state.
+
+        A view or a column of another definition may stand for gigabytes or
+        never end, and a trigger may change other rows.
+        """
+        if _number(connection, "application_id") != _APPLICATION_ID:
+            raise EnrolmentError(
+                f"'{self.path}' is an SQLite file, but not an enrolment "
+                "database, or one of an older version. Enrol anew in a new "
+                "file."
+            )
+        with closing(sqlite3.connect(":memory:")) as ours:
+            for statement in _SCHEMA:
+                ours.execute(statement)
+            known = ours.execute(_OBJECTS).fetchall()
+        if connection.execute(_OBJECTS).fetchall() != known:
+            raise self._damaged("it holds other tables, views or triggers")
+        rows = connection.execute("SELECT * FROM record LIMIT 2").fetchall()
+        if [tuple(map(type, row)) for row in rows] != [(str, bytes)]:
+            raise self._damaged("the record of the encoder is another one")
         try:
-            check(record, self.made_with)
-        except RecordError as error:
+            check(rows[0][0], self.made_with)
+        except (RecordError, RecursionError, UnicodeError) as error:
             raise EnrolmentError(
                 f"'{self.path}' cannot be used: {error}. Embeddings of two "
                 "encoders cannot be compared: enrol anew in a new file."
             ) from error
+        return rows[0][1]
+
+    def _check_rows(self, connection: sqlite3.Connection) -> None:
+        """Check the whole file, and keep the models of all speakers."""
+        ((found,),) = connection.execute("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise self._damaged(str(found))
+        ((n,),) = connection.execute("SELECT count(*) FROM speakers")
+        totals = np.empty((n, self.embedding_dim), np.float32)
+        names, counts = [], []
+        rows = connection.execute("SELECT * FROM speakers ORDER BY name")
+        for i, row in enumerate(rows):
+            totals[i] = self._total(*row)
+            names.append(row[0])
+            counts.append(row[1])
+        wrong = np.flatnonzero(~_is_model(totals, np.array(counts)))
+        if wrong.size:
+            raise self._damaged(
+                f"the model of {names[wrong[0]]!r} is not the sum of "
+                f"{counts[wrong[0]]} unit vectors"
+            )
+        self._checked = self._state(connection)
+        self._cache = (self._checked, names, self._units(totals))
+
+    def _total(self, name, recordings, total, sums) -> np.ndarray:
+        """The sum of unit vectors in a row, if the row is what was written."""
+        if not _is_name(name):
+            raise self._damaged(f"{reprlib.repr(name)} is not a name")
+        if (
+            type(recordings) is not int
+            or not 0 < recordings < 2**31
+            or type(total) is not bytes
+            or len(total) != 4 * self.embedding_dim
+            or checksum(name, str(recordings), total) != sums
+        ):
+            raise self._damaged(
+                f"the model of {name!r} is not what was written (another "
+                "checksum)"
+            )
+        return np.frombuffer(total, "<f4")
+
+    def _state(self, connection: sqlite3.Connection) -> bytes:
+        return connection.execute("SELECT state FROM record").fetchone()[0]
+
+    def _damaged(self, why: str) -> EnrolmentError:
+        return EnrolmentError(
+            f"'{self.path}' is damaged: {why}. Restore the file from a copy, "
+            "or enrol anew in a new one."
+        )
+
+
+def _number(connection: sqlite3.Connection, name: str) -> int:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def _is_model(totals: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
+    """Whether each of [N, E] has the length that a sum of unit vectors has."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.einsum("ne,ne->n", totals, totals))
+    return (1e-3 * counts <= lengths) & (lengths <= 1.001 * counts)
+
+
+def _is_name(name) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= _NAME
+        and name == name.strip()
+        and name.isprintable()
+    )
 
 
 def _checked_name(name: str) -> str:
-    if not name or name != name.strip() or not name.isprintable():
+    if not _is_name(name):
         raise EnrolmentError(
-            f"{name!r} is no name for a speaker: one printable line without "
-            "spaces around it is needed."
+            f"{reprlib.repr(name)} is not a name for a speaker: one printable "
+            f"line of at most {_NAME} characters, without spaces around it, "
+            "is needed."
         )
     return name
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection):
-    """Take the write lock at once, so that read-then-write cannot be raced."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")

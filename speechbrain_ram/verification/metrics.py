@@ -41,31 +41,12 @@ _CHUNK = 1 << 20  # values per step of a scan: temporaries stay small
 class ErrorCurve:
     """Counts of errors at every threshold that can make a difference.
 
-    Arguments
-    ---------
-    thresholds : np.ndarray
-        Shape [K + 1], ascending: the K distinct scores, then +inf.
-    misses : np.ndarray
-        Shape [K + 1], targets below each threshold, from 0 to `n_target`.
-    false_alarms : np.ndarray
-        Shape [K + 1], non-targets at or above each threshold, from
-        `n_nontarget` to 0.
-    n_target, n_nontarget : int
-        How many trials of each class. A bootstrap replicate has total
-        weights here and in the counts.
-
-    Example
-    -------
-    >>> curve = error_curve([0.9, 0.4, 0.4, 0.1], [1, 1, 0, 0])
-    >>> curve.thresholds
-    array([0.1, 0.4, 0.9, inf])
-    >>> curve.misses.tolist(), curve.false_alarms.tolist()
-    ([0, 0, 1, 2], [2, 1, 0, 0])
+    A bootstrap replicate has total weights in place of counts.
     """
 
-    thresholds: np.ndarray
-    misses: np.ndarray
-    false_alarms: np.ndarray
+    thresholds: np.ndarray  # [K + 1], the K distinct scores, then +inf
+    misses: np.ndarray  # [K + 1], targets below: 0 to `n_target`
+    false_alarms: np.ndarray  # [K + 1], not below: `n_nontarget` to 0
     n_target: int
     n_nontarget: int
 
@@ -138,9 +119,9 @@ class ErrorCurve:
     def corners(self) -> ErrorCurve:
         """The same ROC without the points inside its straight runs.
 
-        Along a run of scores of one class only one of the two counts moves,
-        so its inner points lie on a horizontal or vertical line. EER, minDCF,
-        PAV and plots are the same without them, at a fraction of the size.
+        Along a run of scores of one class only one of the two counts moves, so
+        its inner points lie on a horizontal or vertical line. EER, minDCF, PAV
+        and plots are the same without them, at a fraction of the size.
         """
         miss_moves = np.diff(self.misses) != 0
         fa_moves = np.diff(self.false_alarms) != 0
@@ -160,22 +141,8 @@ class ErrorCurve:
 def error_curve(scores: ArrayLike, labels: ArrayLike) -> ErrorCurve:
     """Count the errors at every distinct score, in O(N log N).
 
-    Arguments
-    ---------
-    scores : array
-        Shape [N], higher means "same speaker".
-    labels : array
-        Shape [N], 1 for a target trial, 0 for a non-target trial.
-
-    Returns
-    -------
-    ErrorCurve
-
-    Raises
-    ------
-    ValueError
-        Shapes that differ, NaN or infinite scores, labels other than 0 and
-        1, or a list without a target or without a non-target.
+    Scores that are NaN or infinite, labels other than 0 and 1, and lists that
+    lack one class are a ValueError.
     """
     targets, nontargets = _split(scores, labels)
     targets.sort()
@@ -201,30 +168,7 @@ def error_curve(scores: ArrayLike, labels: ArrayLike) -> ErrorCurve:
 
 
 def eer(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Equal error rate in percent: where FNR and FPR are the same.
-
-    Linear interpolation on the ROC over distinct scores, see the module.
-
-    Arguments
-    ---------
-    scores, labels : array
-        As for :func:`error_curve`.
-
-    Returns
-    -------
-    float
-        In percent, 0 for perfect and 100 for inverted separation.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`error_curve`.
-
-    Example
-    -------
-    >>> eer([0.9, 0.8, 0.6, 0.4, 0.2], [1, 1, 0, 1, 0])
-    33.33333333333333
-    """
+    """Equal error rate in percent: where FNR and FPR are the same."""
     return error_curve(scores, labels).eer()[0]
 
 
@@ -235,33 +179,7 @@ def min_dcf(
     c_miss: float = 1.0,
     c_fa: float = 1.0,
 ) -> float:
-    """Smallest normalised detection cost that any threshold reaches.
-
-    Arguments
-    ---------
-    scores, labels : array
-        As for :func:`error_curve`.
-    p_target : float
-        Prior probability of a target trial, in (0, 1).
-    c_miss, c_fa : float
-        Costs of a miss and of a false alarm, positive.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-
-    Raises
-    ------
-    ValueError
-        As for :func:`error_curve`, or a prior or cost out of range.
-
-    Example
-    -------
-    >>> scores, labels = [0.9, 0.8, 0.4, 0.6, 0.2, 0.1], [1, 1, 1, 0, 0, 0]
-    >>> round(min_dcf(scores, labels, p_target=0.5), 4)
-    0.3333
-    """
+    """Smallest normalised detection cost of any threshold, in [0, 1]."""
     return error_curve(scores, labels).min_dcf(p_target, c_miss, c_fa)[0]
 
 
@@ -274,32 +192,9 @@ def act_dcf(
 ) -> float:
     """Normalised cost at the threshold that Bayes' rule asks for.
 
-    The threshold is ``ln(c_fa (1 - p_target) / (c_miss p_target))``; scores
-    must be calibrated. What it loses against :func:`min_dcf` is calibration.
-
-    Arguments
-    ---------
-    llrs : array
-        Shape [N], natural logarithms of likelihood ratios.
-    labels : array
-        As for :func:`error_curve`.
-    p_target, c_miss, c_fa : float
-        As for :func:`min_dcf`.
-
-    Returns
-    -------
-    float
-        At least `min_dcf`; above 1 the decisions are worse than none.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`min_dcf`.
-
-    Example
-    -------
-    >>> act_dcf([5.0, -5.0], [1, 0], p_target=0.01)
-    0.0
+    The threshold is ``ln(c_fa (1 - p_target) / (c_miss p_target))``, for
+    natural log-likelihood ratios. What it loses against :func:`min_dcf` is
+    calibration.
     """
     targets, nontargets = _split(llrs, labels)
     miss_weight, fa_weight = _cost_weights(p_target, c_miss, c_fa)
@@ -309,33 +204,12 @@ def act_dcf(
 
 
 def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
-    """Cost of log-likelihood ratios, in bits (Brummer & du Preez, 2006).
+    """Cost of natural log-likelihood ratios, in bits (Brummer & du Preez,
+    2006).
 
     ``Cllr = (mean_target log2(1 + e^-l) + mean_nontarget log2(1 + e^l)) / 2``.
-    0 is perfect, 1 what a system that says nothing (all ratios 1) gets, and
-    miscalibrated scores can cost any amount.
-
-    Arguments
-    ---------
-    llrs : array
-        Shape [N], natural logarithms of likelihood ratios: calibrated scores.
-    labels : array
-        As for :func:`error_curve`.
-
-    Returns
-    -------
-    float
-        In bits, at least 0.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`error_curve`.
-
-    Example
-    -------
-    >>> cllr([0.0, 0.0], [1, 0])
-    1.0
+    0 is perfect, 1 is what ratios of 1 cost, which say nothing; miscalibrated
+    scores can cost any amount.
     """
     targets, nontargets = _split(llrs, labels)
     nats = _mean_softplus(-targets) + _mean_softplus(nontargets)
@@ -343,31 +217,11 @@ def cllr(llrs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def min_cllr(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Cllr after the best non-decreasing calibration of the scores.
+    """Cllr in bits after the best non-decreasing calibration, in [0, 1].
 
     That calibration is isotonic regression of the labels (PAV, pool adjacent
     violators), so this measures discrimination alone. Tied scores get one
     ratio.
-
-    Arguments
-    ---------
-    scores, labels : array
-        As for :func:`error_curve`; any scale.
-
-    Returns
-    -------
-    float
-        In bits, in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        As for :func:`error_curve`.
-
-    Example
-    -------
-    >>> min_cllr([3.0, 2.0, 1.0], [1, 1, 0]), min_cllr([1.0, 1.0], [1, 0])
-    (0.0, 1.0)
     """
     return error_curve(scores, labels).min_cllr()
 
@@ -380,7 +234,8 @@ def threshold_at_far(
     Arguments
     ---------
     scores, labels : array
-        As for :func:`error_curve`.
+        Shape [N] each: higher means "same speaker"; 1 for a target trial, 0 for
+        a non-target trial.
     far : float
         Highest accepted false-alarm rate, in [0, 1].
 
@@ -392,7 +247,7 @@ def threshold_at_far(
     Raises
     ------
     ValueError
-        As for :func:`error_curve`, or `far` out of range.
+        As for :func:`evaluate`, or `far` out of range.
 
     Example
     -------
@@ -414,31 +269,17 @@ def threshold_at_far(
 class Metrics:
     """What one list of scored trials says about a system.
 
-    Arguments
-    ---------
-    n_target, n_nontarget : int
-        Trials of each class.
-    eer : float
-        In percent.
-    eer_threshold : float
-        The distinct score where FNR and FPR are closest.
-    min_dcf, min_dcf_threshold : dict
-        Normalised minimum cost by prior, `{0.01: 0.123, ...}`, and the
-        threshold of each.
-    min_cllr : float
-        In bits.
-    cllr, act_dcf : float and dict, optional
-        Only for scores that are log-likelihood ratios.
+    `min_dcf`, `min_dcf_threshold` and `act_dcf` are by prior, `{0.01: 0.123}`.
     """
 
     n_target: int
     n_nontarget: int
-    eer: float
-    eer_threshold: float
+    eer: float  # in percent
+    eer_threshold: float  # the distinct score where FNR and FPR are closest
     min_dcf: dict[float, float]
     min_dcf_threshold: dict[float, float]
-    min_cllr: float
-    cllr: float | None = None
+    min_cllr: float  # in bits
+    cllr: float | None = None  # this and the next for calibrated scores only
     act_dcf: dict[float, float] | None = None
 
 
@@ -453,21 +294,21 @@ def evaluate(
     Arguments
     ---------
     scores, labels : array
-        As for :func:`error_curve`.
+        Shape [N] each: higher means "same speaker"; 1 for a target trial, 0 for
+        a non-target trial.
     p_targets : sequence of float
         Priors for minDCF.
     llr : bool
         Whether the scores are calibrated, that is natural logarithms of
         likelihood ratios: adds Cllr and the actual DCF.
 
-    Returns
-    -------
-    Metrics
+    Returns ------- Metrics
 
     Raises
     ------
     ValueError
-        As for :func:`min_dcf`.
+        Shapes that differ, NaN or infinite scores, labels other than 0 and 1, a
+        list without a target or without a non-target, or a prior out of (0, 1).
 
     Example
     -------

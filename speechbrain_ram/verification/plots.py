@@ -50,27 +50,11 @@ def det_plot(
     systems: Mapping[str, tuple[np.ndarray, np.ndarray]],
     p_targets: Sequence[float] = (0.01, 0.05),
 ) -> None:
-    """Draw DET curves on normal-deviate axes.
+    """Draw DET curves of systems, name -> (scores, labels), to .png and .pdf.
 
     The circle on the diagonal is the EER, the other marks are where minDCF is
     reached. Where a rate rests on fewer than 30 errors the curve is thin and
     pale (Doddington's rule of 30).
-
-    Arguments
-    ---------
-    path : path
-        Without ending; `.png` and `.pdf` are written.
-    systems : Mapping
-        Name -> (scores [N], labels [N]).
-    p_targets : sequence of float
-        Priors whose minDCF is marked.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`speechbrain_ram.verification.metrics.error_curve`.
-    ImportError
-        matplotlib is not installed.
     """
     curves = {
         name: error_curve(*trials).corners() for name, trials in systems.items()
@@ -111,24 +95,9 @@ def histogram(
     thresholds: Mapping[str, float],
     xlabel: str = "Score",
 ) -> None:
-    """Draw the densities of target and non-target scores.
+    """Draw densities of target and non-target scores, to .png and .pdf.
 
-    Arguments
-    ---------
-    path : path
-        Without ending; `.png` and `.pdf` are written.
-    scores, labels : np.ndarray
-        Shape [N].
-    thresholds : Mapping
-        What a vertical line is called -> where it is; infinite ones are left
-        out.
-    xlabel : str
-        What the scores are.
-
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
+    `thresholds` become vertical lines by name; infinite ones are left out.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     bins = _bins(scores)

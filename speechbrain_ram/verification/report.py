@@ -31,25 +31,11 @@ _WORST = 20  # errors that are listed, half of them misses
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """One system's scores of a trial list, and what is to be told of them.
+    """One system's scores of a trial list, and what is to be told of them."""
 
-    Arguments
-    ---------
-    scores : np.ndarray
-        Shape [N].
-    llr : bool
-        Whether they are log-likelihood ratios: adds Cllr and actual DCF.
-    scale : str
-        What the axis of the histogram says.
-    intervals : Mapping
-        From :func:`.bootstrap.bootstrap`; may be empty.
-    differences : Mapping
-        To the first system, from `paired_bootstrap`; may be empty.
-    """
-
-    scores: np.ndarray
-    llr: bool = False
-    scale: str = "Score"
+    scores: np.ndarray  # [N]
+    llr: bool = False  # log-likelihood ratios: adds Cllr and actual DCF
+    scale: str = "Score"  # what the axis of the histogram says
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
@@ -64,7 +50,6 @@ def with_intervals(
 ) -> dict[str, System]:
     """Add 95 % intervals, and the differences to the first system.
 
-    The arguments are those of :func:`.bootstrap.bootstrap`.
     1000 replicates take half a second for 40,000 trials, 6 seconds for
     600,000.
     """
@@ -99,38 +84,11 @@ def write_report(
     p_targets: Sequence[float] = P_TARGETS,
     notes: Sequence[str] = (),
 ) -> dict[str, Metrics]:
-    """Write the folder.
+    """Write the folder; files of the same names are replaced.
 
-    Arguments
-    ---------
-    folder : path
-        Is made; files of the same names are replaced.
-    title : str
-        Heading, usually the list's name.
-    trials : TrialList
-        N trials.
-    systems : Mapping
-        Name -> :class:`System`; the first is broken down by group and has
-        its worst errors listed.
-    groups : Mapping, optional
-        Name -> bool array [N], from
-        :func:`speechbrain_ram.verification.speakers.trial_groups`.
-    p_targets : sequence of float
-        Priors for minDCF.
-    notes : sequence of str
-        What must be read before the numbers.
-
-    Returns
-    -------
-    dict
-        Metrics by system.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`speechbrain_ram.verification.metrics.evaluate`.
-    ImportError
-        matplotlib is not installed.
+    The first of the systems is broken down by `groups`, from
+    :func:`speechbrain_ram.verification.speakers.trial_groups`, and has its
+    worst errors listed. `notes` stand before the numbers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,31 +97,12 @@ def write_report(
         name: evaluate(system.scores, labels, p_targets, system.llr)
         for name, system in systems.items()
     }
-    det_plot(
-        folder / "det",
-        {name: (system.scores, labels) for name, system in systems.items()},
-        [p for p in p_targets if p != min(p_targets)] or p_targets,
-    )
-    for name, system in systems.items():
-        thresholds = {"EER threshold": metrics[name].eer_threshold}
-        for p in p_targets[:1]:
-            at = metrics[name].min_dcf_threshold[p]
-            thresholds[f"minDCF({p:g}) threshold"] = at
-        histogram(
-            folder / f"histogram_{file_name(name)}",
-            system.scores,
-            labels,
-            thresholds,
-            system.scale,
-        )
-
+    _draw(folder, systems, labels, metrics, p_targets)
     first, system = next(iter(systems.items()))
     breakdown = group_metrics(
         system.scores, labels, groups or {}, metrics[first], p_targets
     )
-    worst = worst_errors(
-        trials, system.scores, metrics[first].eer_threshold, _WORST
-    )
+    worst = worst_errors(trials, system.scores, metrics[first].eer_threshold)
     intervals = {name: each.intervals for name, each in systems.items()}
     differences = {
         name: each.differences
@@ -180,8 +119,7 @@ def write_report(
     ]
     if differences:
         parts += [f"## Difference to {first}", _difference_table(differences)]
-    parts += ["## Error trade-off", "![DET](det.png)", _DET_LEGEND]
-    parts += ["## Scores"]
+    parts += ["## Error trade-off", "![DET](det.png)", _DET_LEGEND, "## Scores"]
     parts += [
         f"![Scores of {name}](histogram_{file_name(name)}.png)"
         for name in systems
@@ -204,32 +142,38 @@ def write_report(
     return metrics
 
 
+def _draw(
+    folder: Path,
+    systems: Mapping[str, System],
+    labels: np.ndarray,
+    metrics: Mapping[str, Metrics],
+    p_targets: Sequence[float],
+) -> None:
+    """A DET plot of all systems, and a histogram of each."""
+    det_plot(
+        folder / "det",
+        {name: (system.scores, labels) for name, system in systems.items()},
+        [p for p in p_targets if p != min(p_targets)] or p_targets,
+    )
+    for name, system in systems.items():
+        thresholds = {"EER threshold": metrics[name].eer_threshold}
+        for p in p_targets[:1]:
+            at = metrics[name].min_dcf_threshold[p]
+            thresholds[f"minDCF({p:g}) threshold"] = at
+        histogram(
+            folder / f"histogram_{file_name(name)}",
+            system.scores,
+            labels,
+            thresholds,
+            system.scale,
+        )
+
+
 def metrics_table(
     metrics: Mapping[str, Metrics],
     intervals: Mapping[str, Mapping[str, Interval]] | None = None,
 ) -> str:
-    """A Markdown table, one system or list a row.
-
-    Arguments
-    ---------
-    metrics : Mapping
-        Name of the row -> results, all at the same priors.
-    intervals : Mapping, optional
-        Name of the row -> intervals by metric; may lack rows.
-
-    Returns
-    -------
-    str
-        Ends with a newline.
-
-    Example
-    -------
-    >>> result = evaluate([0.9, 0.8, 0.3, 0.1], [1, 1, 0, 0], (0.01,))
-    >>> print(metrics_table({"mine": result}), end="")
-    |  | EER % | minDCF(0.01) | min Cllr |
-    | --- | ---: | ---: | ---: |
-    | mine | 0.00 | 0.0000 | 0.0000 |
-    """
+    """A Markdown table, one system or list a row; some may lack intervals."""
     rows = [_metric_row(each) for each in metrics.values()]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = []
@@ -263,24 +207,8 @@ def group_metrics(
     overall: Metrics,
     p_targets: Sequence[float] = P_TARGETS,
 ) -> list[dict]:
-    """Results of parts of a list, and what one threshold does to each.
-
-    Arguments
-    ---------
-    scores, labels : np.ndarray
-        Shape [N].
-    groups : Mapping
-        Name -> bool array [N] with trials of both classes.
-    overall : Metrics
-        Of the whole list: its EER threshold is the one threshold.
-    p_targets : sequence of float
-        Priors for minDCF.
-
-    Returns
-    -------
-    list of dict
-        One a group: `group`, the fields of `Metrics`, and `fnr` and `fpr` in
-        percent at the overall EER threshold.
+    """Results of groups, and FNR and FPR in percent at the whole list's
+    threshold.
     """
     rows = []
     for name, mask in groups.items():
@@ -298,34 +226,12 @@ def group_metrics(
 
 
 def worst_errors(
-    trials: TrialList, scores: np.ndarray, threshold: float, count: int = 20
+    trials: TrialList, scores: np.ndarray, threshold: float, count: int = _WORST
 ) -> list[dict]:
-    """The errors that are furthest on the wrong side of a threshold.
+    """The errors that are furthest on the wrong side of a threshold, worst
+    first.
 
-    Arguments
-    ---------
-    trials : TrialList
-        N trials.
-    scores : np.ndarray
-        Shape [N].
-    threshold : float
-        Accepted are scores at or above it.
-    count : int
-        At most this many, half of them misses if there are so many.
-
-    Returns
-    -------
-    list of dict
-        `kind` ("miss" or "false alarm"), `enrol`, `test`, `score`; misses
-        first, the worst first.
-
-    Example
-    -------
-    >>> trials = TrialList(("a",), ("b", "c"), [0, 0], [0, 1], [1, 0])
-    >>> for error in worst_errors(trials, np.array([0.1, 0.7]), 0.5):
-    ...     print(*error.values())
-    miss a b 0.1
-    false alarm a c 0.7
+    At most `count`; half of them are misses, if there are so many.
     """
     scores = np.asarray(scores)
     target = trials.labels == 1
@@ -350,13 +256,7 @@ def worst_errors(
 
 
 def file_name(name: str) -> str:
-    """A name with nothing in it that a file name should not have.
-
-    Example
-    -------
-    >>> file_name("RAM m=0.3 / as-norm")
-    'RAM_m_0.3_as-norm'
-    """
+    """A name with nothing in it that a file name should not have."""
     return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "_"
 
 

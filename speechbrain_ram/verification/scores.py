@@ -19,13 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speechbrain_ram.utils import atomic_writer, first_ten
-from speechbrain_ram.verification.trials import (
-    FieldReader,
-    TrialList,
-    UniqueNames,
-    separator,
-)
+from speechbrain_ram.utils import first_ten, number
+from speechbrain_ram.verification.fields import FieldReader, UniqueNames
+from speechbrain_ram.verification.trials import TrialList, write_trials
+
+_FIELDS = ("enrol", "test", "score", "label")
 
 # Rows gathered at a time: two blocks of [4096, 512] float32 stay in the cache
 _CHUNK = 4096
@@ -33,19 +31,11 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class TrialVectors:
-    """The two sides of every trial, as rows of one matrix.
+    """The two sides of every trial, as rows of one matrix."""
 
-    Arguments
-    ---------
-    vectors : np.ndarray
-        Shape [V, E] float32, unit rows, one for each utterance or model.
-    enrol, test : np.ndarray
-        Shape [N] int32, the rows of each trial's two sides.
-    """
-
-    vectors: np.ndarray
-    enrol: np.ndarray
-    test: np.ndarray
+    vectors: np.ndarray  # [V, E] float32, unit rows: utterances, models
+    enrol: np.ndarray  # [N] int32, rows of `vectors`
+    test: np.ndarray  # [N] int32
 
     def cosines(self) -> np.ndarray:
         """Cosine score of every trial, shape [N] float32."""
@@ -64,35 +54,9 @@ def score_trials(
     matrix: np.ndarray,
     mean: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cosine score of every trial.
+    """Cosine score of every trial, shape [N] float32.
 
-    Arguments
-    ---------
-    trials : TrialList
-        N trials.
-    ids : sequence of str
-        Names of the rows of `matrix`, a superset of `trials.utterances`.
-    matrix : np.ndarray
-        Shape [U, E], one embedding an utterance.
-    mean : np.ndarray, optional
-        Shape [E], subtracted from every embedding first.
-
-    Returns
-    -------
-    np.ndarray
-        Shape [N] float32, in [-1, 1], in the order of `trials`.
-
-    Raises
-    ------
-    ValueError
-        An utterance has no row, or its embedding is zero, NaN or infinite.
-
-    Example
-    -------
-    >>> trials = TrialList(("a",), ("b", "c"), [0, 0], [0, 1], [1, 0])
-    >>> embeddings = np.array([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
-    >>> score_trials(trials, ["a", "b", "c"], embeddings).tolist()
-    [1.0, 0.0]
+    The arguments are those of :func:`trial_vectors`.
     """
     return trial_vectors(trials, ids, matrix, mean).cosines()
 
@@ -105,20 +69,9 @@ def trial_vectors(
 ) -> TrialVectors:
     """Unit vectors of the utterances and models that a list names.
 
-    Arguments
-    ---------
-    trials, ids, matrix, mean
-        As for :func:`score_trials`.
-
-    Returns
-    -------
-    TrialVectors
-        Utterances that are on both sides are there once.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`score_trials`.
+    `ids` names the rows of `matrix` [U, E] and holds at least the utterances
+    of the list; `mean` [E] is subtracted from every embedding first. An
+    utterance on both sides gets one row.
     """
     known = {name: row for row, name in enumerate(ids)}
     names = trials.utterances
@@ -155,31 +108,11 @@ def unit_length(
     mean: np.ndarray | None = None,
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Centre rows and scale them to length 1.
+    """Subtract `mean` [E] from rows [U, E], scale them to length 1: a copy,
+    float32.
 
-    Arguments
-    ---------
-    matrix : np.ndarray
-        Shape [U, E].
-    mean : np.ndarray, optional
-        Shape [E].
-    names : sequence of str, optional
-        What the rows are called in an error.
-
-    Returns
-    -------
-    np.ndarray
-        Shape [U, E] float32, a copy.
-
-    Raises
-    ------
-    ValueError
-        A row is zero, NaN or infinite, so that it has no direction.
-
-    Example
-    -------
-    >>> unit_length(np.array([[3.0, 4.0]])).tolist()
-    [[0.6000000238418579, 0.800000011920929]]
+    A row without direction (zero, NaN, infinite) is a ValueError that calls it
+    by its name in `names`.
     """
     matrix = np.array(matrix, dtype=np.float32)
     if mean is not None:
@@ -204,31 +137,9 @@ def speaker_means(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """One unit vector a speaker: the usual cohort for score normalisation.
 
-    Arguments
-    ---------
-    matrix : np.ndarray
-        Shape [U, E], embeddings of a training set.
-    speakers : sequence of str
-        Shape [U], whose utterance each row is.
-    mean : np.ndarray, optional
-        Shape [E], subtracted from every embedding first.
-
-    Returns
-    -------
-    tuple
-        S speaker names in order of appearance, and [S, E] float32: the mean
-        of each speaker's unit vectors, scaled to unit length.
-
-    Raises
-    ------
-    ValueError
-        The lengths differ, or as for :func:`unit_length`.
-
-    Example
-    -------
-    >>> names, means = speaker_means(np.eye(2)[[0, 0, 1]], ["a", "a", "b"])
-    >>> names, means.tolist()
-    (('a', 'b'), [[1.0, 0.0], [0.0, 1.0]])
+    `speakers` says whose utterance each row of `matrix` is. Returns the names
+    in order of appearance, and the means of their unit vectors, scaled to
+    length 1.
     """
     if len(matrix) != len(speakers):
         raise ValueError(
@@ -248,119 +159,51 @@ def write_scores(
 ) -> None:
     """Write ``ENROL TEST SCORE LABEL``, one trial a line.
 
-    Tabs stand between them where a name holds a space. Scores have the digits
-    that give the same number back when they are read.
-
-    Arguments
-    ---------
-    trials : TrialList
-        N trials.
-    scores : np.ndarray
-        Shape [N].
-    path : path
-        Written under a temporary name first, then renamed.
-
-    Raises
-    ------
-    ValueError
-        There is not one score a trial.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "scores.txt"
-    >>> trials = TrialList(("a",), ("b",), [0], [0], [1])
-    >>> write_scores(trials, np.float32([0.1]), path)
-    >>> path.read_text()
-    'a b 0.1 1\\n'
+    Scores have the digits that give the same number back when they are read.
     """
     if len(scores) != len(trials):
         raise ValueError(
             f"one score a trial is needed, got {len(scores)} scores for "
             f"{len(trials)} trials."
         )
-    enrol_ids, test_ids = trials.enrol_ids, trials.test_ids
-    tab = separator((*enrol_ids, *test_ids))
-    with atomic_writer(path) as file:
-        for start in range(0, len(trials), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            file.writelines(
-                f"{enrol_ids[e]}{tab}{test_ids[t]}{tab}{score}{tab}{label}\n"
-                for e, t, score, label in zip(
-                    trials.enrol[part].tolist(),
-                    trials.test[part].tolist(),
-                    scores[part].astype(str),  # shortest exact digits
-                    trials.labels[part].tolist(),
-                    strict=True,
-                )
-            )
+    write_trials(trials, path, _FIELDS, scores)
 
 
 def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
-    """Read a score file back.
-
-    Arguments
-    ---------
-    path : path
-        ``ENROL TEST SCORE LABEL``, one trial a line.
-
-    Returns
-    -------
-    tuple
-        The trials, and their scores, shape [N] float64.
-
-    Raises
-    ------
-    TrialError
-        With file, line number, the line and what was expected.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "scores.txt"
-    >>> _ = path.write_text("a b 0.25 1\\n")
-    >>> trials, scores = read_scores(path)
-    >>> trials.enrol_ids, scores.tolist(), trials.labels.tolist()
-    (('a',), [0.25], [1])
-    """
+    """Read what :func:`write_scores` writes: the trials, and float64 scores."""
 
     def problem(fields: dict[str, str]) -> str | None:
         try:
-            finite = np.isfinite(float(fields["score"]))
+            number(fields["score"])
         except ValueError:
-            finite = False
-        if not finite:
             return f"has the score '{fields['score']}'"
         if fields["label"] not in ("0", "1"):
             return f"has the label '{fields['label']}'"
         return None
 
     lines = FieldReader(
-        path,
-        ("enrol", "test", "score", "label"),
-        problem,
-        "a finite number as SCORE and LABEL 1 or 0.",
+        path, _FIELDS, problem, "a finite number as SCORE and LABEL 1 or 0."
     )
-    enrol, test, label = UniqueNames(), UniqueNames(), UniqueNames()
+    columns = {name: UniqueNames() for name in ("enrol", "test", "label")}
     scores = []
     for chunk in lines.chunks():
-        for name, column in (
-            ("enrol", enrol),
-            ("test", test),
-            ("label", label),
-        ):
+        for name, column in columns.items():
             column.add(chunk[name])
         try:
+            # no 1_0 and no digits of other scripts, which Python takes
+            if not set("".join(chunk["score"])) <= set("+-.0123456789eE"):
+                raise lines.first_bad_line()
             scores.append(chunk["score"].astype(np.float64))
         except ValueError as error:
             raise lines.first_bad_line() from error
-        if not (set(label.ids) <= {"0", "1"} and np.isfinite(scores[-1]).all()):
+        known = set(columns["label"].ids) <= {"0", "1"}
+        if not (known and np.isfinite(scores[-1]).all()):
             raise lines.first_bad_line()
-    label_ids, codes = label.finish()
+    label_ids, codes = columns["label"].finish()
     labels = np.array([int(text) for text in label_ids], np.int8)[codes]
-    (enrol_ids, enrol_codes), (test_ids, test_codes) = (
-        enrol.finish(),
-        test.finish(),
-    )
-    trials = TrialList(enrol_ids, test_ids, enrol_codes, test_codes, labels)
+    enrol_ids, enrol = columns["enrol"].finish()
+    test_ids, test = columns["test"].finish()
+    trials = TrialList(enrol_ids, test_ids, enrol, test, labels)
     return trials, np.concatenate(scores)
 
 
@@ -403,42 +246,13 @@ def normalise(
     method: str = "as-norm1",
     top_n: int = 300,
 ) -> np.ndarray:
-    """Normalise the scores of a trial list.
+    """Normalise cosines [N] with one of the :data:`METHODS`: shape [N]
+    float32.
 
-    Arguments
-    ---------
-    scores : np.ndarray
-        Shape [N], cosines.
-    vectors : np.ndarray
-        Shape [V, E], unit rows; see
-        :class:`speechbrain_ram.verification.scores.TrialVectors`.
-    enrol, test : np.ndarray
-        Shape [N], the rows of each trial's sides.
-    cohort : np.ndarray
-        Shape [C, E], unit rows, centred as `vectors` were, of speakers that
-        the trials do not have.
-    method : str
-        One of :data:`METHODS`, see the table above.
-    top_n : int
-        Cohort members that the adaptive methods keep.
-
-    Returns
-    -------
-    np.ndarray
-        Shape [N] float32.
-
-    Raises
-    ------
-    ValueError
-        Unknown method, a cohort that is too small for `top_n` or of another
-        dimension, or one that gives a standard deviation of zero.
-
-    Example
-    -------
-    >>> rows = np.float32([[1, 0], [0.6, 0.8]])
-    >>> cohort = np.float32([[0, 1], [0.8, 0.6]])
-    >>> normalise([0.6], rows, [0], [1], cohort, "z-norm").round(3)
-    array([0.5], dtype=float32)
+    `enrol` and `test` are the rows of `vectors` [V, E] of each trial's sides,
+    as in :class:`TrialVectors`. `cohort` [C, E] holds unit rows, centred as
+    `vectors` were, of speakers that the trials do not have; adaptive methods
+    keep `top_n`.
     """
     if method not in METHODS:
         raise ValueError(
@@ -490,27 +304,9 @@ def cohort_statistics(
     top_n: int | None = None,
     rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each row's scores against a cohort.
+    """Mean and standard deviation [V] of each row's scores against a cohort.
 
-    Arguments
-    ---------
-    vectors, cohort : np.ndarray
-        Shapes [V, E] and [C, E], unit rows.
-    top_n : int, optional
-        Keep each row's highest `top_n` scores only.
-    rows : np.ndarray, optional
-        Which rows are wanted; the others' statistics are NaN.
-
-    Returns
-    -------
-    tuple of np.ndarray
-        Means and standard deviations, shape [V] float32 each.
-
-    Example
-    -------
-    >>> mean, std = cohort_statistics(np.eye(2), np.eye(2))
-    >>> mean.tolist(), std.tolist()
-    ([0.5, 0.5], [0.5, 0.5])
+    Over the highest `top_n` scores, if given; NaN for rows not in `rows`.
     """
     rows = np.arange(len(vectors)) if rows is None else rows
     mean = np.full(len(vectors), np.nan, dtype=np.float32)

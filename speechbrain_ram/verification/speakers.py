@@ -18,37 +18,27 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.data.plain import limited_text
 from speechbrain_ram.utils import first_ten
-from speechbrain_ram.verification.trials import (
-    TrialError,
-    TrialList,
-    UniqueNames,
-)
+from speechbrain_ram.verification.fields import TrialError, UniqueNames
+from speechbrain_ram.verification.trials import TrialList
 
 logger = logging.getLogger(__name__)
 
 #: The first folder: "id10270" of "id10270/x6uYqmx31kE/00001.wav".
 FIRST_FOLDER = r"^([^/]+)/"
 
-_MOST_VALUES = 10  # a column of more values is no grouping but a measure
+_TABLE_BYTES = 2**26  # a million speakers and more
+_MOST_VALUES = 10  # a column of more values is a measure, such as age
 
 
 @dataclass(frozen=True, eq=False)
 class TrialSpeakers:
-    """The two speakers of every trial.
+    """The two speakers of every trial."""
 
-    Arguments
-    ---------
-    names : tuple of str
-        Unique speakers.
-    enrol, test : np.ndarray
-        Shape [N] int32, indices into `names`.
-    """
-
-    names: tuple[str, ...]
-    enrol: np.ndarray
-    test: np.ndarray
+    names: tuple[str, ...]  # unique
+    enrol: np.ndarray  # [N] int32, indices into `names`
+    test: np.ndarray  # [N] int32
 
 
 def trial_speakers(
@@ -58,33 +48,10 @@ def trial_speakers(
 ) -> TrialSpeakers:
     """Find the speakers in the names of recordings and models.
 
-    Arguments
-    ---------
-    trials : TrialList
-        N trials.
-    pattern : str, optional
-        Regular expression, searched in every name; its first group, or all
-        that it matches if it has none, is the speaker. ``id\\d{5}`` fits
-        VoxCeleb and CN-Celeb. By default `speaker_of`, or the first folder.
-    speaker_of : mapping, optional
-        Speaker of each utterance, where that is known.
-
-    Returns
-    -------
-    TrialSpeakers
-
-    Raises
-    ------
-    TrialError
-        A name does not match, or the pattern is no regular expression.
-
-    Example
-    -------
-    >>> trials = TrialList(("a/1.wav",), ("a/2.wav", "b/1.wav"), [0, 0],
-    ...                    [0, 1], [1, 0])
-    >>> speakers = trial_speakers(trials)
-    >>> speakers.names, speakers.test.tolist()
-    (('a', 'b'), [0, 1])
+    `pattern` is searched in every name; its first group, or all that it
+    matches if it has none, is the speaker (``id[0-9]{5}`` fits VoxCeleb and
+    CN-Celeb). By default it is `speaker_of` each utterance, or else the first
+    folder.
     """
     known = {} if pattern or not speaker_of else speaker_of
     pattern = pattern or FIRST_FOLDER
@@ -92,7 +59,7 @@ def trial_speakers(
         search = re.compile(pattern).search
     except re.error as error:
         raise TrialError(
-            f"the speaker pattern '{pattern}' is no regular expression: "
+            f"the speaker pattern '{pattern}' is not a regular expression: "
             f"{error}."
         ) from error
 
@@ -127,13 +94,6 @@ def known_speakers(
 
     They do not where a name does not match, or where a speaker found in this
     way contradicts a label. A warning says why.
-
-    Example
-    -------
-    >>> trials = TrialList(("a/1.wav",), ("a/2.wav", "b/1.wav"), [0, 0],
-    ...                    [0, 1], [1, 0])
-    >>> known_speakers(trials).names
-    ('a', 'b')
     """
     try:
         speakers = trial_speakers(trials, pattern, speaker_of)
@@ -145,20 +105,7 @@ def known_speakers(
 
 
 def check_speakers(trials: TrialList, speakers: TrialSpeakers) -> None:
-    """Make sure that target trials, and no others, are of one speaker.
-
-    Arguments
-    ---------
-    trials : TrialList
-        N trials.
-    speakers : TrialSpeakers
-        Of the same trials.
-
-    Raises
-    ------
-    TrialError
-        Names the first trial whose label contradicts its speakers.
-    """
+    """Make sure that target trials, and no others, are of one speaker."""
     same = speakers.enrol == speakers.test
     wrong = np.flatnonzero(same != (trials.labels == 1))
     if wrong.size:
@@ -174,40 +121,19 @@ def check_speakers(trials: TrialList, speakers: TrialSpeakers) -> None:
 
 
 def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a table whose first column is the speaker.
+    """Read a table of strings by its first column, the speaker.
 
-    Arguments
-    ---------
-    path : path
-        With a header line; tabs or commas between columns. An empty field
-        says that something is not known.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Strings, by speaker.
-
-    Raises
-    ------
-    TrialError
-        The file is missing or empty, has one column, names a speaker twice,
-        or a line has more or fewer fields than the header.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "speakers.tsv"
-    >>> _ = path.write_text("speaker\\tgender\\n0001\\tf\\n")
-    >>> read_speaker_table(path).loc["0001", "gender"]
-    'f'
+    It has a header line, and tabs or commas between columns. An empty field
+    says that something is not known.
     """
     try:
-        file = io.StringIO(read_text(path), newline="")
+        file = io.StringIO(limited_text(path, _TABLE_BYTES), newline="")
         separator = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         reader = csv.reader(file, delimiter=separator)
         # pandas would shift columns where a line has a field too many
         rows = [(reader.line_num, row) for row in reader if row]
-    except TextError as error:
+    except ValueError as error:
         raise TrialError(str(error)) from error
     except (OSError, csv.Error) as error:
         raise TrialError(f"'{path}' cannot be read: {error}.") from error
@@ -220,9 +146,9 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     for number, row in rows:
         if len(row) != len(header):
             raise TrialError(
-                f"'{path}', line {number}: '{separator.join(row)}' has "
+                f"'{path}', line {number}: '{separator.join(row):.200}' has "
                 f"{len(row)} fields, {len(header)} were expected as in the "
-                f"header, {', '.join(header)}."
+                f"header, {', '.join(header):.200}."
             )
     names = pd.Index([row[0] for row in lines], name=header[0])
     table = pd.DataFrame(
@@ -240,42 +166,13 @@ def trial_groups(
     table: pd.DataFrame,
     columns: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Split trials by what is known of their speakers.
+    """Split trials by what columns of a table say of their speakers.
 
     For a column such as gender there is one group for each value, of trials
     whose two speakers both have it, and the groups "same gender" and
     "different gender", which share the target trials and split the
     non-targets. Trials of a speaker with an empty field are in none of them.
-
-    Arguments
-    ---------
-    labels : np.ndarray
-        Shape [N].
-    speakers : TrialSpeakers
-        Of the same trials.
-    table : pandas.DataFrame
-        From :func:`read_speaker_table`.
-    columns : sequence of str
-        Which columns to split by.
-
-    Returns
-    -------
-    dict
-        Name of the group -> bool array of shape [N]. Groups without a
-        target or without a non-target trial are left out.
-
-    Raises
-    ------
-    TrialError
-        An unknown column, one of more than ten values, or a speaker who is
-        not in the table.
-
-    Example
-    -------
-    >>> speakers = TrialSpeakers(("a", "b"), np.array([0, 0]), np.array([0, 1]))
-    >>> table = pd.DataFrame({"gender": ["f", "f"]}, index=["a", "b"])
-    >>> list(trial_groups(np.array([1, 0]), speakers, table, ["gender"]))
-    ['gender f', 'same gender']
+    Returns a bool array [N] by group; groups that lack a class are left out.
     """
     lost = [name for name in speakers.names if name not in table.index]
     if lost:

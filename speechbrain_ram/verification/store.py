@@ -22,10 +22,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from speechbrain_ram.data.record import RecordError, check, checksum, seal
+from speechbrain_ram.data.plain import parse_json
+from speechbrain_ram.data.record import check, checksum, seal
 from speechbrain_ram.utils import atomic_path
 
 _FORMAT = "speechbrain-ram embeddings 2"
+# type and number of dimensions of each array
+_KINDS = {
+    "ids": ("U8", 1),
+    "matrix": ("F32", 2),
+    "seconds": ("F32", 1),
+    "files": ("I64", 2),
+}
 
 
 class StoreError(ValueError):
@@ -34,29 +42,12 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSet:
-    """Recordings and their embeddings, row by row.
-
-    Arguments
-    ---------
-    ids : tuple of str
-        U unique utterance names.
-    matrix : np.ndarray
-        Shape [U, E] float32, not scaled.
-    seconds : np.ndarray
-        Shape [U] float32, durations.
-    files : np.ndarray
-        Shape [U, 3] int64, of :func:`file_state`.
-
-    Raises
-    ------
-    StoreError
-        The shapes do not fit together, or an id is there twice.
-    """
+    """Recordings, each named once, and their embeddings, row by row."""
 
     ids: tuple[str, ...]
-    matrix: np.ndarray
-    seconds: np.ndarray
-    files: np.ndarray
+    matrix: np.ndarray  # [U, E] float32, not scaled
+    seconds: np.ndarray  # [U] float32
+    files: np.ndarray  # [U, 3] int64, of :func:`file_state`
 
     def __post_init__(self) -> None:
         shapes = [np.shape(x) for x in (self.matrix, self.seconds, self.files)]
@@ -77,26 +68,10 @@ class EmbeddingSet:
 
 
 class EmbeddingStore:
-    """Where the embeddings of one encoder are kept.
+    """Where the embeddings of one encoder are kept, usually NAME.safetensors.
 
-    Arguments
-    ---------
-    path : path
-        The file, usually ``NAME.safetensors``; need not exist.
-    fingerprint : str
-        Of the encoder: changes when its weights or its front-end change.
-
-    Example
-    -------
-    >>> store = EmbeddingStore(getfixture("tmp_path") / "e.safetensors", "x1")
-    >>> store.load() is None
-    True
-    >>> row = EmbeddingSet(
-    ...     ("a.wav",), np.zeros((1, 2)), np.ones(1), np.zeros((1, 3))
-    ... )
-    >>> store.save(row)
-    >>> store.load().ids
-    ('a.wav',)
+    The file need not exist. The fingerprint changes with the encoder's weights
+    and its front-end.
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: str):
@@ -105,14 +80,8 @@ class EmbeddingStore:
         self.parts = self.path.with_name(self.path.name + ".parts")
 
     def load(self) -> EmbeddingSet | None:
-        """Everything stored, None if there is nothing.
-
-        Raises
-        ------
-        StoreError
-            The file is another encoder's, damaged, or something else.
-        """
-        paths = [self.path] if self.path.exists() else []
+        """Everything stored, None if there is nothing."""
+        paths = [self.path] if os.path.lexists(self.path) else []
         if self.parts.is_dir():
             paths += sorted(self.parts.glob("*.safetensors"))
         return merge([self._read(path) for path in paths])
@@ -144,18 +113,49 @@ class EmbeddingStore:
 
     def _read(self, path: Path) -> EmbeddingSet:
         try:
+            if not path.is_file():
+                raise StoreError("it is not a regular file")
             with safe_open(path, framework="numpy") as file:
                 record = (file.metadata() or {}).get("record", "")
-                names = ("ids", "matrix", "seconds", "files")
-                arrays = {name: file.get_tensor(name) for name in names}
+                _check_shapes({name: file.get_slice(name) for name in _KINDS})
+                arrays = {name: file.get_tensor(name) for name in _KINDS}
             check(record, self.made_with, *_content(arrays))
-        except (SafetensorError, OSError, RecordError) as error:
+            ids = parse_json(arrays.pop("ids").tobytes(), "ids")
+            if not isinstance(ids, list) or not {*map(type, ids)} <= {str}:
+                raise StoreError("its ids are not a list of names")
+            found = EmbeddingSet(tuple(ids), **arrays)
+            bad = np.flatnonzero(~np.isfinite(found.matrix).all(axis=1))
+            if bad.size:
+                raise StoreError(
+                    f"the embedding of {ids[bad[0]]!r:.200} is NaN or infinite"
+                )
+            return found
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise StoreError(
                 f"'{path}' cannot be used as a store of embeddings: {error}. "
                 "Name another file, or delete it to embed again."
             ) from error
-        ids = json.loads(arrays.pop("ids").tobytes())
-        return EmbeddingSet(tuple(ids), **arrays)
+
+
+def _check_shapes(parts: Mapping) -> None:
+    """Refuse arrays of other types or sizes before any is read."""
+    shapes = {name: part.get_shape() for name, part in parts.items()}
+    for name, part in parts.items():
+        found = part.get_dtype(), len(shapes[name])
+        if found != _KINDS[name]:
+            raise StoreError(f"its {name} are {found[0]} {shapes[name]}")
+    rows, size = shapes["matrix"]
+    if not 0 < size <= 2**16 or rows > shapes["ids"][0]:
+        raise StoreError(
+            f"its matrix is {shapes['matrix']}, for {shapes['ids'][0]} bytes "
+            "of names"
+        )
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, int, int]:
@@ -179,18 +179,7 @@ def _content(arrays: Mapping[str, np.ndarray]) -> Iterator[str | memoryview]:
 
 
 def merge(sets: Sequence[EmbeddingSet]) -> EmbeddingSet | None:
-    """Join sets; of a name that is in several, the last row stays.
-
-    Arguments
-    ---------
-    sets : sequence of EmbeddingSet
-        Of one encoder.
-
-    Returns
-    -------
-    EmbeddingSet or None
-        None for no sets.
-    """
+    """Join sets of one encoder; of a name in several, the last row stays."""
     if len(sets) < 2:
         return sets[0] if sets else None
     names = [name for each in sets for name in each.ids]

@@ -23,7 +23,8 @@ from speechbrain_ram.data.manifest import (
 )
 from speechbrain_ram.data.names import TextError, part_name, part_of
 from speechbrain_ram.training.advice import session_note
-from speechbrain_ram.verification.embeddings import Embedder, extract
+from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.trials import check_utterances, read_trials
 
 VOICES = miniature.voices(6, 4)

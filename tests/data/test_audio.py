@@ -36,7 +36,8 @@ from speechbrain_ram.data.manifest import (
 )
 from speechbrain_ram.data.recordings import is_recording, split_into_pieces
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.verification.embeddings import Embedder, extract
+from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embeddings import extract
 
 RATE = 16000
 

@@ -371,20 +371,20 @@ def test_a_tensor_that_repeats_one_number(copy, bounded):
     [
         *(("n_target", v) for v in [0, -1, True, "4", None, 1.5, HUGE, [4]]),
         ("n_nontarget", 0),
-        *(("eer", v) for v in ["3", None, 101, -1, [3]]),
+        *(("eer", v) for v in ["3", None, True, [3], HUGE]),
         *(("thresholds", v) for v in [None, [0.5], {"EER": "0.5"}, 7]),
-        *(("thresholds", {"EER": v}) for v in [None, True, 1e999, [1], 5]),
+        *(("thresholds", {"EER": v}) for v in [None, True, 1e999, [1], HUGE]),
         *(("targets", v) for v in [None, [0] * 99, ["0"] * 100, [-1] * 100, 5]),
         ("nontargets", [HUGE] * 100),
         ("nontargets", [[0]] * 100),
-        *(("trials", v) for v in [None, 7, ["a"], "a" * 20_000]),
+        *(("trials", v) for v in [None, 7, ["a"]]),
         *(("calibration", v) for v in [7, [], {}, {"features": ["score"]}]),
         ("another", 1),
     ],
 )
 def test_decisions_that_are_none(copy, key, value, bounded):
     rewrite(copy, lambda d: d["decision"].update({key: value}))
-    refused(copy, "allowed is|no thresholds|not valid")
+    refused(copy, "not thresholds|not valid")
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_decisions_that_are_none(copy, key, value, bounded):
 )
 def test_calibrations_that_are_none(copy, key, value):
     rewrite(copy, lambda d: d["decision"]["calibration"].update({key: value}))
-    refused(copy, f"calibration.{key} is .*, allowed is")
+    refused(copy, "not thresholds|needs more than a score")
 
 
 @pytest.mark.parametrize(

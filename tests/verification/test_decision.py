@@ -91,14 +91,25 @@ def test_thresholds_are_finite():
     [
         {"targets": [1, 2]},
         {"targets": None},
+        {"targets": [1.0] * BINS},
+        {"targets": [-1] * BINS},
+        {"targets": [10**400] * BINS},
+        {"n_target": 0},
+        {"n_nontarget": "3"},
+        {"eer": "1_0"},
+        {"eer": float("nan")},
+        {"thresholds": {"EER": "0.5"}},
+        {"thresholds": {"EER": float("inf")}},
+        {"thresholds": [0.5]},
+        {"trials": 3},
         {"surprise": 1},
         {"calibration": {"features": ["score"]}},
     ],
 )
 def test_damaged_data(decision, change):
     data = {**decision.to_dict(), **change}
-    with pytest.raises(ValueError, match="no thresholds and score distrib"):
+    with pytest.raises(ValueError, match="not thresholds and score distrib"):
         Decision.from_dict(data)
     del data["calibration"]
-    with pytest.raises(ValueError, match="no thresholds and score distrib"):
+    with pytest.raises(ValueError, match="not thresholds and score distrib"):
         Decision.from_dict(data)

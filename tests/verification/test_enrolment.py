@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import os
+import resource
 import sqlite3
 import threading
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.data.record import checksum
 from speechbrain_ram.verification import enrolment
 from speechbrain_ram.verification.enrolment import (
     EnrolmentDatabase,
@@ -177,14 +180,14 @@ def test_reading_and_writing_back_cannot_be_interleaved(tmp_path):
     failures = []
 
     def enroll(database):
-        vectors = database._vectors
+        total = database._total
 
-        def wait_for_the_other(blob):
+        def wait_for_the_other(*row):
             with contextlib.suppress(threading.BrokenBarrierError):
                 both_have_read.wait(timeout=0.3)
-            return vectors(blob)
+            return total(*row)
 
-        database._vectors = wait_for_the_other
+        database._total = wait_for_the_other
         try:
             database.enrol("ada", np.eye(8)[0])
         except EnrolmentError as error:
@@ -215,16 +218,16 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch):
     database = _open(tmp_path)
     both = {"ada": np.eye(8)[:1], "bob": np.eye(8)[1:2]}
     database.enrol_many(both)
-    vectors, calls = database._vectors, []
+    total, calls = database._total, []
 
-    def fails_the_second_time(blob):
-        calls.append(blob)
+    def fails_the_second_time(*row):
+        calls.append(row)
         if len(calls) == 2:
             raise OSError("No space left on device")
-        return vectors(blob)
+        return total(*row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "_vectors", fails_the_second_time)
+        patch.setattr(database, "_total", fails_the_second_time)
         with pytest.raises(OSError, match="No space"):
             database.enrol_many(both)
     assert database.speakers() == {"ada": 1, "bob": 1}
@@ -262,7 +265,7 @@ def test_other_files_are_refused_and_kept(tmp_path):
     raw = sqlite3.connect(path)
     raw.execute("CREATE TABLE other (x)")
     raw.close()
-    with pytest.raises(EnrolmentError, match="no enrolment database"):
+    with pytest.raises(EnrolmentError, match="not an enrolment database"):
         _open(tmp_path)
 
 
@@ -287,7 +290,7 @@ def test_damage_is_seen(tmp_path):
     assert refused >= set(range(start, start + 64))  # model and checksum
     path.write_bytes(whole.replace(total, total[::-1]))
     for call in (database.identify, lambda x: database.enrol("ada", x)):
-        database._cache = None
+        database._cache = database._checked = None
         with pytest.raises(EnrolmentError, match="damaged: the model of 'ada'"):
             call(probe)
 
@@ -312,7 +315,7 @@ def test_bad_embeddings(tmp_path, value, message):
 
 @pytest.mark.parametrize("name", ["", " ada", "a\nb", "a\x00b"])
 def test_bad_names(tmp_path, name):
-    with pytest.raises(EnrolmentError, match="is no name for a speaker"):
+    with pytest.raises(EnrolmentError, match="is not a name for a speaker"):
         _open(tmp_path).enrol(name, np.eye(8)[0])
 
 
@@ -341,3 +344,216 @@ def test_nobody_there(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(EnrolmentError, match="nowhere' is not a folder"):
         _open(tmp_path / "nowhere").enrol("ada", np.eye(8)[0])
+
+
+def _stranger(folder, *statements):
+    """A database as somebody else may hand it over, opened and searched."""
+    _open(folder).enrol_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    raw = sqlite3.connect(folder / "who.db")
+    for statement, *values in statements:
+        raw.execute(statement, values)
+    raw.commit()
+    raw.close()
+    return _open(folder)
+
+
+def _row(name, recordings, vector):
+    """Add a row with the checksum that belongs to it."""
+    total = (
+        vector if isinstance(vector, bytes) else vector.astype("<f4").tobytes()
+    )
+    sums = checksum(str(name), str(recordings), total)
+    return (
+        "INSERT INTO speakers VALUES (?, ?, ?, ?)",
+        name,
+        recordings,
+        total,
+        sums,
+    )
+
+
+ENDLESS = (
+    "CREATE VIEW {} AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 "
+    "FROM r) SELECT n AS name, 1 AS recordings, 0 AS total, 0 AS checksum "
+    "FROM r"
+)
+LARGE = (
+    "CREATE VIEW speakers AS SELECT 'ada' AS name, 1 AS recordings, "
+    "zeroblob(900000000) AS total, '' AS checksum"
+)
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["DROP TABLE speakers", ENDLESS.format("speakers")],
+        ["DROP TABLE speakers", LARGE],
+        [ENDLESS.format("more")],
+        [
+            "CREATE TRIGGER more AFTER INSERT ON speakers BEGIN UPDATE "
+            "speakers SET name = 'eve' WHERE name = 'bob'; END"
+        ],
+        ["CREATE INDEX more ON speakers (recordings)"],
+        ["CREATE VIRTUAL TABLE more USING fts5(x)"],
+        [
+            "DROP TABLE speakers",
+            "CREATE TABLE speakers (name, recordings, total DEFAULT "
+            "(zeroblob(900000000)), checksum)",
+        ],
+        ["ALTER TABLE record ADD COLUMN more AS (zeroblob(900000000))"],
+        ["DROP TRIGGER after_update"],
+        ["CREATE TABLE more (x)"],
+    ],
+)
+def test_another_schema_is_refused_before_it_is_used(tmp_path, statements):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(EnrolmentError, match="who.db' is damaged: it holds o"):
+        _stranger(tmp_path, *([each] for each in statements))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) / 2**10 < 100  # MB
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (_row("eve", 1, np.eye(8)[2].astype("<f4").tobytes()[:28]), "'eve' is"),
+        (_row("eve", 1, np.ones(16)), "the model of 'eve' is not what"),
+        (_row("eve", 1, np.full(8, np.nan)), "'eve' is not the sum of 1 unit"),
+        (_row("eve", 1, np.full(8, np.inf)), "'eve' is not the sum of 1 unit"),
+        (_row("eve", 1, np.ones(8)), "'eve' is not the sum of 1 unit"),
+        (_row("eve", 1, np.zeros(8)), "'eve' is not the sum of 1 unit"),
+        (_row("eve", 0, np.eye(8)[2]), "the model of 'eve' is not what"),
+        (_row("eve", -1, np.eye(8)[2]), "the model of 'eve' is not what"),
+        (_row("eve", 1.5, np.eye(8)[2]), "the model of 'eve' is not what"),
+        (_row("eve", "many", np.eye(8)[2]), "the model of 'eve' is not what"),
+        (_row(b"eve", 1, np.eye(8)[2]), "b'eve' is not a name"),
+        (_row(None, 1, np.eye(8)[2]), "None is not a name"),
+        (_row("\x1b[2J", 1, np.eye(8)[2]), r"'\\x1b.2J' is not a name"),
+        (_row("e" * 2000, 1, np.eye(8)[2]), "eee' is not a name"),
+        (_row("e" * 2**20, 1, np.eye(8)[2]), "too big"),
+        (
+            ["INSERT INTO speakers VALUES (CAST(x'ff' AS TEXT), 1, x'00', '')"],
+            r"'\\udcff' is not a name",
+        ),
+        (["INSERT INTO record SELECT * FROM record"], "record of the enc"),
+        (["UPDATE record SET state = 'old'"], "record of the encoder is an"),
+        (["UPDATE record SET seal = ?", "[" * 60_000], "cannot be used"),
+        (["UPDATE record SET seal = ?", "[" * 10**6], "too big"),
+    ],
+)
+def test_rows_that_were_not_written_so_are_refused(tmp_path, row, message):
+    """Checksums are no secret: they fit, and the row is refused anyway."""
+    with pytest.raises(EnrolmentError, match=message) as caught:
+        _stranger(tmp_path, row)
+    assert "who.db'" in str(caught.value)
+
+
+def test_an_index_that_leads_to_another_row_is_refused(tmp_path):
+    _open(tmp_path).enrol_many({"ada": np.eye(8)[0], "bob": np.eye(8)[1]})
+    path = tmp_path / "who.db"
+    whole = path.read_bytes()
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA writable_schema = ON")
+    raw.execute(
+        "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM "
+        "sqlite_master WHERE name = 'record') WHERE name = 'speakers'"
+    )
+    raw.commit()
+    raw.close()
+    with pytest.raises(EnrolmentError, match="who.db' is "):
+        _open(tmp_path)
+    at = whole.rindex(b"ada")  # of the index, which stands behind the table
+    for place in (whole.index(b"ada"), at):
+        path.write_bytes(whole[:place] + b"eda" + whole[place + 3 :])
+        with pytest.raises(EnrolmentError, match="who.db' is damaged"):
+            _open(tmp_path)
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    path = tmp_path / "who.db"
+    path.mkdir()
+    for _ in range(3):
+        with pytest.raises(EnrolmentError, match="who.db' is not an enrolment"):
+            _open(tmp_path).identify(np.ones(8))
+        path.rmdir() if path.is_dir() else path.unlink()
+        if not (tmp_path / "once").exists():
+            path.symlink_to(path)  # to itself
+            (tmp_path / "once").touch()
+        else:
+            os.mkfifo(path)
+
+
+def test_a_log_of_another_file_changes_no_answer(tmp_path):
+    (tmp_path / "other").mkdir()
+    _open(tmp_path).enrol("ada", np.eye(8)[0])
+    other = EnrolmentDatabase(tmp_path / "other" / "who.db", "f00d", 8)
+    other.enrol_many({f"s{i}": np.eye(8)[i % 8] for i in range(200)})
+    raw = sqlite3.connect(other.path)
+    raw.execute("PRAGMA journal_mode = WAL")
+    raw.execute("DELETE FROM speakers WHERE name < 's150'")
+    raw.commit()
+    wal = other.path.with_name("who.db-wal").read_bytes()
+    raw.close()
+    assert len(wal) > 10_000
+    (tmp_path / "who.db-wal").write_bytes(wal)
+    with pytest.raises(EnrolmentError, match="who.db-wal' beside it belongs"):
+        _open(tmp_path).identify(np.ones(8))
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    names = [f"s{i}" for i in range(300)]
+    _open(tmp_path).enrol_many({n: np.eye(8)[0] for n in names})
+    whole = (tmp_path / "who.db").read_bytes()
+    for length in (1, 50, 100, 5000, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "who.db").write_bytes(whole[:length])
+        with pytest.raises(EnrolmentError, match="who.db' is"):
+            _open(tmp_path)
+        assert (tmp_path / "who.db").read_bytes() == whole[:length]
+
+
+def test_embeddings_that_cancel_each_other_are_not_enrolled(tmp_path):
+    database = _open(tmp_path)
+    database.enrol("bob", np.eye(8)[1])
+    vector = _random(8)
+    for second in (-vector, -vector * 1.7, -vector + 1e-4):
+        with pytest.raises(EnrolmentError, match="'ada' cannot be .* cancel"):
+            database.enrol_many(
+                {"cy": vector, "ada": np.stack([vector, second])}
+            )
+    with pytest.raises(EnrolmentError, match="'bob' cannot be enrolled"):
+        database.enrol("bob", -np.eye(8)[1])
+    with pytest.raises(EnrolmentError, match="Of 'eve', 1 of 2 embeddings are"):
+        database.enrol("eve", np.stack([vector, vector * np.nan]))
+    assert _open(tmp_path).speakers() == {"bob": 1}
+
+
+def test_a_name_of_sqlite_is_a_file_like_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    EnrolmentDatabase(":memory:", "f00d", 8).enrol("ada", np.eye(8)[0])
+    assert EnrolmentDatabase(":memory:", "f00d", 8).speakers() == {"ada": 1}
+
+
+def test_own_writes_are_not_checked_again(tmp_path, monkeypatch):
+    """Else a thousand enrolments would each read a thousand rows."""
+    database, calls = _open(tmp_path), []
+    database.enrol("ada", np.eye(8)[0])
+    check = database._check_rows
+    monkeypatch.setattr(
+        database, "_check_rows", lambda each: calls.append(check(each))
+    )
+    for i in range(5):
+        database.enrol(f"s{i}", np.eye(8)[i])
+    database.remove("ada")
+    assert not calls
+    assert database.identify(np.eye(8)[2])[0].name == "s2"
+    _open(tmp_path).enrol("eve", np.eye(8)[6])
+    assert database.identify(np.eye(8)[6])[0].name == "eve"
+    assert len(calls) == 2
+
+
+def test_a_file_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    models = {f"s{i}": np.eye(8)[i % 8] for i in range(3000)}
+    _open(tmp_path).enrol_many(models)
+    monkeypatch.setattr(enrolment, "_SECONDS", -100)
+    with pytest.raises(EnrolmentError, match="who.db' .* now: interrupted"):
+        _open(tmp_path)

@@ -5,6 +5,7 @@ import pytest
 
 from speechbrain_ram.verification.speakers import (
     check_speakers,
+    known_speakers,
     read_speaker_table,
     trial_groups,
     trial_speakers,
@@ -48,8 +49,18 @@ def test_names_without_a_speaker_are_refused():
     trials = trial_list([("a.wav", "b/c.wav")])
     with pytest.raises(TrialError, match="no speaker in the name 'a.wav'"):
         trial_speakers(trials)
-    with pytest.raises(TrialError, match="no regular expression"):
+    with pytest.raises(TrialError, match="not a regular expression"):
         trial_speakers(trials, "(")
+
+
+def test_speakers_are_known_only_where_names_show_them(caplog):
+    pairs = [("id1/a.wav", "id1/b.wav"), ("id1/a.wav", "id2/c.wav")]
+    assert known_speakers(trial_list(pairs)).names == ("id1", "id2")
+    assert not caplog.records
+    assert known_speakers(trial_list(pairs), r"[a-z]\.wav") is None
+    assert "Without intervals over speakers: 1 of 2 trials" in caplog.text
+    assert known_speakers(trial_list([("id1.wav", "id2.wav")])) is None
+    assert "no speaker in the name 'id1.wav'" in caplog.text
 
 
 def test_tables_are_read_as_text(tmp_path):
@@ -77,6 +88,14 @@ def test_bad_tables_are_refused(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(TrialError, match=message):
+        read_speaker_table(path)
+
+
+def test_a_table_larger_than_any_is_not_read(tmp_path):
+    path = tmp_path / "speakers.tsv"
+    with open(path, "wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(TrialError, match="speakers.tsv' has 17179869184 bytes"):
         read_speaker_table(path)
 
 

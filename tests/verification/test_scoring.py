@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_ram.verification import scores as scoring
+from speechbrain_ram.verification import trials as trials_module
 from speechbrain_ram.verification.scores import (
     read_scores,
     score_trials,
@@ -183,7 +184,7 @@ def test_scores_survive_the_file_to_the_last_bit(tmp_path_factory, values):
 
 
 def test_score_files_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_CHUNK", 3)
+    monkeypatch.setattr(trials_module, "_CHUNK", 3)
     trials, _ = random_list(n=20)
     scores = np.arange(20, dtype=np.float32) / 8
     write_scores(trials, scores, tmp_path / "scores.txt")
@@ -206,6 +207,15 @@ def test_score_files_in_chunks(tmp_path, monkeypatch):
         ("a b 0.5 1\na b high 0\n", "line 2: .* has the score 'high'"),
         ("a b 0.5 1\na b nan 0\n", "line 2: .* has the score 'nan'"),
         ("a b -inf 1\na b 1 0\n", "line 1: .* has the score '-inf'"),
+        ("a b 0.5 1\na b Infinity 0\n", "line 2: .* the score 'Infinity'"),
+        ("a b 0.5 1\na b 1e999 0\n", "line 2: .* has the score '1e999'"),
+        ("a b 0.5 1\na b 1_0 0\n", "line 2: .* has the score '1_0'"),
+        ("a b 0x10 1\n", "line 1: .* has the score '0x10'"),
+        ("a b \u0661\u0662 1\n", "line 1: .* has the score '\u0661\u0662'"),
+        ("a b \uff11 1\n", "line 1: .* has the score '\uff11'"),
+        ("a b 1e 1\n", "line 1: .* has the score '1e'"),
+        ("a b 0.5 \u0661\n", "line 1: .* has the label '\u0661'"),
+        ("a b 0.5 01\n", "line 1: .* has the label '01'"),
         ("a b 0.5 1\na b 0.5 yes\n", "line 2: .* has the label 'yes'"),
         ("1 a b\n", "line 1: .* has 3 fields; expected was 'ENROL TEST SCORE"),
     ],

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_ram.verification import fields
 from speechbrain_ram.verification import trials as module
 from speechbrain_ram.verification.scores import read_scores, write_scores
 from speechbrain_ram.verification.trials import (
@@ -168,7 +170,7 @@ def test_errors_name_file_line_text_and_expectation(
 
 
 def test_a_late_error_is_found_in_its_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(fields, "_CHUNK", 4)
     lines = ["1 a b\n"] * 11 + ["maybe a b\n"]
     with pytest.raises(TrialError, match="line 12: 'maybe a b'"):
         read_trials(write(tmp_path, "".join(lines)))
@@ -193,11 +195,27 @@ def test_old_line_ends_and_marks_are_no_part_of_a_name(tmp_path):
 
 def test_folders_and_packed_lists_are_refused(tmp_path):
     for read in (read_trials, read_models):
-        with pytest.raises(TrialError, match="cannot be read: Is a directory"):
+        with pytest.raises(TrialError, match="is not a regular file"):
             read(tmp_path)
     packed = write(tmp_path, gzip.compress(b"1 a b\n0 a c\n"), "trials.gz")
     with pytest.raises(TrialError, match="line 1: not text in UTF-8"):
         read_trials(packed)
+
+
+def test_a_line_without_an_end_is_refused_in_little_memory(tmp_path):
+    path = write(tmp_path, "")
+    with open(path, "r+b") as file:
+        file.truncate(3 * 2**30)  # NUL bytes that take no room on the disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (read_trials, read_models):
+        with pytest.raises(TrialError, match="trials.txt' has a line of over"):
+            read(path)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) / 2**10 < 100  # MB
+    long = write(tmp_path, "1 a b\n0 " + "c" * 10**6 + "\n")
+    with pytest.raises(TrialError, match="line 2: '0 ccc") as caught:
+        read_trials(long)
+    assert len(str(caught.value)) < 1000
 
 
 def test_missing_files_are_named(tmp_path):
@@ -269,7 +287,8 @@ def test_writing_and_reading_back(tmp_path_factory, wanted):
 
 
 def test_chunks_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    for each in (fields, module):
+        monkeypatch.setattr(each, "_CHUNK", 7)
     wanted = [(f"e{i % 5}", f"t{i * i % 11}", i % 2) for i in range(50)]
     path = write(tmp_path, "".join(f"{y} {e} {t}\n" for e, t, y in wanted))
     trials = read_trials(path)
@@ -398,7 +417,7 @@ def test_spaces_and_tabs_between_fields(tmp_path, line, spaces, first):
 
 def test_long_lists_between_tabs(tmp_path, monkeypatch):
     """In chunks as other lists; a bad line in a later one is found."""
-    monkeypatch.setattr("speechbrain_ram.verification.trials._CHUNK", 3)
+    monkeypatch.setattr("speechbrain_ram.verification.fields._CHUNK", 3)
     expected = [(f"a {i}.wav", f"b{i % 4}.wav", i % 2) for i in range(8)]
     text = "".join(f"{y}\t{e}\t{t}\n" for e, t, y in expected)
     assert rows(read_trials(write(tmp_path, text))) == expected
