@@ -45,7 +45,7 @@ setup(
     ],
     package_dir=RECIPES,
     package_data={
-        "speechbrain_ram": ["py.typed", "*/*.html"],
+        "speechbrain_ram": ["py.typed", "*/*.html", "*/*.md"],
         "speechbrain_ram.hparams": ["*.yaml"],
         **{
             name: ["*.md", "*.tsv", "*.txt", "hparams/*.yaml"]

@@ -20,6 +20,9 @@ import torch
 from speechbrain.lobes.features import Fbank
 from speechbrain.utils.autocast import fwd_default_precision
 
+#: Length of the Fourier transform in the front-end called "fbank".
+FBANK_N_FFT = 512
+
 #: Kaldi never takes the logarithm of less than float32's machine epsilon.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
 
@@ -195,26 +198,10 @@ class KaldiFbank(torch.nn.Module):
 def mirrored(
     start: int, stop: int, samples: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Indices into a recording that goes on past its ends as in mirrors.
+    """Indices [stop - start] into a recording that is mirrored at its ends.
 
-    Arguments
-    ---------
-    start, stop : int
-        Positions wanted; those below 0 or from `samples` on are outside.
-    samples : int
-        Length of the recording, however short.
-    device : torch.device
-        Where the indices are needed.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [stop - start], each in [0, samples).
-
-    Example
-    -------
-    >>> mirrored(-2, 8, samples=3)
-    tensor([1, 0, 0, 1, 2, 2, 1, 0, 0, 1])
+    Positions below 0 or from `samples` on are outside of it; every index is in
+    [0, samples), however short the recording.
     """
     index = torch.arange(start, stop, device=device)
     # A tensor of moduli: the ONNX exporter refuses a symbolic number.
@@ -254,7 +241,7 @@ def make_front_end(
     torch.Size([2, 101, 80])
     """
     if name == "fbank":
-        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=512)
+        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=FBANK_N_FFT)
     if name == "kaldi":
         return KaldiFbank(n_mels=n_mels, sample_rate=sample_rate)
     raise ValueError(
@@ -266,20 +253,8 @@ def make_front_end(
 def windowed_dft(window: int, n_fft: int) -> torch.Tensor:
     """Povey window and discrete Fourier transform as one matrix.
 
-    The Nyquist bin is left out: Kaldi's triangles never reach it.
-
-    Arguments
-    ---------
-    window : int
-        Samples a frame.
-    n_fft : int
-        Length of the transform, at least `window`.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [window, n_fft], float32: cosines of bins 0 to n_fft/2 - 1,
-        then their sines.
+    [window, n_fft], float32: cosines of bins 0 to n_fft / 2 - 1, then their
+    sines. The Nyquist bin is left out: Kaldi's triangles never reach it.
     """
     taper = torch.hann_window(window, periodic=False, dtype=torch.float64)
     time = torch.arange(window, dtype=torch.float64)
@@ -300,28 +275,9 @@ def mel_triangles(
     low_freq: float,
     high_freq: float,
 ) -> torch.Tensor:
-    """Triangular filters, equally wide on the Mel scale, without gaps.
+    """Triangles equally wide on the Mel scale, [n_fft / 2, n_mels], float32.
 
-    Arguments
-    ---------
-    n_mels : int
-        Number of filters.
-    n_fft : int
-        Length of the Fourier transform.
-    sample_rate : int
-        In Hz.
-    low_freq, high_freq : float
-        In Hz; a `high_freq` of 0 or less counts down from Nyquist.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [n_fft / 2, n_mels], float32.
-
-    Raises
-    ------
-    ValueError
-        The frequencies are not 0 <= low < high <= Nyquist.
+    A `high_freq` of 0 or less counts down from Nyquist.
     """
     nyquist = sample_rate / 2
     top = high_freq if high_freq > 0 else nyquist + high_freq

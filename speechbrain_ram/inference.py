@@ -44,28 +44,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known about two recordings.
+    """What is known about two recordings."""
 
-    Arguments
-    ---------
-    score : float
-        Cosine of their embeddings, in [-1, 1].
-    threshold : float
-        Scores from here on count as one speaker.
-    same_speaker : bool
-        The decision.
-    llr : float, optional
-        Natural log-likelihood ratio, where the encoder is calibrated: above 0
-        the recordings speak for one speaker.
-    targets_below, nontargets_above : float, optional
-        Share of the development list's same-speaker pairs that scored lower,
-        and of its different-speaker pairs that scored higher.
-    """
-
-    score: float
-    threshold: float
+    score: float  # cosine of their embeddings
+    threshold: float  # scores from here on count as one speaker
     same_speaker: bool
+    #: Natural log-likelihood ratio, where the encoder is calibrated: above 0
+    #: the recordings speak for one speaker.
     llr: float | None = None
+    #: Share of the development list's same-speaker pairs that scored lower,
+    #: and of its different-speaker pairs that scored higher.
     targets_below: float | None = None
     nontargets_above: float | None = None
 

@@ -48,34 +48,11 @@ _DROPPED = 1e4
 def real_margin_logits(
     logits: torch.Tensor, one_hot: torch.Tensor, form: str = "paper"
 ) -> torch.Tensor:
-    """Turn logits with a trivial margin into logits with a real one.
+    """Turn logits with a trivial margin into logits with a real one, [N, C].
 
-    The softmax cross-entropy of the result is the loss of the named form.
-    For ``paper`` this is ``torch.maximum(logits, a)``, where `a` is the
-    target's logit.
-
-    Arguments
-    ---------
-    logits : torch.Tensor
-        Shape [N, C]: s c_j, and `a` (margin already taken off) at the target.
-    one_hot : torch.Tensor
-        Shape [N, C]: 1 at the target, 0 elsewhere.
-    form : str
-        'paper', 'released' or 'hinge'; see the module's table.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [N, C], finite. A tie at the margin counts as satisfied.
-
-    Example
-    -------
-    >>> logits = torch.tensor([[2.0, 1.0, 5.0]])  # class 1 is satisfied
-    >>> one_hot = torch.tensor([[1.0, 0.0, 0.0]])
-    >>> real_margin_logits(logits, one_hot)
-    tensor([[2., 2., 5.]])
-    >>> real_margin_logits(logits, one_hot, "released")
-    tensor([[2., 0., 5.]])
+    The softmax cross-entropy of the result is the loss of the named form. The
+    target's logit has the margin taken off already; a tie with it counts as
+    satisfied. All results are finite.
     """
     target = (logits * one_hot).sum(dim=1, keepdim=True)  # a, [N, 1]
     if form == "paper":

@@ -19,15 +19,7 @@ STRIDES = (1, 2, 2, 2)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., arXiv 1512.03385).
-
-    Arguments
-    ---------
-    in_channels, out_channels : int
-        Channels before and after.
-    stride : int
-        Of the first convolution, in time and frequency.
-    """
+    """Two 3x3 convolutions and a shortcut (He et al., arXiv 1512.03385)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
@@ -50,12 +42,9 @@ class BasicBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Map [B, C, F, T] to [B, C', F', T'].
-
-        `mask`, [B, 1, 1, T'], is 0 at padded frames of the output: they are
-        held at 0, which is what a convolution sees past the end of an
-        utterance that is alone.
-        """
+        """Map [B, C, F, T] to [B, C', F', T']; `mask` is [B, 1, 1, T']."""
+        # Padded frames are held at 0, which is what a convolution sees past
+        # the end of an utterance that is alone.
         out = self.relu(self.norm1(self.conv1(x)))
         if mask is not None:
             out = out * mask
@@ -205,27 +194,11 @@ def _time_mask(
 
 
 def valid_frames(lengths: torch.Tensor, n_frames: int) -> torch.Tensor:
-    """Count the frames of each utterance that are not padding.
+    """Count the frames of each utterance that are not padding, int64 [B].
 
-    The rule is that of SpeechBrain's ``InputNormalization``: frame i is valid
-    when i < lengths * n_frames, less a millionth for rounding.
-
-    Arguments
-    ---------
-    lengths : torch.Tensor
-        Shape [B], relative to the longest, in (0, 1].
-    n_frames : int
-        Frames of the padded batch.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [B], int64, each in [1, n_frames].
-
-    Example
-    -------
-    >>> valid_frames(torch.tensor([0.25, 0.6, 1.0]), 10)
-    tensor([ 3,  6, 10])
+    `lengths` are relative to the longest. The rule is that of SpeechBrain's
+    ``InputNormalization``: frame i is valid when i < lengths * n_frames, less
+    a millionth for rounding.
     """
     frames = torch.ceil(lengths * n_frames - 1e-6).long()
     return frames.clamp(1, n_frames)
@@ -237,17 +210,6 @@ class StatisticsPooling(torch.nn.Module):
     The deviation is the population's, sqrt(max(mean((x - mu)^2), eps)), so
     that one frame gives a number and a constant signal a finite gradient.
     Computed in float32 under autocast.
-
-    Arguments
-    ---------
-    eps : float
-        The least variance.
-
-    Example
-    -------
-    >>> x = torch.tensor([[[1.0, 3.0, 100.0]]])  # [B, C, T]
-    >>> StatisticsPooling()(x, torch.tensor([2]))
-    tensor([[2., 1.]])
     """
 
     def __init__(self, eps: float = 1e-7):
@@ -257,19 +219,9 @@ class StatisticsPooling(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, frames: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Pool over the last axis.
+        """Pool [B, C, T] over T to [B, 2 C]: means, then deviations.
 
-        Arguments
-        ---------
-        x : torch.Tensor
-            Shape [B, C, T].
-        frames : torch.Tensor
-            Shape [B], the valid frames of each; None when all are.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [B, 2 C]: means, then standard deviations.
+        `frames` [B] are the valid ones of each; None when all are.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x if x.dtype == torch.float64 else x.float()

@@ -17,6 +17,7 @@ from speechbrain_ram.features import (
     KaldiFbank,
     make_front_end,
     mel_triangles,
+    mirrored,
 )
 
 SPEECH = os.environ.get("SPEECHOCEAN762")
@@ -81,6 +82,11 @@ def test_edges_are_mirrored_with_the_edge_sample_repeated():
     last = torch.cat([wav[5 * 160 - 120 :], wav[-80:].flip(0)]).numpy()
     np.testing.assert_allclose(feats[0], _kaldi_frame(first), atol=1e-4)
     np.testing.assert_allclose(feats[5], _kaldi_frame(last), atol=1e-4)
+
+
+def test_a_recording_shorter_than_its_margin_is_mirrored_again():
+    expected = [1, 0, 0, 1, 2, 2, 1, 0, 0, 1]
+    assert mirrored(-2, 8, samples=3).tolist() == expected
 
 
 @pytest.mark.parametrize("snip_edges", [True, False])

@@ -352,7 +352,7 @@ def info(folder, database):
     \b
     speechbrain-ram info -e ENCODER -d people.db
     """
-    from speechbrain_ram.export.folder import FACTS
+    from speechbrain_ram.export.card import FACTS
 
     encoder = load_encoder(folder)
     told = encoder.facts

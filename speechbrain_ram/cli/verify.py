@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from speechbrain_ram.cli.verify_options import REPLICATES, parse
-from speechbrain_ram.corpora.folder import kaldi_parts
+from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.manifest import (
     Utterance,
     embedding_names,

@@ -24,7 +24,9 @@ import soundfile
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from speechbrain_ram.data.audio import AudioError, audio_info, read_audio
+from speechbrain_ram.corpora.convert import frames_of
+from speechbrain_ram.corpora.folder import write_split
+from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -32,8 +34,6 @@ from speechbrain_ram.data.manifest import (
     check_outside,
     check_overlap,
     find_recordings,
-    split_by_utterance,
-    write_manifest,
 )
 from speechbrain_ram.data.names import read_text
 from speechbrain_ram.utils import atomic_path, first_ten
@@ -119,6 +119,39 @@ def prepare_cnceleb(
     trials = {
         name: _read_protocol(first, name) for name in ("concat", "average")
     }
+    recordings = _training_recordings(data_root, parts, trials)
+    rows = build_manifest(
+        data_root,
+        recordings,
+        cache=output_dir / "headers.cache",
+        sample_rate=sample_rate,
+        resample=resample,
+        mixdown=mixdown,
+        min_duration=min_duration,
+        verify=verify,
+        skipped_list=output_dir / "skipped.txt" if skip_bad else None,
+        workers=workers,
+    )
+    if join_below is not None:
+        rows = join_short(
+            rows,
+            data_root,
+            output_dir / "joined",
+            join_below,
+            _genre,
+            sample_rate,
+            resample,
+            mixdown,
+        )
+    manifests = write_split(rows, output_dir, valid_fraction, seed)
+    prefix = os.path.relpath(first, data_root)
+    for name, each in trials.items():
+        _write_protocol(each, name, prefix, output_dir)
+    return manifests
+
+
+def _training_recordings(data_root, parts, trials) -> list[tuple[str, str]]:
+    """List (path, speaker) of all parts; no tested speaker is in them."""
     recordings: list[tuple[str, str]] = []
     listed: dict[str, str] = {}
     for name, (folder, speaker_list) in parts.items():
@@ -146,38 +179,7 @@ def prepare_cnceleb(
             *found,
             *_PAPER,
         )
-
-    rows = build_manifest(
-        data_root,
-        recordings,
-        cache=output_dir / "headers.cache",
-        sample_rate=sample_rate,
-        resample=resample,
-        mixdown=mixdown,
-        min_duration=min_duration,
-        verify=verify,
-        skipped_list=output_dir / "skipped.txt" if skip_bad else None,
-        workers=workers,
-    )
-    if join_below is not None:
-        rows = join_short(
-            rows,
-            data_root,
-            output_dir / "joined",
-            join_below,
-            _genre,
-            sample_rate,
-            resample,
-            mixdown,
-        )
-    train, valid = split_by_utterance(rows, valid_fraction, seed)
-    train_csv, valid_csv = output_dir / "train.csv", output_dir / "valid.csv"
-    write_manifest(train, train_csv)
-    write_manifest(valid, valid_csv)
-    prefix = os.path.relpath(first, data_root)
-    for name, each in trials.items():
-        _write_protocol(each, name, prefix, output_dir)
-    return train_csv, valid_csv
+    return recordings
 
 
 def _corpus_folder(data_root: Path, name: str, output_dir: Path) -> Path:
@@ -248,10 +250,7 @@ def _genre(name: str) -> str:
 
 
 def _read_protocol(folder: Path, name: str) -> TrialList:
-    """Read the evaluation trials, enrolled in one of the two ways.
-
-    The paths are relative to the corpus folder; every file is there.
-    """
+    """Read the evaluation trials, enrolled in one of the two ways."""
     lists = folder / "eval" / "lists"
     file_name = {"concat": "enroll.lst", "average": "enroll.map"}[name]
     models = read_models(lists / file_name)
@@ -337,36 +336,12 @@ def join_short(
     resample: bool = False,
     mixdown: bool = False,
 ) -> list[Utterance]:
-    """Join the utterances that are shorter than a length.
+    """Join the utterances that are shorter than `join_below` seconds.
 
     Short utterances of one speaker and kind are taken in order and joined
     until they last `join_below`; what is left at the end goes to the last
-    group. Long utterances stay where they are, and so does a short one that
-    finds no partner. Files that are there already are not written again.
-
-    Arguments
-    ---------
-    rows : iterable of Utterance
-        Whole recordings.
-    data_root : path
-        The corpus folder.
-    output_dir : path
-        Takes the joined FLAC files, ``SPEAKER/NAME-join3.flac``.
-    join_below : float
-        Seconds.
-    kind_of : callable
-        From an utterance's ID to its kind; only one kind is joined.
-    sample_rate : int
-        In Hz, of the joined ones.
-    resample, mixdown : bool
-        Whether recordings of another rate, or of several channels, are joined
-        too.
-
-    Returns
-    -------
-    list of Utterance
-        Of joined and other utterances. ``wav`` of the joined ones is an
-        absolute path.
+    group. One that finds no partner stays as it is. The joined ones are FLAC
+    files ``OUTPUT_DIR/SPEAKER/NAME-join3.flac``, written once.
     """
     kept: list[Utterance] = []
     groups: dict[tuple[str, str], list[list[Utterance]]] = {}
@@ -393,7 +368,7 @@ def join_short(
         stem = os.path.splitext(os.path.basename(group[0].id))[0]
         name = f"{group[0].spk_id}/{stem}-join{len(group)}.flac"
         path = output_dir / name
-        frames = _frames(path)
+        frames = frames_of(path)
         expected = sum(row.duration for row in group) * sample_rate
         if abs(frames - expected) > len(group):  # each may be rounded
             samples = np.concatenate(
@@ -413,14 +388,6 @@ def join_short(
         written = pool.map(write, joined)
         bar = tqdm(written, total=len(joined), desc="Joining", unit="file")
         return kept + list(bar)
-
-
-def _frames(path: Path) -> int:
-    """Of a recording that may be missing or damaged: then none."""
-    try:
-        return audio_info(path).frames
-    except AudioError:
-        return 0
 
 
 def _write(path: Path, samples: np.ndarray, sample_rate: int) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import torch
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import AUDIO_EXTENSIONS, Audio, AudioError
@@ -40,21 +41,11 @@ _CHUNK = 64  # files a task
 
 
 class Conversion(NamedTuple):
-    """What a conversion came to.
+    """What a conversion came to."""
 
-    Arguments
-    ---------
-    converted : int
-        Files written by this call.
-    skipped : int
-        Files that were there already.
-    broken : list of str
-        ``PATH: reason`` of those that cannot be decoded.
-    """
-
-    converted: int
-    skipped: int
-    broken: list[str]
+    converted: int  # files written by this call
+    skipped: int  # that were there already
+    broken: list[str]  # PATH: reason, of those that cannot be decoded
 
 
 def convert_tree(
@@ -66,32 +57,9 @@ def convert_tree(
 ) -> Conversion:
     """Convert every recording below a folder to 16-bit mono files.
 
-    Arguments
-    ---------
-    source : path
-        Never written to.
-    destination : path
-        Gets the same folders and names, with another ending, and
-        ``broken.txt`` when files cannot be decoded.
-    to : str
-        'flac' or 'wav'.
-    sample_rate : int
-        In Hz, of the new files.
-    workers : int, optional
-        Processes; one a processor by default.
-
-    Returns
-    -------
-    Conversion
-
-    Raises
-    ------
-    ManifestError
-        The source is missing or has nothing to convert, two of its files
-        would become one, or the destination lies within it.
-    OSError
-        The disk is full, or the destination cannot be written. What is
-        complete stays, and a rerun continues.
+    `destination` gets the same folders and names, with another ending, and
+    ``broken.txt``, which lists what cannot be decoded. What is complete stays
+    where an error ends the work, and a rerun goes on from there.
     """
     if to not in FORMATS:
         raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")
@@ -155,13 +123,12 @@ def _convert_chunk(task: tuple) -> list[str]:
             outcomes.append("skipped")
             continue
         try:
-            waveform = audio.read(os.path.join(source, name)).numpy()
+            windows = audio.windows(os.path.join(source, name))
+            _write_checked(target, windows, sample_rate, to)
         except AudioError as error:
             outcomes.append(f"{name}: {error}")
-            continue
-        samples = (waveform * 32768).round().clip(-32768, 32767)
-        _write_checked(target, samples.astype(np.int16), sample_rate, to)
-        outcomes.append("converted")
+        else:
+            outcomes.append("converted")
     return outcomes
 
 
@@ -174,20 +141,22 @@ def _is_complete(path: Path, sample_rate: int) -> bool:
 
 
 def _write_checked(
-    target: Path, samples: np.ndarray, sample_rate: int, to: str
+    target: Path, windows: Iterator[torch.Tensor], sample_rate: int, to: str
 ) -> None:
     """Write, read the header back, rename; leave nothing half-written."""
     with atomic_path(target) as temporary:
+        frames = 0
         try:
-            soundfile.write(
-                temporary,
-                samples,
-                sample_rate,
-                format=FORMATS[to],
-                subtype="PCM_16",
-            )
-            complete = Audio().info(temporary).frames == len(samples)
-        except (soundfile.SoundFileError, AudioError):
+            with soundfile.SoundFile(
+                temporary, "w", sample_rate, 1, "PCM_16", format=FORMATS[to]
+            ) as file:
+                for window in windows:
+                    samples = (window.numpy() * 32768).round()
+                    samples = samples.clip(-32768, 32767).astype(np.int16)
+                    file.write(samples)
+                    frames += len(samples)
+            complete = frames_of(temporary) == frames
+        except soundfile.SoundFileError:
             complete = False  # libsndfile does not say why
         if not complete:
             raise OSError(
@@ -197,3 +166,11 @@ def _write_checked(
                 "finished files are kept",
                 str(target),
             )
+
+
+def frames_of(path: Path) -> int:
+    """Samples of a recording, 0 where it is missing or damaged."""
+    try:
+        return Audio().info(path).frames
+    except AudioError:
+        return 0

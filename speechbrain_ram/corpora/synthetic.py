@@ -30,6 +30,7 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_folder
 
 SAMPLE_RATE = 16000
@@ -60,19 +61,11 @@ _BANDWIDTHS = np.array([70.0, 100.0, 140.0, 200.0, 260.0])
 
 
 class SyntheticCorpus(NamedTuple):
-    """Where the parts of a synthetic corpus lie.
+    """Where the parts of a synthetic corpus lie."""
 
-    Arguments
-    ---------
-    train_root, test_root : pathlib.Path
-        Folders of speakers.
-    trials : pathlib.Path
-        Trial list in VoxCeleb's form; paths are relative to `test_root`.
-    """
-
-    train_root: Path
+    train_root: Path  # of folders of speakers
     test_root: Path
-    trials: Path
+    trials: Path  # in VoxCeleb's form, relative to `test_root`
 
 
 class _Voice(NamedTuple):
@@ -163,7 +156,7 @@ def make_synthetic(
     try:
         with atomic_folder(output_dir) as temporary:
             _write_corpus(temporary, settings)
-    except OSError:  # somebody else was faster, or there is no space
+    except OSError:  # another process was faster, or the disk is full
         if not _already_made(output_dir, settings):
             raise
     return _parts(output_dir)
@@ -180,16 +173,22 @@ def _already_made(folder: Path, settings: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     stamp = folder / "synthetic.json"
-    found = json.loads(stamp.read_text()) if stamp.is_file() else None
+    try:
+        found = read_json(stamp) if stamp.exists() else None
+    except (OSError, ValueError) as error:
+        raise ManifestError(
+            f"'{stamp}' does not say which corpus this is: {error} Choose "
+            "another folder, or remove this one."
+        ) from error
     if found == settings:
         return True
-    if found is None:
+    if not isinstance(found, dict):
         raise ManifestError(
             f"'{folder}' is not empty and holds no synthetic corpus. Choose "
             "another folder for it."
         )
     changed = {
-        key: f"{found.get(key)} there, {value} wanted"
+        key: f"{found.get(key)!r:.40} there, {value} wanted"
         for key, value in settings.items()
         if found.get(key) != value
     }
@@ -334,15 +333,12 @@ def _resonances(formants: np.ndarray) -> np.ndarray:
 
 
 def _equaliser(generator, low_tilt: float = -3, high_tilt: float = 3):
-    """A random smooth curve in dB over the bins: microphone, room, codec.
-
-    Like any microphone it takes in nothing below 60 Hz; pulses have an
-    offset there that voices have not.
-    """
+    """A random smooth curve in dB over the bins: microphone, room, codec."""
     octaves = np.log2(np.maximum(_FREQUENCIES, 100) / 100)
     curve = generator.uniform(low_tilt, high_tilt) * octaves
     knots = np.linspace(0, octaves[-1], 9)
     curve += np.interp(octaves, knots, generator.normal(0, 5, 9))
+    # Pulses have an offset that voices have not, and no microphone takes in.
     return np.where(_FREQUENCIES < 60, -100, curve)
 
 

@@ -25,14 +25,13 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.corpora.folder import write_split
 from speechbrain_ram.data.manifest import (
     ManifestError,
     build_manifest,
     check_outside,
     check_overlap,
     find_recordings,
-    split_by_utterance,
-    write_manifest,
 )
 from speechbrain_ram.data.names import read_text
 from speechbrain_ram.utils import first_ten
@@ -57,7 +56,7 @@ LISTS = {
 #: Where VoxCeleb's makers publish the lists.
 LISTS_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/"
 
-_SPEAKER = re.compile(r"id\d{5}$")
+_SPEAKER = re.compile(r"id[0-9]{5}\Z")
 _VOXCELEB2_DEV = (5994, 1092009)  # speakers, utterances
 
 
@@ -91,7 +90,7 @@ def prepare_voxceleb(
     ---------
     train_root : path
         VoxCeleb2, converted to WAV or FLAC; its ``test`` folder is left out.
-        VoxCeleb1 does as well, for tests on list O.
+        VoxCeleb1 is possible too, for tests on list O.
     test_root : path
         VoxCeleb1: ``wav/`` with both archives in it, or ``dev/wav/`` and
         ``test/wav/``. List O needs the test archive only.
@@ -138,22 +137,8 @@ def prepare_voxceleb(
     for name in lists:
         path = _find_list(name, cleaned, test_root, lists_folder)
         trials[name] = _locate(read_trials(path), test_root, path)
-
     recordings = _training_recordings(train_root)
-    speakers = {speaker for _, speaker in recordings}
-    for name, each in trials.items():
-        tested = {_speaker_of(u) for u in each.utterances}
-        if drop_test_speakers:
-            recordings = [r for r in recordings if r[1] not in tested]
-            continue
-        check_overlap(
-            speakers,
-            tested,
-            f"VoxCeleb1-{name}",
-            "VoxCeleb1-E and -H test all of VoxCeleb1: train on VoxCeleb2 "
-            "for them. For list O leave its 40 speakers out "
-            "(`--drop_test_speakers True`).",
-        )
+    recordings = _without_tested(recordings, trials, drop_test_speakers)
     if sitw_root is not None:
         folders = _list_folders(test_root, lists_folder)
         recordings = _without_sitw(recordings, sitw_overlap, folders)
@@ -172,35 +157,17 @@ def prepare_voxceleb(
         workers=workers,
     )
     _compare_with_voxceleb2({row.spk_id for row in rows}, len(rows))
-    train, valid = split_by_utterance(rows, valid_fraction, seed)
-    train_csv, valid_csv = output_dir / "train.csv", output_dir / "valid.csv"
-    write_manifest(train, train_csv)
-    write_manifest(valid, valid_csv)
+    manifests = write_split(rows, output_dir, valid_fraction, seed)
     for name, each in trials.items():
         suffix = "" if cleaned else "-original"
         write_trials(each, output_dir / f"vox1-{name}{suffix}.txt")
-    return train_csv, valid_csv
+    return manifests
 
 
 def find_speaker_folders(root: str | os.PathLike) -> list[str]:
-    """Find the folders that hold folders of speakers (``idXXXXX``).
+    """Folders that hold folders of speakers (``idXXXXX``), relative to `root`.
 
-    Arguments
-    ---------
-    root : path
-        Where to look, three folders deep.
-
-    Returns
-    -------
-    list of str
-        Relative to `root`, sorted; '' is `root` itself.
-
-    Example
-    -------
-    >>> root = getfixture("tmp_path")
-    >>> (root / "dev" / "wav" / "id10001").mkdir(parents=True)
-    >>> find_speaker_folders(root)
-    ['dev/wav']
+    It looks three folders deep; '' is `root` itself.
     """
     found, level = [], [""]
     for _ in range(4):
@@ -262,6 +229,24 @@ def _training_recordings(root: Path) -> list[tuple[str, str]]:
     return sorted(chosen.values())
 
 
+def _without_tested(recordings, trials, drop) -> list[tuple[str, str]]:
+    """Leave out speakers of the trial lists, or raise where there are some."""
+    for name, each in trials.items():
+        tested = {_speaker_of(u) for u in each.utterances}
+        if drop:
+            recordings = [r for r in recordings if r[1] not in tested]
+            continue
+        check_overlap(
+            {speaker for _, speaker in recordings},
+            tested,
+            f"VoxCeleb1-{name}",
+            "VoxCeleb1-E and -H test all of VoxCeleb1: train on VoxCeleb2 "
+            "for them. For list O leave its 40 speakers out "
+            "(`--drop_test_speakers True`).",
+        )
+    return recordings
+
+
 def _is_m4a(name: str) -> bool:
     return name.lower().endswith(".m4a")
 
@@ -283,7 +268,7 @@ def _compare_with_voxceleb2(speakers: set[str], utterances: int) -> None:
 def _without_sitw(recordings, sitw_overlap, folders) -> list[tuple[str, str]]:
     """Leave out VoxCeleb1 speakers who are in SITW."""
     if all(speaker < "id10000" for _, speaker in recordings):
-        return recordings  # VoxCeleb2 dev: nobody in common with SITW
+        return recordings  # VoxCeleb2 dev shares no speaker with SITW
     if sitw_overlap is None:
         raise ManifestError(
             "Training has VoxCeleb1 speakers, 60 of whom are also in SITW "
@@ -308,9 +293,14 @@ def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
     for folder in (path.parent, *folders):
         meta = folder / "vox1_meta.csv"
         if meta.is_file():
-            for line in read_text(meta).splitlines():
+            for number, line in enumerate(read_text(meta).split("\n"), 1):
                 fields = re.split(r"[\t, ]+", line)  # both are about
                 if _SPEAKER.match(fields[0]):
+                    if len(fields) < 2:
+                        raise ManifestError(
+                            f"'{meta}', line {number}: '{fields[0]}' has no "
+                            "name. Is it VoxCeleb1's vox1_meta.csv?"
+                        )
                     id_of[fields[1]] = fields[0]
             break
     strangers = [each for each in listed if each not in id_of]
@@ -408,34 +398,10 @@ def prepare_sitw(
     parts: Sequence[str] = ("dev", "eval"),
     suffix: str | None = None,
 ) -> dict[str, Path]:
-    """Write the core-core trials in VoxCeleb's form.
+    """Write ``sitw-dev.txt`` and ``sitw-eval.txt``, relative to `sitw_root`.
 
-    Each model of the core condition is one recording, so that model names
-    give way to paths.
-
-    Arguments
-    ---------
-    sitw_root : path
-        The folder with ``dev`` and ``eval``.
-    output_dir : path
-        Takes ``sitw-dev.txt`` and ``sitw-eval.txt``, whose paths are relative
-        to `sitw_root`.
-    parts : sequence of str
-        Which of the two.
-    suffix : str, optional
-        Ending of the recordings where they were converted, such as '.wav'.
-
-    Returns
-    -------
-    dict
-        Part -> trial list.
-
-    Raises
-    ------
-    ManifestError
-        A missing folder, or an enrolment that is not one recording.
-    TrialError
-        Missing or wrong lists, or lists naming files that are not there.
+    Each model of the core condition is one recording, whose path takes the
+    place of the model's name. `suffix` is the ending of converted recordings.
     """
     root, output_dir = Path(sitw_root), Path(output_dir)
     check_outside(output_dir, root)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -118,12 +118,7 @@ class Audio:
                 wanted = _within(path, start, stop, frames) - start
                 if start:
                     decoder.seek(start)
-                data = _mono(decoder, wanted)
-        if len(data) < wanted:
-            raise AudioError(
-                f"'{path}' is truncated: its header promises {wanted} "
-                f"samples, {len(data)} could be read. Was a copy interrupted?"
-            )
+                data = _decoded(path, decoder, wanted)
         return self._checked(data, rate, path)
 
     def windows(
@@ -131,8 +126,26 @@ class Audio:
     ) -> Iterator[torch.Tensor]:
         """Read a recording in equal windows, so that memory is bounded."""
         info = self.info(path)
-        for start, stop in cut(0, info.frames, info.sample_rate, seconds):
-            yield self.read(path, start, stop)
+        bounds = cut(0, info.frames, info.sample_rate, seconds)
+        with opened(path) as file:
+            if containers.is_container(file.head):
+                self.check(path, info.channels, info.sample_rate)
+                ratio = self.sample_rate / info.sample_rate
+                for samples in containers.stream(
+                    path,
+                    self.sample_rate,
+                    stop=round(info.frames * ratio),
+                    least=round(seconds * self.sample_rate),
+                ):
+                    yield _from_16_bit(samples)
+                return
+            samples = find_samples(path, file.number, file.size, file.head)
+            with decoder_of(file, samples) as (decoder, _):
+                self.check(path, decoder.channels, decoder.samplerate)
+                blocks = (_decoded(path, decoder, b - a) for a, b in bounds)
+                yield from self._converted(
+                    blocks, len(bounds), decoder.samplerate, path
+                )
 
     def convert(
         self,
@@ -162,6 +175,38 @@ class Audio:
         import torchaudio.functional  # slow to import and seldom needed
 
         return torchaudio.functional.resample(waveform, rate, self.sample_rate)
+
+    def _converted(
+        self,
+        blocks: Iterable[np.ndarray],
+        count: int,
+        rate: int,
+        path: str | os.PathLike,
+    ) -> Iterator[torch.Tensor]:
+        """What :meth:`_checked` makes of all `count` blocks at once.
+
+        Bit for bit, as long as blocks last seconds: the filter between two
+        rates sees `margin` samples of the neighbours.
+        """
+        common = math.gcd(rate, self.sample_rate)
+        old, new = rate // common, self.sample_rate // common
+        # torchaudio's: six zero crossings of a sinc at 0.99 of the lower rate.
+        width = math.ceil(6 * old / (0.99 * min(old, new)))
+        margin = 0 if old == new else (width // old + 2) * old
+        held, sent = None, 0
+        for left, block in zip(range(count - 1, -1, -1), blocks, strict=True):
+            held = block if held is None else np.concatenate([held, block])
+            end = (len(held) - margin) // old * old if left else len(held)
+            if end <= sent:
+                continue
+            waveform = self._checked(
+                held[: end + margin if left else None], rate, path
+            )
+            yield waveform[
+                sent // old * new : end // old * new if left else None
+            ]
+            keep = max(end - margin, 0)
+            held, sent = held[keep:], end - keep
 
     def check(self, path: str | os.PathLike, channels: int, rate: int) -> None:
         """Refuse several channels or another rate where that is not allowed.
@@ -292,16 +337,27 @@ def pad_waveforms(
     return padded, lens
 
 
-def _mono(decoder: soundfile.SoundFile, wanted: int) -> np.ndarray:
-    """Read up to so many samples; channels are averaged block by block."""
+def _decoded(
+    path: str | os.PathLike, decoder: soundfile.SoundFile, wanted: int
+) -> np.ndarray:
+    """The next samples of a decoder; channels are averaged block by block."""
     if decoder.channels == 1:
-        return decoder.read(wanted, dtype="float32")
-    samples, have = np.empty(wanted, np.float32), 0
-    size = BLOCK // decoder.channels
-    while len(block := decoder.read(min(size, wanted - have), dtype="float32")):
-        block.mean(axis=1, out=samples[have : have + len(block)])
-        have += len(block)
-    return samples[:have]
+        samples = decoder.read(wanted, dtype="float32")
+        have = len(samples)
+    else:
+        samples, have = np.empty(wanted, np.float32), 0
+        size = BLOCK // decoder.channels
+        while len(
+            block := decoder.read(min(size, wanted - have), dtype="float32")
+        ):
+            block.mean(axis=1, out=samples[have : have + len(block)])
+            have += len(block)
+    if have < wanted:
+        raise AudioError(
+            f"'{path}' is truncated: its header promises {wanted} samples, "
+            f"{have} could be read. Was a copy interrupted?"
+        )
+    return samples
 
 
 def _from_16_bit(samples: np.ndarray) -> torch.Tensor:

@@ -8,6 +8,7 @@ brings its own FFmpeg); nothing else is ever handed to FFmpeg.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -72,36 +73,52 @@ def decode(
     AudioError where less is there than was asked for or than the container
     says.
     """
-    wanted = None if stop is None else stop - start
-    pieces, have = [], 0
-    with _opened(path) as (container, stream):
+    return np.concatenate(list(stream(path, sample_rate, start, stop)))
+
+
+def stream(
+    path: str | os.PathLike,
+    sample_rate: int,
+    start: int = 0,
+    stop: int | None = None,
+    least: int = 1,
+) -> Iterator[np.ndarray]:
+    """As :func:`decode`, in pieces of at least so many samples but the last."""
+    wanted = sys.maxsize if stop is None else stop - start
+    pieces, waiting, have = [], 0, 0
+    with _opened(path) as (container, sound):
         import av  # there, or _opened would have said so
 
         promised = stop and stop / sample_rate
-        if stop is None and stream.duration is not None:
-            promised = float(stream.duration * stream.time_base)
-        frames, begin = _frames_from(container, stream, start / sample_rate)
+        if stop is None and sound.duration is not None:
+            promised = float(sound.duration * sound.time_base)
+        frames, begin = _frames_from(container, sound, start / sample_rate)
         skip = start - round(begin * sample_rate)
         resampler = av.AudioResampler("s16", "mono", sample_rate)
         for frame in chain(frames, [None]):  # None: what is left inside
             for part in resampler.resample(frame):
-                part = part.to_ndarray()[0]
-                if have + len(part) > skip:
-                    pieces.append(part[max(skip - have, 0) :])
-                have += len(part)
-            if wanted is not None and have >= skip + wanted:
+                samples = part.to_ndarray()[0]
+                passed = min(skip, len(samples))
+                skip -= passed
+                samples = samples[passed:][: wanted - have]
+                have += len(samples)
+                waiting += len(samples)
+                pieces.append(samples)
+            if have >= wanted:
                 break
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-    samples = samples[:wanted]
-    if len(samples) == 0:
+            if waiting >= least:
+                yield np.concatenate(pieces)
+                pieces, waiting = [], 0
+    if waiting:
+        yield np.concatenate(pieces)
+    if have == 0:
         raise AudioError(f"'{path}' holds no samples.")
-    seconds = (start + len(samples)) / sample_rate
+    seconds = (start + have) / sample_rate
     if promised is not None and seconds < promised - _TOLERANCE_SECONDS:
         raise AudioError(
             f"'{path}' is truncated: {promised:.2f} s are promised, "
             f"{seconds:.2f} s could be decoded."
         )
-    return samples
 
 
 def sound_of(path: str | os.PathLike) -> AudioInfo:

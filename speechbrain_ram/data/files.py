@@ -78,6 +78,9 @@ def decoder_of(
         source = _View(file.number, file.size, (samples.first - 4, size))
     os.lseek(file.number, 0, os.SEEK_SET)
     with soundfile.SoundFile(source, closefd=False) as decoder:
+        # soundfile seeks after every read of what can be sought in, which an
+        # MP3 pays with its next frames.
+        decoder.seekable = lambda: False
         estimated = decoder.format == "MP3" and not mp3_is_counted(
             file.number, file.head
         )

@@ -9,84 +9,43 @@ on a short list are ever built from it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import ruamel.yaml
 import torch
+from ruamel.yaml.scalarbool import ScalarBoolean
 
-#: What an encoder consists of, in the order that data goes through it.
-PARTS = ("compute_features", "mean_var_norm", "embedding_model")
-
-#: The only callables that :func:`build` calls. Each takes numbers, strings
-#: and lists of them, and none of them opens a file or a connection.
-ALLOWED = (
-    "speechbrain.lobes.features.Fbank",
-    "speechbrain.processing.features.InputNormalization",
-    "speechbrain_ram.features.KaldiFbank",
-    "speechbrain_ram.features.make_front_end",
-    "speechbrain_ram.resnet.ResNet34",
+from speechbrain_ram.data.plain import (
+    YAML_BYTES,
+    PlainError,
+    limited_text,
+    parse_yaml,
 )
-
-# The parser's time grows with the square of their depth: 3,000 take seconds.
-_MAX_BRACKETS = 500
-
-#: A setting has no more values than this; real ones have a few.
-_MAX_VALUES = 10_000
-
-
-class EncoderError(ValueError):
-    """An encoder cannot be loaded or written; the message says why."""
+from speechbrain_ram.export.limits import (
+    MOST_PARAMETERS,
+    PARTS,
+    EncoderError,
+    check_architecture,
+    read_call,
+)
+from speechbrain_ram.export.weights import check_state
 
 
 def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
     """Parse the YAML of an encoder into plain data; nothing is executed.
 
-    Arguments
-    ---------
-    text : str
-        YAML with ``sample_rate``, ``embedding_dim`` and the three parts as
-        ``!new:`` or ``!apply:`` objects, every reference resolved. The keys
-        may also stand under ``encoder``, as in a run's hyperparams.yaml.
-    name : str
-        What the text is called in an error.
-
-    Returns
-    -------
-    dict
-        ``sample_rate``, ``embedding_dim``, and for each part a dictionary of
-        ``arguments`` and the dotted name of what takes them: a ``class``
-        (``!new:``) or a ``function`` (``!apply:``).
-
-    Raises
-    ------
-    EncoderError
-        No YAML, a key is missing, or a part is not described by plain data.
-
-    Example
-    -------
-    >>> text = '''
-    ... sample_rate: 16000
-    ... embedding_dim: 512
-    ... compute_features: !new:speechbrain_ram.features.KaldiFbank
-    ... mean_var_norm: !new:speechbrain.processing.features.InputNormalization
-    ...   norm_type: sentence
-    ... embedding_model: !new:speechbrain_ram.resnet.ResNet34
-    ... '''
-    >>> read_architecture(text)["mean_var_norm"]["arguments"]
-    {'norm_type': 'sentence'}
+    It needs ``sample_rate``, ``embedding_dim`` and the three parts as ``!new:``
+    or ``!apply:`` objects, every reference resolved; all of these may stand
+    under ``encoder``, as in a run's hyperparams.yaml. Each part becomes its
+    ``arguments`` and a ``class`` (``!new:``) or a ``function`` (``!apply:``).
     """
-    if text.count("[") + text.count("{") > _MAX_BRACKETS:
-        raise EncoderError(
-            f"'{name}' has more than {_MAX_BRACKETS} brackets; a description "
-            "of an encoder has ten. Is it damaged?"
-        )
     try:
-        document = ruamel.yaml.YAML().load(text)
-    except (ruamel.yaml.error.YAMLError, ValueError, RecursionError) as error:
-        raise EncoderError(f"'{name}' is no YAML: {error}") from error
+        document = parse_yaml(text, name, ruamel.yaml.YAML())
+    except PlainError as error:
+        raise EncoderError(str(error)) from error
     if isinstance(document, Mapping) and "encoder" in document:
         document = document["encoder"]
     wanted = ("sample_rate", "embedding_dim", *PARTS)
@@ -105,30 +64,19 @@ def read_architecture(text: str, name: str = "hyperparams.yaml") -> dict:
     }
 
 
+def read_hyperparams(path: str | os.PathLike) -> dict:
+    """As :func:`read_architecture`, from a run's hyperparams.yaml."""
+    try:
+        text = limited_text(path, YAML_BYTES)
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"'{path}' cannot be read: {error}. Was it copied whole?"
+        ) from error
+    return read_architecture(text, str(path))
+
+
 def write_architecture(architecture: Mapping[str, Any]) -> str:
-    """The YAML that :func:`read_architecture` reads, for SpeechBrain.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data.
-
-    Returns
-    -------
-    str
-        HyperPyYAML without references.
-
-    Example
-    -------
-    >>> call = {"class": "torch.nn.Identity", "arguments": {"n": [1, True]}}
-    >>> data = {"sample_rate": 16000, **dict.fromkeys(PARTS, call)}
-    >>> print(write_architecture(data)[:76])
-    sample_rate: 16000
-    <BLANKLINE>
-    compute_features: !new:torch.nn.Identity
-      n: [1, true]
-    <BLANKLINE>
-    """
+    """The YAML that :func:`read_architecture` reads, for SpeechBrain."""
     # JSON's scalars and lists are YAML's.
     lines = [
         f"{key}: {json.dumps(value)}"
@@ -145,95 +93,55 @@ def write_architecture(architecture: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(architecture: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
-    """Build the parts, without weights, from plain data.
-
-    Arguments
-    ---------
-    architecture : mapping
-        From :func:`read_architecture`, or from the JSON it was written to.
-
-    Returns
-    -------
-    dict of str to torch.nn.Module
-        The three parts, in evaluation mode.
-
-    Raises
-    ------
-    EncoderError
-        A class that is not allowed, or arguments that it does not take.
-    """
-    return {part: build_part(architecture, part) for part in PARTS}
+def build(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    name: str = "the architecture",
+) -> dict[str, torch.nn.Module]:
+    """Build the parts, with the network's weights, in evaluation mode."""
+    check_weights(architecture, weights, name)
+    modules = {part: _build_part(architecture, part, name) for part in PARTS}
+    modules["embedding_model"].load_state_dict(weights)
+    return modules
 
 
-def build_part(architecture: Mapping[str, Any], part: str) -> torch.nn.Module:
-    """One of the parts that :func:`build` makes.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As for :func:`build`.
-    part : str
-        One of :data:`PARTS`.
-
-    Returns
-    -------
-    torch.nn.Module
-        In evaluation mode.
-
-    Raises
-    ------
-    EncoderError
-        As :func:`build`.
-    """
-    try:
-        call = dict(architecture[part])
-        arguments = dict(call.pop("arguments"))
-        (path,) = call.values()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+def check_weights(
+    architecture: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    name: str,
+) -> None:
+    """Raise an EncoderError unless weights are those of an architecture."""
+    check_architecture(architecture, name)
+    with torch.device("meta"):  # takes no memory
+        network = _build_part(architecture, "embedding_model", name)
+    size = sum(each.numel() for each in network.parameters())
+    if size > MOST_PARAMETERS:
         raise EncoderError(
-            f"the architecture does not describe '{part}' by a class or "
-            "function and its arguments. Was the file edited or cut off?"
-        ) from error
-    if path not in ALLOWED:
-        raise EncoderError(
-            f"'{part}' is a '{path}', which is not loaded from a folder "
-            f"for safety; allowed are {', '.join(ALLOWED)}. If you trust "
-            "the folder, load it with SpeechBrain's EncoderClassifier, "
-            "which executes what its YAML names."
+            f"{name}: the network has {size} parameters, at most "
+            f"{MOST_PARAMETERS} are loaded. Was the file edited?"
         )
-    module_name, _, attribute = path.rpartition(".")
-    make = getattr(importlib.import_module(module_name), attribute)
+    check_state(network.state_dict(), weights, name)
+
+
+def _build_part(
+    architecture: Mapping[str, Any], part: str, name: str
+) -> torch.nn.Module:
+    make, arguments = read_call(architecture, part, name)
     try:
         return make(**arguments).eval()
     except Exception as error:  # whatever bad arguments bring about
         raise EncoderError(
-            f"'{part}' cannot be built: {path} refuses {arguments} "
-            f"({error}). Was it written by another version?"
+            f"{name}: '{part}' cannot be built: {make.__qualname__} refuses "
+            f"{arguments} ({error}). Was it written by another version?"
         ) from error
 
 
 def fingerprint(
     architecture: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> str:
-    """A name for an encoder: equal when it gives equal embeddings.
+    """A name for an encoder: the SHA-256 of architecture and weights.
 
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data.
-    weights : mapping of str to torch.Tensor
-        The state of the embedding model, on any device.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits (SHA-256 of both).
-
-    Example
-    -------
-    >>> fingerprint({}, {"w": torch.zeros(2)})[:8]
-    '5ff2a478'
+    Equal names mean equal embeddings.
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for key in sorted(weights):
@@ -254,43 +162,39 @@ def _object(node: Any, part: str, name: str) -> dict:
                 break
             return {
                 kind: tag.removeprefix(prefix),
-                "arguments": {
-                    str(key): _plain(value, name)
-                    for key, value in arguments.items()
-                },
+                "arguments": _plain(arguments, name, tagged=True),
             }
     raise EncoderError(
-        f"'{part}' in '{name}' is {tag or type(node).__name__}, an object "
+        f"'{part}' in '{name}' is {tag or type(node).__name__!r}, an object "
         "(!new:CLASS) with named arguments is needed."
     )
 
 
-def _plain(value: Any, name: str, left: list[int] | None = None) -> Any:
-    """A YAML node as JSON's types, or an error where it is more than that.
-
-    `left` counts down: aliases of aliases make a short text grow without end.
-    """
-    left = [_MAX_VALUES] if left is None else left
-    left[0] -= 1
-    if left[0] < 0:
-        raise EncoderError(
-            f"'{name}' has a setting of more than {_MAX_VALUES} values. Is it "
-            "the YAML of an encoder?"
-        )
+def _plain(value: Any, name: str, tagged: bool = False) -> Any:
+    """A YAML node as JSON's types, or an error where it is more than that."""
     # ruamel gives every collection a tag, an empty one where there is none.
     tag = getattr(value, "tag", None)
-    if tag is not None and getattr(tag, "value", None) is not None:
+    if not tagged and getattr(tag, "value", None) is not None:
         raise EncoderError(
-            f"'{name}' has {tag.value} where a number, a text or a list of "
+            f"'{name}' has {tag.value!r} where a number, a text or a list of "
             "them is needed. Are its references resolved?"
         )
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, name, left) for k, v in value.items()}
+        return {str(_plain(k, name)): _plain(v, name) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(item, name, left) for item in value]
+        return [_plain(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, ScalarBoolean):  # one with an anchor
+        return bool(value)
     for kind in (int, float, str):
         if isinstance(value, kind):
-            return kind(value)
-    raise EncoderError(f"'{name}' has {value!r}, which is no plain data.")
+            value = kind(value)
+            # Python writes no more digits than 4,300.
+            if kind is int and abs(value) >= 2**63:
+                break
+            return value
+    raise EncoderError(
+        f"'{name}' has a {type(value).__name__} that is not plain data: a "
+        "number of 64 bits, a text or a list of them is needed."
+    )

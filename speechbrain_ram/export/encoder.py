@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from speechbrain_ram.export.architecture import (
-    EncoderError,
     build,
-    build_part,
+    check_weights,
     fingerprint,
-    read_architecture,
+    read_hyperparams,
 )
 from speechbrain_ram.export.folder import (
     DESCRIPTION,
     EncoderFolder,
     read_folder,
 )
+from speechbrain_ram.export.limits import EncoderError
+from speechbrain_ram.export.weights import read_state
 from speechbrain_ram.resnet import folded
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
@@ -28,28 +29,18 @@ from speechbrain_ram.verification.embedder import Padding
 
 
 class LoadedEncoder:
-    """A front-end and an encoder, ready to embed padded batches.
-
-    Arguments
-    ---------
-    folder : EncoderFolder
-        From :func:`read_encoder`.
-    device : str
-        Where to compute.
-    """
+    """A front-end and an encoder, ready to embed padded batches."""
 
     def __init__(self, folder: EncoderFolder, device: str = "cpu"):
+        self.modules = build(folder.architecture, folder.weights, folder.place)
         self.facts = folder.facts
         self.architecture = folder.architecture
         self.weights = folder.weights
-        self.sample_rate = _size(folder.architecture, "sample_rate")
-        self.embedding_dim = _size(folder.architecture, "embedding_dim")
+        self.sample_rate: int = folder.architecture["sample_rate"]
+        self.embedding_dim: int = folder.architecture["embedding_dim"]
         self.fingerprint = folder.fingerprint
         self.decision = folder.decision
         self.device = device
-        _check_sizes(folder)
-        self.modules = build(folder.architecture)
-        self.modules["embedding_model"].load_state_dict(folder.weights)
         try:
             for module in self.modules.values():
                 module.to(device)
@@ -62,6 +53,30 @@ class LoadedEncoder:
         self._network = self.modules["embedding_model"]
         if torch.device(device).type == "cpu":
             self._network = folded(self._network)
+        self._try(folder.place)
+
+    def _try(self, place: str) -> None:
+        """Raise an EncoderError unless half a second becomes an embedding."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(1, self.sample_rate // 2, generator=generator) - 0.5
+        try:
+            embedding = self.encode(noise, torch.ones(1))
+        except Exception as error:  # whatever the parts do to each other
+            reason = (str(error) or type(error).__name__).split("\n")[0]
+            raise EncoderError(
+                f"{place}: half a second of noise cannot be embedded: {reason} "
+                "Do front-end and network fit?"
+            ) from error
+        if embedding.shape != (1, self.embedding_dim):
+            raise EncoderError(
+                f"{place}: the embedding of one recording has the shape "
+                f"{list(embedding.shape)}, [1, {self.embedding_dim}] is needed."
+            )
+        if not torch.isfinite(embedding).all():
+            raise EncoderError(
+                f"{place}: the embedding of noise is NaN or infinite. Are the "
+                "weights those of a trained encoder?"
+            )
 
     @property
     def pad(self) -> Padding | None:
@@ -81,23 +96,9 @@ class LoadedEncoder:
 
 
 def read_encoder(path: str | os.PathLike) -> EncoderFolder:
-    """Read an encoder; nothing in the folder is executed.
+    """Read an exported folder, a run's best checkpoint, or one ``CKPT+...``.
 
-    Arguments
-    ---------
-    path : path
-        An exported folder; or a run's output folder, whose best checkpoint
-        is taken; or one checkpoint folder (``CKPT+...``) of a run.
-
-    Returns
-    -------
-    EncoderFolder
-
-    Raises
-    ------
-    EncoderError
-        Nothing there, damaged, of another version, or weights of another
-        architecture.
+    Nothing in it is executed.
     """
     path = Path(path)
     if not path.is_dir():
@@ -105,40 +106,17 @@ def read_encoder(path: str | os.PathLike) -> EncoderFolder:
             f"'{path}' is not a folder. Expected an exported folder, a run's "
             "output folder or one of its checkpoints."
         )
-    if (path / DESCRIPTION).exists():
+    if os.path.lexists(path / DESCRIPTION):
         return read_folder(path)
     if not (path / "embedding_model.ckpt").is_file():
         path = _best_checkpoint(path)
     hyperparams = _folder_above(path, "hyperparams.yaml") / "hyperparams.yaml"
-    try:
-        text = hyperparams.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"'{hyperparams}' cannot be read: {error}. Was it copied whole?"
-        ) from error
-    architecture = read_architecture(text, str(hyperparams))
-    weights_file = path / "embedding_model.ckpt"
-    try:
-        # weights_only refuses a pickle that would call anything.
-        state = torch.load(weights_file, map_location="cpu", weights_only=True)
-        if not all(isinstance(each, torch.Tensor) for each in state.values()):
-            raise TypeError("not all of it are tensors")
-    except Exception as error:  # of the unpickler, whatever the bytes say
-        raise EncoderError(
-            f"'{weights_file}' holds no plain weights: {error}"
-        ) from error
+    architecture = read_hyperparams(hyperparams)
+    state = read_state(path / "embedding_model.ckpt")
+    place = f"'{path}' and '{hyperparams}'"
+    check_weights(architecture, state, place)  # before memory is taken
     name = fingerprint(architecture, state)
-    return EncoderFolder(architecture, state, name, None, {})
-
-
-def _size(architecture: dict, key: str) -> int:
-    value = architecture.get(key)
-    if type(value) is not int or value < 1:
-        raise EncoderError(
-            f"the architecture has {key} {value!r}, a whole number above 0 is "
-            "needed. Was the file edited or cut off?"
-        )
-    return value
+    return EncoderFolder(architecture, state, name, None, {}, place)
 
 
 def _folder_above(path: Path, name: str) -> Path:
@@ -164,22 +142,3 @@ def _best_checkpoint(run: Path) -> Path:
         f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
         "with checkpoints (no save/CKPT+*)."
     )
-
-
-def _check_sizes(folder: EncoderFolder) -> None:
-    """Refuse an architecture that the weights are not of.
-
-    On the meta device no memory is taken: an edited file cannot ask for more
-    than the weights' own size.
-    """
-    with torch.device("meta"):
-        model = build_part(folder.architecture, "embedding_model")
-    wanted = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    have = {key: tuple(t.shape) for key, t in folder.weights.items()}
-    for key in sorted(wanted.keys() | have.keys()):
-        if wanted.get(key) != have.get(key):
-            raise EncoderError(
-                "the weights do not fit the architecture: it has "
-                f"'{key}' of shape {wanted.get(key)}, they {have.get(key)}. "
-                "Was the run continued with other settings?"
-            )

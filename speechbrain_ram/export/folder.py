@@ -9,8 +9,10 @@ read-only or uploaded.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +20,26 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
 import speechbrain_ram
+from speechbrain_ram.data.plain import limited_text, read_json
 from speechbrain_ram.export.architecture import (
-    EncoderError,
     fingerprint,
     read_architecture,
+    read_hyperparams,
     write_architecture,
 )
-from speechbrain_ram.utils import atomic_folder, atomic_path
+from speechbrain_ram.export.card import model_card, read_decision, read_facts
+from speechbrain_ram.export.limits import EncoderError
+from speechbrain_ram.export.weights import (
+    check_state,
+    first_line,
+    read_safetensors,
+    read_state,
+)
+from speechbrain_ram.utils import atomic_folder, atomic_path, whole_number
 from speechbrain_ram.verification.calibration import Decision
 
 #: Of encoder.json; a reader refuses the numbers it does not know.
@@ -37,6 +47,8 @@ FORMAT = 1
 
 DESCRIPTION = "encoder.json"
 WEIGHTS = "encoder.safetensors"
+
+_LABELS = 2**26  # bytes of label_encoder.ckpt: a million speakers
 
 # What follows the encoder in hyperparams.yaml; {n_speakers} is filled in.
 _TAIL = """
@@ -70,51 +82,19 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 @dataclass(frozen=True, eq=False)
 class EncoderFolder:
-    """What a folder says, read without executing anything.
+    """What a folder says, read without executing anything."""
 
-    Arguments
-    ---------
-    architecture : dict
-        Plain data, see :mod:`speechbrain_ram.export.architecture`.
-    weights : dict of str to torch.Tensor
-        State of the embedding model.
-    fingerprint : str
-        Of both; checked against what was written.
-    decision : Decision, optional
-        Thresholds and score distributions, where a list was scored.
-    facts : dict
-        What the model card states.
-    """
-
-    architecture: dict
-    weights: dict[str, torch.Tensor]
-    fingerprint: str
-    decision: Decision | None
-    facts: dict
+    architecture: dict  # plain data, see export/architecture.py
+    weights: dict[str, torch.Tensor]  # state of the embedding model
+    fingerprint: str  # of both; checked against what was written
+    decision: Decision | None  # where a development list was scored
+    facts: dict  # what the model card states
+    place: str = "the encoder"  # what errors call it
 
 
 def encoder_section(hyperparams: str | os.PathLike) -> str:
-    """Cut the encoder out of a run's hyperparams.yaml, as YAML of its own.
-
-    Arguments
-    ---------
-    hyperparams : path
-        The file that SpeechBrain writes into the output folder, with every
-        reference and override resolved. Its key ``encoder`` is what
-        ``hparams/encoder.yaml`` became.
-
-    Returns
-    -------
-    str
-        Sizes, front-end and encoder.
-
-    Raises
-    ------
-    EncoderError
-        There is no such key.
-    """
-    text = Path(hyperparams).read_text(encoding="utf-8")
-    return write_architecture(read_architecture(text, str(hyperparams)))
+    """The encoder's part of a run's hyperparams.yaml, as YAML of its own."""
+    return write_architecture(read_hyperparams(hyperparams))
 
 
 def export_inference(
@@ -127,32 +107,11 @@ def export_inference(
     decision: Decision | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the folder.
+    """Write the folder, replacing an older one only when it is complete.
 
-    Written under a temporary name and renamed when complete, so that an
-    interrupted export leaves no half of a folder.
-
-    Arguments
-    ---------
-    folder : path
-        Replaced if it exists.
-    encoder_yaml : str
-        From :func:`encoder_section`.
-    embedding_model, classifier : torch.nn.Module
-        Trained, on any device.
-    label_encoder : CategoricalEncoder
-        The names of the classifier's rows.
-    mean_embedding : torch.Tensor
-        Shape [E]: what ``encode_batch(normalize=True)`` takes off.
-    decision : Decision, optional
-        From a scored development list.
-    facts : mapping, optional
-        For the model card, see :data:`speechbrain_ram.export.folder.FACTS`.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
+    `encoder_yaml` is from :func:`encoder_section`; `mean_embedding`, [E], is
+    what ``encode_batch(normalize=True)`` takes off; `decision` is from a
+    scored development list; `facts` are for the model card, see export/card.py.
     """
     folder = Path(folder)
     architecture = read_architecture(encoder_yaml)
@@ -191,69 +150,50 @@ def export_inference(
 
 
 def read_folder(folder: str | os.PathLike) -> EncoderFolder:
-    """Read an exported folder; nothing in it is executed.
-
-    Arguments
-    ---------
-    folder : path
-        Written by :func:`export_inference`.
-
-    Returns
-    -------
-    EncoderFolder
-
-    Raises
-    ------
-    EncoderError
-        A file is missing, damaged, of another format number, or does not
-        belong to the others.
-    """
+    """Read what :func:`export_inference` wrote; nothing in it is executed."""
     folder = Path(folder)
     file = folder / DESCRIPTION
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = read_json(file)
         number = description["format"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,  # brackets without end
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise EncoderError(
             f"'{file}' cannot be read: {error!r}. Is '{folder}' an exported "
             "folder, and was it copied whole?"
         ) from error
     if number != FORMAT:
         raise EncoderError(
-            f"'{file}' has format {number}, this version of speechbrain-ram "
-            f"reads format {FORMAT}. Was it written by a newer version?"
+            f"'{file}' has format {reprlib.repr(number)}, this version of "
+            f"speechbrain-ram reads format {FORMAT}. Was it written by a newer "
+            "version?"
         )
-    try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise EncoderError(
-            f"'{folder / WEIGHTS}' cannot be read: {error}. Was it copied "
-            "whole?"
-        ) from error
     architecture = description.get("architecture")
     if not isinstance(architecture, dict):
         raise EncoderError(f"'{file}' has no architecture. Was it edited?")
-    actual = fingerprint(architecture, weights)
-    if actual != description.get("fingerprint"):
+    weights = read_safetensors(folder / WEIGHTS)
+    try:
+        actual = fingerprint(architecture, weights)
+    except RecursionError as error:
+        raise EncoderError(
+            f"'{file}': the architecture is lists in lists without end. Was "
+            "it edited?"
+        ) from error
+    written = description.get("fingerprint")
+    if actual != written:
         raise EncoderError(
             f"'{file}' and '{folder / WEIGHTS}' do not belong together: the "
             f"fingerprint is {actual[:12]}..., written was "
-            f"{str(description.get('fingerprint'))[:12]}... Is one of them "
-            "damaged, or from another export?"
+            f"{reprlib.repr(written)}. Is one of them damaged, or from "
+            "another export?"
         )
-    decision = description.get("decision")
-    try:
-        decision = None if decision is None else Decision.from_dict(decision)
-    except ValueError as error:
-        raise EncoderError(f"'{file}': {error}") from error
-    facts = description.get("facts") or {}
-    return EncoderFolder(architecture, weights, actual, decision, facts)
+    return EncoderFolder(
+        architecture,
+        weights,
+        actual,
+        read_decision(description.get("decision"), f"'{file}'"),
+        read_facts(description.get("facts"), f"'{file}'"),
+        f"'{file}'",
+    )
 
 
 def _cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -262,177 +202,6 @@ def _cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         key: value.detach().cpu().contiguous()
         for key, value in module.state_dict().items()
     }
-
-
-# -- The README of an exported encoder: what it is, how good, how to use it ---
-#
-# In the form that model hubs read: YAML facts on top, then Markdown.
-
-#: What a recipe may say about an encoder; what it does not say is left open.
-FACTS = {
-    "name": "Name",
-    "corpus": "Training corpus",
-    "speakers": "Training speakers",
-    "objective": "Objective",
-    "language": "Languages",
-    "note": "Note",  # what must be read before the numbers
-    "license": "Licence",  # an SPDX identifier, which hubs read in lower case
-}
-
-_CARD = """---
-library_name: speechbrain
-license: {license_id}
-tags:
-- speaker-verification
-- speaker-recognition
-- speaker-embeddings
-- speechbrain
-- pytorch
-metrics:
-- EER
----
-
-# {name}
-
-A speaker encoder: it maps a recording of {rate} Hz to {dim} numbers that are
-alike when the speaker is. Trained with [speechbrain-ram] on [SpeechBrain].
-
-| | |
-| --- | --- |
-{facts}
-
-## How good it is
-
-{results}
-
-These numbers hold for recordings like those of that list. For another
-language, channel or age group measure anew before you rely on a threshold.
-
-## Use it
-
-Nothing that this folder contains is executed:
-
-```python
-from speechbrain_ram.inference import SpeakerEncoder
-
-encoder = SpeakerEncoder.from_folder("path/of/this/folder")
-print(encoder.compare("a.wav", "b.wav"))
-```
-
-```
-speechbrain-ram compare --encoder path/of/this/folder a.wav b.wav
-```
-
-With SpeechBrain alone (it executes what `hyperparams.yaml` names, so trust the
-folder first):
-
-```python
-from speechbrain.inference.speaker import SpeakerRecognition
-
-model = SpeakerRecognition.from_hparams("path/of/this/folder")
-score, _ = model.verify_files("a.wav", "b.wav")  # compare with a threshold
-```
-
-## What is inside
-
-| file | what |
-| --- | --- |
-| `encoder.json` | architecture, thresholds and score distributions |
-| `encoder.safetensors` | weights |
-| `hyperparams.yaml`, `*.ckpt` | the same for SpeechBrain, with the classifier |
-
-## Cite
-
-```bibtex
-@inproceedings{{li2022ram,
-  title     = {{Real Additive Margin Softmax for Speaker Verification}},
-  author    = {{Li, Lantian and Nai, Ruiqian and Wang, Dong}},
-  booktitle = {{Proc. ICASSP}},
-  year      = {{2022}}
-}}
-```
-
-[speechbrain-ram]: https://pypi.org/project/speechbrain-ram
-[SpeechBrain]: https://speechbrain.github.io
-"""
-
-
-def model_card(
-    architecture: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    decision: Decision | None = None,
-) -> str:
-    """Write the model card.
-
-    Arguments
-    ---------
-    architecture : mapping
-        As plain data, for the sample rate and the size of the embedding.
-    facts : mapping
-        Any of the keys of `FACTS`.
-    decision : Decision, optional
-        The development list's results.
-
-    Returns
-    -------
-    str
-        Markdown.
-
-    Raises
-    ------
-    ValueError
-        A fact of another name.
-    """
-    unknown = sorted(set(facts) - set(FACTS))
-    if unknown:
-        raise ValueError(
-            f"A model card has no {', '.join(unknown)}; it has "
-            f"{', '.join(FACTS)}. Is a key misspelt in the YAML?"
-        )
-    front_end = architecture["compute_features"]
-    rows = [
-        f"| {title} | {facts.get(key, 'not stated')} |"
-        for key, title in FACTS.items()
-        if key not in ("name", "note")
-    ]
-    rows.append(f"| Front-end | `{_describe(front_end)}` |")
-    rows.append(f"| Network | `{_describe(architecture['embedding_model'])}` |")
-    note = [f"**{facts['note']}**"] if facts.get("note") else []
-    return _CARD.format(
-        name=facts.get("name", "Speaker encoder"),
-        license_id=str(facts.get("license", "unknown")).lower(),
-        rate=architecture["sample_rate"],
-        dim=architecture["embedding_dim"],
-        facts="\n".join(rows),
-        results="\n\n".join([*note, _results(decision)]),
-    )
-
-
-def _results(decision: Decision | None) -> str:
-    if decision is None:
-        return "No development list was scored, so no threshold is saved."
-    rows = [
-        f"| threshold at {name} | {value:.3f} |"
-        for name, value in decision.thresholds.items()
-    ]
-    return "\n".join(
-        [
-            "| | |",
-            "| --- | --- |",
-            f"| EER | {decision.eer:.2f} % |",
-            f"| list | {decision.trials}: {decision.n_target:,} target and "
-            f"{decision.n_nontarget:,} non-target trials |",
-            *rows,
-        ]
-    )
-
-
-def _describe(call: Mapping[str, Any]) -> str:
-    """A part of the architecture as a call, `Name(key=value, ...)`."""
-    arguments = dict(call["arguments"])
-    name = call.get("class") or call.get("function")
-    listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return f"{name.rpartition('.')[2]}({listed})"
 
 
 # -- Starting from an encoder that is trained already -------------------------
@@ -452,29 +221,7 @@ def start_from(
     Speakers whom both know keep their rows of the classifier; the others
     begin anew. So the number of speakers may be another: with the same ones
     this is the start of large-margin fine-tuning, with others of an
-    adaptation to another corpus.
-
-    Arguments
-    ---------
-    folder : path
-        Written by :func:`speechbrain_ram.export.folder.export_inference`.
-    encoder_yaml : str
-        What the run trains, from
-        :func:`speechbrain_ram.export.folder.encoder_section`.
-    embedding_model, classifier : torch.nn.Module
-        Changed in place.
-    label_encoder : CategoricalEncoder
-        The run's speakers.
-
-    Returns
-    -------
-    int
-        How many speakers were taken over.
-
-    Raises
-    ------
-    EncoderError
-        No such folder, damaged, or of another architecture.
+    adaptation to another corpus. Returns how many were taken over.
     """
     folder = Path(folder)
     found = read_folder(folder)
@@ -487,18 +234,25 @@ def start_from(
             if there.get(key) != wanted.get(key)
         )
         raise EncoderError(
-            f"the encoder in '{folder}' is of another architecture: "
+            f"the encoder in '{folder}' has another architecture: "
             f"{'; '.join(different)}. Give this run the same."
         )
+    check_state(embedding_model.state_dict(), found.weights, found.place)
     embedding_model.load_state_dict(found.weights)
 
-    rows = torch.load(folder / "classifier.ckpt", weights_only=True)["weight"]
-    known = CategoricalEncoder()
-    known.load(folder / "label_encoder.ckpt")
-    both = [name for name in label_encoder.lab2ind if name in known.lab2ind]
+    rows = read_state(folder / "classifier.ckpt").get("weight")
+    known = _read_labels(folder / "label_encoder.ckpt")
+    wanted = (len(known), classifier.weight.shape[1])
+    if rows is None or tuple(rows.shape) != wanted:
+        raise EncoderError(
+            f"'{folder / 'classifier.ckpt'}' does not hold {wanted[0]} "
+            f"speakers of {wanted[1]} numbers, as label_encoder.ckpt and the "
+            "embedding have them. Is one of them from another export?"
+        )
+    both = [name for name in label_encoder.lab2ind if name in known]
     with torch.no_grad():
         for name in both:
-            row = rows[known.lab2ind[name]]
+            row = rows[known[name]]
             classifier.weight[label_encoder.lab2ind[name]] = row
     logger.info(
         "The encoder of '%s' is the start; %d of %d speakers were known to it.",
@@ -507,3 +261,25 @@ def start_from(
         len(label_encoder),
     )
     return len(both)
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    """Speaker -> row, of a file that SpeechBrain's CategoricalEncoder wrote."""
+    arrow = CategoricalEncoder.VALUE_SEPARATOR
+    end = CategoricalEncoder.EXTRAS_SEPARATOR.strip()
+    known: dict[str, int] = {}
+    try:
+        for line in limited_text(path, _LABELS).split("\n"):
+            if line == end:
+                break
+            # Python's parser is for short texts of others only.
+            literal, _, row = line[:1000].rpartition(arrow)
+            known[ast.literal_eval(literal)] = whole_number(row)
+        if sorted(known.values()) != list(range(len(known))):
+            raise ValueError("the rows are not 0, 1, 2 and so on")
+    except Exception as error:  # whatever the lines bring about
+        raise EncoderError(
+            f"'{path}' does not name the speakers of the classifier "
+            f"({first_line(error)}). Was it copied whole?"
+        ) from error
+    return known

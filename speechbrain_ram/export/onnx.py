@@ -49,21 +49,9 @@ class _Chain(torch.nn.Module):
 def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     """Write waveform -> embedding.
 
-    The input is called ``waveform``, [batch, samples], float32 in [-1, 1];
-    the output ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint
-    and thresholds are in the metadata.
-
-    Arguments
-    ---------
-    encoder : LoadedEncoder
-        From :class:`speechbrain_ram.inference.SpeakerEncoder`.
-    path : path
-        The file to write.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
+    The input is ``waveform``, [batch, samples], float32 in [-1, 1]; the output
+    ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint and
+    thresholds are in the metadata.
     """
     metadata = {
         "sample_rate": encoder.sample_rate,
@@ -84,25 +72,9 @@ def export_sherpa(
 ) -> Path:
     """Write features -> embedding, for sherpa-onnx's extractor.
 
-    Arguments
-    ---------
-    encoder : LoadedEncoder
-        Trained on :class:`speechbrain_ram.features.KaldiFbank` with its
-        defaults, which are those of the client.
-    path : path
-        The file to write.
-    language : str
-        What the speakers speak; for people, it changes nothing.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
-
-    Raises
-    ------
-    EncoderError
-        The encoder was trained on other features than the client computes.
+    The encoder must be trained on :class:`speechbrain_ram.features.KaldiFbank`
+    with its defaults, which are those of the client. `language` tells people
+    what the speakers speak; it changes nothing.
     """
     front_end = encoder.modules["compute_features"]
     reference = KaldiFbank(sample_rate=encoder.sample_rate)
@@ -143,22 +115,9 @@ def quantise(
     """Write an int8 variant of an exported file: faster, and smaller.
 
     The convolutions are quantised (weights by channel, activations by ranges
-    seen on examples); front-end, normalisation and pooling stay float32.
-
-    Arguments
-    ---------
-    source : path
-        Written by one of the functions above.
-    path : path
-        The file to write.
-    examples : iterable of np.ndarray
-        What the graph will see, see :func:`graph_inputs`. A hundred
-        utterances of real speech are plenty.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
+    seen on examples); front-end, normalisation and pooling stay float32. The
+    examples are :func:`graph_inputs`; a hundred utterances of real speech are
+    plenty.
     """
     name = _session(source).get_inputs()[0].name
     from onnxruntime.quantization import (
@@ -197,22 +156,9 @@ def graph_inputs(
     path: str | os.PathLike,
     waveforms: Iterable[np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """What an exported graph is fed for recordings, batches of one.
+    """What an exported graph is fed for waveforms [samples], one a batch.
 
-    Arguments
-    ---------
-    encoder : LoadedEncoder
-        The encoder that was exported.
-    path : path
-        The exported file.
-    waveforms : iterable of np.ndarray
-        Shape [samples] each.
-
-    Yields
-    ------
-    np.ndarray
-        Shape [1, samples], or [1, frames, bands] where the client computes
-        the features.
+    [1, samples], or [1, frames, bands] where the client computes the features.
     """
     takes_features = _session(path).get_inputs()[0].name == "features"
     for waveform in waveforms:
@@ -230,17 +176,9 @@ def agreement(
 ) -> tuple[float, float]:
     """Run an exported graph in onnxruntime and compare it with PyTorch.
 
-    Arguments
-    ---------
-    encoder, path, waveforms
-        As for :func:`graph_inputs`.
-
-    Returns
-    -------
-    tuple of float
-        The largest difference of any embedding's component, relative to the
-        largest component of that embedding where that is above 1; and the
-        least cosine of two embeddings of one recording.
+    Returns the largest difference of any embedding's component, relative to
+    the largest component of that embedding where that is above 1; and the
+    least cosine of two embeddings of one recording.
     """
     waveforms = list(waveforms)
     session = _session(path)
@@ -286,7 +224,7 @@ def _export(
 ) -> Path:
     """Trace a chain on the CPU and write it with its metadata."""
     onnx, _ = _import_onnx()
-    # The exporter logs what it cannot find of packages that nobody needs.
+    # The exporter logs which packages are missing, though none is needed.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     device = next(chain.parameters()).device
     name, axis = names

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer
 from speechbrain_ram.verification.metrics import error_curve, threshold_at_far
 
@@ -39,6 +40,17 @@ class Calibration:
     weights: tuple[float, ...]  # one a feature
     bias: float
     p_target: float  # the prior that the fit was weighted for
+
+    def __post_init__(self) -> None:
+        names, weights = self.features, self.weights
+        if not (all(isinstance(n, str) for n in names) and names[:1]):
+            raise ValueError(f"features must be names, got {names!r:.200}")
+        if len(weights) != len(names):
+            raise ValueError(f"{len(weights)} weights, {len(names)} features")
+        for value in (*weights, self.bias, self.p_target):
+            _finite(value)
+        if not 0 < self.p_target < 1:
+            raise ValueError(f"p_target must lie in (0, 1): {self.p_target}")
 
     def apply(
         self,
@@ -58,7 +70,7 @@ class Calibration:
                 "scores and qualities must have one length, got "
                 f"{[column.shape for column in columns]}."
             )
-        llrs = np.full(len(columns[0]), self.bias)
+        llrs = np.full(len(columns[0]), self.bias, np.float64)
         for weight, column in zip(self.weights, columns, strict=True):
             llrs += weight * column
         return llrs
@@ -72,20 +84,28 @@ class Calibration:
     def load(cls, path: str | os.PathLike) -> Calibration:
         """Read what :meth:`save` wrote; ValueError if it is anything else."""
         try:
-            data = json.loads(read_text(path))
-            return cls(
-                tuple(data["features"]),
-                tuple(map(float, data["weights"])),
-                float(data["bias"]),
-                float(data["p_target"]),
-            )
-        except TextError:
-            raise  # names the file already
+            return cls.from_dict(read_json(path))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{path}' is not a calibration: {error!r}. Was it written by "
                 "Calibration.save?"
             ) from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """From plain data; a ValueError, KeyError or TypeError if it is not."""
+        return cls(
+            tuple(data["features"]),
+            tuple(data["weights"]),
+            data["bias"],
+            data["p_target"],
+        )
+
+
+def _finite(value: Any) -> None:
+    """Raise a ValueError unless a value of JSON is a finite number."""
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{reprlib.repr(value)} is not a finite number")
 
 
 def fit_calibration(
@@ -228,6 +248,21 @@ class Decision:
     # exports of the first release may lack it
     calibration: Calibration | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.trials, str):
+            raise ValueError(f"{reprlib.repr(self.trials)} is not a name")
+        for value in (self.eer, *self.thresholds.values()):
+            _finite(value)
+        for value in (*self.targets, *self.nontargets):
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"{reprlib.repr(value)} is not a count")
+        for side in (self.targets, self.nontargets):
+            if len(side) != BINS:
+                raise ValueError(f"{len(side)} bins, {BINS} are needed")
+        for value in (self.n_target, self.n_nontarget):
+            if type(value) is not int or not 0 < value < 2**63:
+                raise ValueError(f"{reprlib.repr(value)} trials of a class")
+
     @classmethod
     def fit(cls, scores: ArrayLike, labels: ArrayLike, trials: str) -> Decision:
         """Fit on the cosines [N] of a development list of this name."""
@@ -284,18 +319,11 @@ class Decision:
             fields = dict(data)
             calibration = fields.pop("calibration")
             if calibration is not None:
-                calibration = Calibration(
-                    tuple(calibration["features"]),
-                    tuple(calibration["weights"]),
-                    calibration["bias"],
-                    calibration["p_target"],
-                )
+                calibration = Calibration.from_dict(calibration)
             for side in ("targets", "nontargets"):
-                fields[side] = tuple(int(count) for count in fields[side])
-                if len(fields[side]) != BINS:
-                    raise ValueError(f"{side} has {len(fields[side])} bins")
+                fields[side] = tuple(fields[side])
             return cls(**fields, calibration=calibration)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"These are not thresholds and score distributions: {error!r}. "
                 "Was the file edited, or written by another version?"

@@ -15,6 +15,8 @@ import pandas as pd
 from speechbrain_ram.data.names import TextError, check_text
 
 _CHUNK = 100_000  # lines per step: bounds the memory that strings take
+_LINE = 2**24  # bytes: a model's line may name 100,000 utterances
+_SHOWN = 200  # characters of a bad line that a message shows
 
 
 class TrialError(ValueError):
@@ -134,7 +136,8 @@ class FieldReader:
                 )
             if problem:
                 return TrialError(
-                    f"'{self.path}', line {number}: '{line}' {problem}; "
+                    f"'{self.path}', line {number}: '{line:.{_SHOWN}}' "
+                    f"{problem:.{_SHOWN}}; "
                     f"expected was '{template}' with {self.expected}"
                 )
         return TrialError(f"'{self.path}' cannot be read as '{template}'.")
@@ -155,6 +158,9 @@ def separator(names: Iterable[str]) -> str:
 def check_list(path: str | os.PathLike) -> None:
     """Raise a TrialError for a list that is missing or not text."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise TrialError(f"The list '{path}' is not a regular file.")
+        _check_lines(path)
         check_text(path)
     except TextError as error:
         raise TrialError(str(error)) from error
@@ -164,6 +170,19 @@ def check_list(path: str | os.PathLike) -> None:
         raise TrialError(
             f"The list '{path}' cannot be read: {error.strerror}."
         ) from error
+
+
+def _check_lines(path: str | os.PathLike) -> None:
+    """Raise a TrialError for a line that would fill the memory."""
+    length = 0
+    with open(path, "rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            end = max(block.rfind(b"\n"), block.rfind(b"\r"))
+            length = len(block) - 1 - end + (length if end < 0 else 0)
+            if length > _LINE:
+                raise TrialError(
+                    f"'{path}' has a line of over {_LINE} bytes. Is it a list?"
+                )
 
 
 def _holds(path: str | os.PathLike, byte: bytes) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speechbrain_ram.utils import first_ten
+from speechbrain_ram.utils import first_ten, number
 from speechbrain_ram.verification.fields import FieldReader, UniqueNames
 from speechbrain_ram.verification.trials import TrialList, write_trials
 
@@ -174,10 +174,8 @@ def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
 
     def problem(fields: dict[str, str]) -> str | None:
         try:
-            finite = np.isfinite(float(fields["score"]))
+            number(fields["score"])
         except ValueError:
-            finite = False
-        if not finite:
             return f"has the score '{fields['score']}'"
         if fields["label"] not in ("0", "1"):
             return f"has the label '{fields['label']}'"
@@ -192,6 +190,9 @@ def read_scores(path: str | os.PathLike) -> tuple[TrialList, np.ndarray]:
         for name, column in columns.items():
             column.add(chunk[name])
         try:
+            # no 1_0 and no digits of other scripts, which Python takes
+            if not set("".join(chunk["score"])) <= set("+-.0123456789eE"):
+                raise lines.first_bad_line()
             scores.append(chunk["score"].astype(np.float64))
         except ValueError as error:
             raise lines.first_bad_line() from error

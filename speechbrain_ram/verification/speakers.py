@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from speechbrain_ram.data.names import TextError, read_text
+from speechbrain_ram.data.plain import limited_text
 from speechbrain_ram.utils import first_ten
 from speechbrain_ram.verification.fields import TrialError, UniqueNames
 from speechbrain_ram.verification.trials import TrialList
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 #: The first folder: "id10270" of "id10270/x6uYqmx31kE/00001.wav".
 FIRST_FOLDER = r"^([^/]+)/"
 
+_TABLE_BYTES = 2**26  # a million speakers and more
 _MOST_VALUES = 10  # a column of more values is a measure, such as age
 
 
@@ -126,13 +127,13 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     says that something is not known.
     """
     try:
-        file = io.StringIO(read_text(path), newline="")
+        file = io.StringIO(limited_text(path, _TABLE_BYTES), newline="")
         separator = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         reader = csv.reader(file, delimiter=separator)
         # pandas would shift columns where a line has a field too many
         rows = [(reader.line_num, row) for row in reader if row]
-    except TextError as error:
+    except ValueError as error:
         raise TrialError(str(error)) from error
     except (OSError, csv.Error) as error:
         raise TrialError(f"'{path}' cannot be read: {error}.") from error
@@ -145,9 +146,9 @@ def read_speaker_table(path: str | os.PathLike) -> pd.DataFrame:
     for number, row in rows:
         if len(row) != len(header):
             raise TrialError(
-                f"'{path}', line {number}: '{separator.join(row)}' has "
+                f"'{path}', line {number}: '{separator.join(row):.200}' has "
                 f"{len(row)} fields, {len(header)} were expected as in the "
-                f"header, {', '.join(header)}."
+                f"header, {', '.join(header):.200}."
             )
     names = pd.Index([row[0] for row in lines], name=header[0])
     table = pd.DataFrame(

@@ -22,10 +22,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from speechbrain_ram.data.record import RecordError, check, checksum, seal
+from speechbrain_ram.data.plain import parse_json
+from speechbrain_ram.data.record import check, checksum, seal
 from speechbrain_ram.utils import atomic_path
 
 _FORMAT = "speechbrain-ram embeddings 2"
+# type and number of dimensions of each array
+_KINDS = {
+    "ids": ("U8", 1),
+    "matrix": ("F32", 2),
+    "seconds": ("F32", 1),
+    "files": ("I64", 2),
+}
 
 
 class StoreError(ValueError):
@@ -73,7 +81,7 @@ class EmbeddingStore:
 
     def load(self) -> EmbeddingSet | None:
         """Everything stored, None if there is nothing."""
-        paths = [self.path] if self.path.exists() else []
+        paths = [self.path] if os.path.lexists(self.path) else []
         if self.parts.is_dir():
             paths += sorted(self.parts.glob("*.safetensors"))
         return merge([self._read(path) for path in paths])
@@ -105,18 +113,49 @@ class EmbeddingStore:
 
     def _read(self, path: Path) -> EmbeddingSet:
         try:
+            if not path.is_file():
+                raise StoreError("it is not a regular file")
             with safe_open(path, framework="numpy") as file:
                 record = (file.metadata() or {}).get("record", "")
-                names = ("ids", "matrix", "seconds", "files")
-                arrays = {name: file.get_tensor(name) for name in names}
+                _check_shapes({name: file.get_slice(name) for name in _KINDS})
+                arrays = {name: file.get_tensor(name) for name in _KINDS}
             check(record, self.made_with, *_content(arrays))
-        except (SafetensorError, OSError, RecordError) as error:
+            ids = parse_json(arrays.pop("ids").tobytes(), "ids")
+            if not isinstance(ids, list) or not {*map(type, ids)} <= {str}:
+                raise StoreError("its ids are not a list of names")
+            found = EmbeddingSet(tuple(ids), **arrays)
+            bad = np.flatnonzero(~np.isfinite(found.matrix).all(axis=1))
+            if bad.size:
+                raise StoreError(
+                    f"the embedding of {ids[bad[0]]!r:.200} is NaN or infinite"
+                )
+            return found
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise StoreError(
                 f"'{path}' cannot be used as a store of embeddings: {error}. "
                 "Name another file, or delete it to embed again."
             ) from error
-        ids = json.loads(arrays.pop("ids").tobytes())
-        return EmbeddingSet(tuple(ids), **arrays)
+
+
+def _check_shapes(parts: Mapping) -> None:
+    """Refuse arrays of other types or sizes before any is read."""
+    shapes = {name: part.get_shape() for name, part in parts.items()}
+    for name, part in parts.items():
+        found = part.get_dtype(), len(shapes[name])
+        if found != _KINDS[name]:
+            raise StoreError(f"its {name} are {found[0]} {shapes[name]}")
+    rows, size = shapes["matrix"]
+    if not 0 < size <= 2**16 or rows > shapes["ids"][0]:
+        raise StoreError(
+            f"its matrix is {shapes['matrix']}, for {shapes['ids'][0]} bytes "
+            "of names"
+        )
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, int, int]:

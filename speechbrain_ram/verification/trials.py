@@ -195,7 +195,7 @@ def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     for number, line, fields in lines_of(path, by_tabs=True):
         if len(fields) == 1:
             raise TrialError(
-                f"'{path}', line {number}: '{line}' names no utterance; "
+                f"'{path}', line {number}: '{line:.200}' names no utterance; "
                 "expected was 'MODEL UTTERANCE [UTTERANCE ...]'. Is it an "
                 "enrolment list?"
             )

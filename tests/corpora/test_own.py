@@ -12,19 +12,16 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.corpora.folder import (
-    corpus_name,
-    kaldi_parts,
-    make_trials,
-    prepare_own,
-)
+from speechbrain_ram.corpora.folder import corpus_name, prepare_own
+from speechbrain_ram.corpora.held_out import make_trials
+from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
     read_manifest,
 )
-from speechbrain_ram.data.names import part_name, part_of
+from speechbrain_ram.data.names import TextError, part_name, part_of
 from speechbrain_ram.training.advice import session_note
 from speechbrain_ram.verification.embedder import Embedder
 from speechbrain_ram.verification.embeddings import extract
@@ -303,6 +300,23 @@ def test_parts_of_recordings_are_utterances(tmp_path, long_files):
         ("0.wav,a,50,50\n", "no part from 50 to 50"),
         ("0.wav,a,0,100\n0.wav,b,0,100\n", "line 3: .* is there twice"),
         ("0.wav,a,,\n", "start is ''"),
+        ("0.wav,a,0\n", "line 2: stop is None, expected a whole number"),
+        *(
+            (f"0.wav,a,0,{text}\n", "line 2: stop is .*, expected a whole")
+            for text in [
+                "9" * 400,
+                "1_0",
+                "\u0661\u0660",
+                "\uff11",
+                "1e3",
+                "-1",
+            ]
+        ),
+        ('"0\n.wav",a,0,9\n', r"line 3: '0\\n.wav' has a line break"),
+        ('0.wav,"a\r\nb",0,9\n', r"line 3: 'a\\r\\nb' has a line break"),
+        ("0.wav,a\x1b[2J,0,9\n", r"line 2: 'a\\x1b\[2J' has a line break or"),
+        ("0.wav,a\0,0,9\n", "line 2: not text in UTF-8 .a NUL byte"),
+        ("a" * 200_000 + ",a,0,9\n", "t.csv' cannot be read: field larger"),
     ],
 )
 def test_bounds_that_are_none(tmp_path, long_files, lines, match):
@@ -374,14 +388,39 @@ def test_ends_that_kaldi_allows(tmp_path, long_files, end, stop):
         ("segments", "s0-0 rec0 -1 1", "no part from -16000 to 16000"),
         ("segments", "s0-0 rec0 0 99", "no part from 0 to 1584000"),
         ("segments", "s0-0 rec0 0 ten", "line 1: .* not of Kaldi's form"),
+        *(
+            (
+                "segments",
+                f"s0-0 rec0 0 {text}",
+                "line 1: .* not of Kaldi's form",
+            )
+            for text in [
+                "9" * 400,
+                "1_0",
+                "\u0661",
+                "\uff11",
+                "nan",
+                "1e9",
+                "-2",
+            ]
+        ),
+        ("wav.scp", "rec0", "wav.scp, line 1: 'rec0' is not of Kaldi's form"),
+        ("wav.scp", "rec0 touch executed |", "line 1: .* is a command"),
+        ("wav.scp", "rec0 a\u2028b.wav", "line 1: .* has a line break"),
+        ("utt2spk", "s0-0 a\x85b", "utt2spk, line 1: .* has a line break"),
+        ("utt2spk", "s0-0 a\0b", "utt2spk', line 1: not text in UTF-8"),
     ],
 )
-def test_kaldi_lists_that_are_wrong(tmp_path, long_files, file, line, match):
+def test_kaldi_lists_that_are_wrong(
+    tmp_path, monkeypatch, long_files, file, line, match
+):
+    monkeypatch.chdir(tmp_path)
     folder = kaldi(tmp_path / "kaldi", long_files)
     lines = (folder / file).read_text().splitlines()
     (folder / file).write_text("\n".join([line, *lines[1:]]) + "\n")
-    with pytest.raises(ManifestError, match=match):
+    with pytest.raises((ManifestError, TextError), match=match):
         prepare_own(folder, tmp_path / "out", long_files[0])
+    assert not os.path.exists("executed")
     (folder / file).write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(ManifestError, match="is not in wav.scp and utt2spk|no"):
         prepare_own(folder, tmp_path / "out", long_files[0])

@@ -93,6 +93,15 @@ def test_made_once(tmp_path, monkeypatch):
     assert corpus.trials.stat().st_mtime_ns == before
     with pytest.raises(ManifestError, match="'seed': '1986 there, 2 wanted'"):
         make_synthetic(tmp_path / "a", **TINY, seed=2)
+    stamp = tmp_path / "a" / "synthetic.json"
+    for text in ("", "[" * 10_000, '{"seed": ' + "9" * 5000 + "}", "NaN"):
+        stamp.write_text(text)
+        with pytest.raises(ManifestError, match="synthetic.json' does not say"):
+            make_synthetic(tmp_path / "a", **TINY)
+    for text in ("[1]", "7", "null"):
+        stamp.write_text(text)
+        with pytest.raises(ManifestError, match="holds no synthetic corpus"):
+            make_synthetic(tmp_path / "a", **TINY)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ManifestError, match="mine' is not empty"):

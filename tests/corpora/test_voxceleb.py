@@ -237,7 +237,11 @@ def test_sitw_and_its_overlap_with_voxceleb1(tmp_path, vox1, vox2):
     with pytest.raises(ManifestError, match="1 speakers .* No_Such_Name"):
         prepare_voxceleb(train, vox1, out, **settings)
     overlap.write_text("Dev_Speaker_1\n")
-    (vox1 / "vox1_meta.csv").unlink()
+    meta = vox1 / "vox1_meta.csv"
+    meta.write_text(f"VoxCeleb1 ID\tName\nid10002\n{meta.read_text()}")
+    with pytest.raises(ManifestError, match="line 2: 'id10002' has no name"):
+        prepare_voxceleb(train, vox1, out, **settings)
+    meta.unlink()
     with pytest.raises(ManifestError, match="Is vox1_meta.csv of VoxCeleb1"):
         prepare_voxceleb(train, vox1, out, **settings)
 
@@ -280,3 +284,6 @@ def test_finding_speaker_folders(tmp_path):
     (tmp_path / "id00012.txt").touch()
     assert find_speaker_folders(tmp_path) == ["a/dev/wav", "b"]
     assert find_speaker_folders(tmp_path / "b") == [""]
+    for name in ("id0001\u0661", "id00014\n"):  # \\d and $ take these
+        (tmp_path / "e" / name).mkdir(parents=True)
+    assert find_speaker_folders(tmp_path / "e") == []

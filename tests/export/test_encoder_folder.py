@@ -124,7 +124,7 @@ def test_a_malicious_yaml_or_pickle_is_not_executed(copy, tmp_path):
 
     # Without our own files, as SpeechBrain's checkpoints are: refused.
     (copy / "encoder.json").unlink()
-    with pytest.raises(EncoderError, match="holds no plain weights"):
+    with pytest.raises(EncoderError, match="does not hold plain weights"):
         SpeakerEncoder.from_folder(copy)
     assert not trace.exists()
 
@@ -194,7 +194,7 @@ def test_an_architecture_larger_than_its_weights_takes_no_memory(copy):
     network = loaded.architecture["embedding_model"]["arguments"]
     network["channels"] = [3000] * 4  # 10 GB of convolutions
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(EncoderError, match="'conv.weight' of shape .3000, 1"):
+    with pytest.raises(EncoderError, match="allowed is a list of 4"):
         SpeakerEncoder(loaded)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) / 2**10 < 500  # MB

@@ -1,5 +1,7 @@
 """Calibration against known ratios, a generic optimiser, and Cllr."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -166,12 +168,48 @@ def test_other_qualities_than_fitted_are_refused():
         calibration.apply([1.0, 2.0], {"min_q": [1.0]})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"features": 3}'])
+GOOD = {"features": ["score"], "weights": [1.0], "bias": 0, "p_target": 0.01}
+
+
+def changed(**values):
+    return json.dumps({**GOOD, **values})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"features": 3}',
+        changed(bias="1_0"),
+        changed(bias="0.5"),
+        changed(bias=True),
+        changed(bias=None),
+        changed(bias=float("nan")),
+        changed(bias=float("inf")),
+        changed(bias=7).replace("7", "1e999"),
+        changed(bias=7).replace("7", "9" * 4000),
+        changed(weights=[1.0, 2.0]),
+        changed(weights=["1"]),
+        changed(features=[1]),
+        changed(features=[], weights=[]),
+        changed(p_target=1),
+        "[" * 100_000,
+        " " * 2**21,
+    ],
+)
 def test_other_files_are_no_calibrations(tmp_path, text):
     path = tmp_path / "calibration.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"calibration.json' is not a calib"):
         Calibration.load(path)
+
+
+def test_a_calibration_is_text_in_utf_8(tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(GOOD))
+    assert Calibration.load(path).apply([2.0]).tolist() == [2.0]
     path.write_text("{}", encoding="utf-16")
     with pytest.raises(ValueError, match=r"calibration.json', line 1: not te"):
         Calibration.load(path)

@@ -20,8 +20,10 @@ from speechbrain.processing.features import (
 from survival import PROCESSES
 
 from speechbrain_ram.data.audio import AudioError, pad_waveforms
+from speechbrain_ram.data.record import seal
 from speechbrain_ram.utils import ahead, leave_group
 from speechbrain_ram.verification import embeddings as module
+from speechbrain_ram.verification import store as store_module
 from speechbrain_ram.verification.embedder import length_batches
 from speechbrain_ram.verification.store import (
     EmbeddingSet,
@@ -408,9 +410,61 @@ def test_other_files_are_no_stores(tmp_path):
     save_file({"a": np.zeros(2)}, path)
     with pytest.raises(StoreError, match="cannot be used as a store"):
         EmbeddingStore(path, "x").load()
-    save_file({name: np.zeros(2) for name in KEYS}, path)
+    save_file(small_arrays(), path)
     with pytest.raises(StoreError, match="no record of what it was made from"):
         EmbeddingStore(path, "x").load()
+    save_file(small_arrays(), path, metadata={"record": "[" * 100_000})
+    with pytest.raises(StoreError, match="e.safetensors' cannot be used"):
+        EmbeddingStore(path, "x").load()
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(StoreError, match="e.safetensors' .* a regular file"):
+        EmbeddingStore(path, "x").load()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StoreError, match="e.safetensors' .* a regular file"):
+        EmbeddingStore(path, "x").load()
+
+
+def small_arrays(ids=b'["a", "b"]', rows=2):
+    return {
+        "ids": np.frombuffer(ids, np.uint8),
+        "matrix": np.ones((rows, 3), np.float32),
+        "seconds": np.ones(rows, np.float32),
+        "files": np.ones((rows, 3), np.int64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matrix": np.ones((2, 3))}, r"its matrix are F64 \[2, 3\]"),
+        ({"matrix": np.ones((), np.float32)}, r"its matrix are F32 \[\]"),
+        ({"matrix": np.ones((2, 0), np.float32)}, r"its matrix is \[2, 0\]"),
+        ({"matrix": np.ones((99, 1), np.float32)}, "for 10 bytes of names"),
+        ({"matrix": np.ones((3, 3), np.float32)}, "2 recordings need a matrix"),
+        ({"seconds": np.ones((2, 1), np.float32)}, "its seconds are F32"),
+        ({"files": np.ones((2, 3), np.int32)}, "its files are I32"),
+        ({"ids": np.frombuffer(b'["a", 12]', np.uint8)}, "not a list of names"),
+        ({"ids": np.frombuffer(b'{"a": 12}', np.uint8)}, "not a list of names"),
+        ({"ids": np.frombuffer(b'["a", "a"]', np.uint8)}, "1 recordings need"),
+        ({"ids": np.frombuffer(b"[" * 10**5, np.uint8)}, "'ids' is not valid"),
+        ({"ids": np.frombuffer(b"\xff" * 99, np.uint8)}, "'ids' is not valid"),
+        (
+            {"matrix": np.float32([[1, 2, 3], [1, np.nan, 3]])},
+            "the embedding of 'b' is NaN or infinite",
+        ),
+    ],
+)
+def test_a_stranger_store_is_refused(tmp_path, change, message):
+    """Types, shapes and values, where the checksum fits."""
+    store = EmbeddingStore(tmp_path / "e.safetensors", "x")
+    arrays = {**small_arrays(), **change}
+    record = seal(store.made_with, *store_module._content(arrays))
+    save_file(arrays, store.path, metadata={"record": record})
+    with pytest.raises(StoreError, match=message) as caught:
+        store.load()
+    assert "e.safetensors' cannot be used" in str(caught.value)
 
 
 def small_store(folder):

@@ -91,6 +91,14 @@ def test_bad_tables_are_refused(tmp_path, text, message):
         read_speaker_table(path)
 
 
+def test_a_table_larger_than_any_is_not_read(tmp_path):
+    path = tmp_path / "speakers.tsv"
+    with open(path, "wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(TrialError, match="speakers.tsv' has 17179869184 bytes"):
+        read_speaker_table(path)
+
+
 @pytest.fixture
 def known(tmp_path):
     """Four speakers: two women, two men; one of each is a child."""

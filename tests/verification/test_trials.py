@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -194,11 +195,27 @@ def test_old_line_ends_and_marks_are_no_part_of_a_name(tmp_path):
 
 def test_folders_and_packed_lists_are_refused(tmp_path):
     for read in (read_trials, read_models):
-        with pytest.raises(TrialError, match="cannot be read: Is a directory"):
+        with pytest.raises(TrialError, match="is not a regular file"):
             read(tmp_path)
     packed = write(tmp_path, gzip.compress(b"1 a b\n0 a c\n"), "trials.gz")
     with pytest.raises(TrialError, match="line 1: not text in UTF-8"):
         read_trials(packed)
+
+
+def test_a_line_without_an_end_is_refused_in_little_memory(tmp_path):
+    path = write(tmp_path, "")
+    with open(path, "r+b") as file:
+        file.truncate(3 * 2**30)  # NUL bytes that take no room on the disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (read_trials, read_models):
+        with pytest.raises(TrialError, match="trials.txt' has a line of over"):
+            read(path)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) / 2**10 < 100  # MB
+    long = write(tmp_path, "1 a b\n0 " + "c" * 10**6 + "\n")
+    with pytest.raises(TrialError, match="line 2: '0 ccc") as caught:
+        read_trials(long)
+    assert len(str(caught.value)) < 1000
 
 
 def test_missing_files_are_named(tmp_path):
