@@ -146,10 +146,17 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
             'it needs PyAV: pip install "speechbrain-ram[m4a]"'
         ) from error
     try:
-        with av.open(os.path.abspath(path)) as container:
-            if not container.streams.audio:
+        # A title that is not UTF-8 does not matter here.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as file:
+            if not file.streams.audio:
                 raise AudioError(f"'{path}' has no audio stream.")
-            yield container, container.streams.audio[0]
+            stream = file.streams.audio[0]
+            if stream.codec_context is None:
+                raise AudioError(
+                    f"'{path}' has sound that FFmpeg has no decoder for. Is it "
+                    "damaged?"
+                )
+            yield file, stream
     except (av.FFmpegError, OSError, ArithmeticError, TypeError) as error:
         raise AudioError(f"'{path}' cannot be decoded: {error}") from error
 

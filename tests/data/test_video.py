@@ -187,3 +187,27 @@ def test_nothing_else_is_handed_to_ffmpeg(tmp_path):
         with pytest.raises(AudioError, match="audio|empty file"):
             Audio().info(tmp_path / name)
         assert not is_container(content)
+
+
+@pytest.fixture
+def m4a(tmp_path):
+    pytest.importorskip("av", reason="the extra m4a is not installed")
+    import miniature
+
+    miniature.write_m4a(tmp_path / "a.m4a", voice(1.0))
+    return tmp_path / "a.m4a"
+
+
+def test_words_that_are_not_utf_8_do_not_matter(m4a):
+    """Brands and titles are read by nobody here."""
+    expected, content = read_audio(m4a), m4a.read_bytes()
+    m4a.write_bytes(content[:8] + b"\xff" + content[9:])
+    assert torch.equal(read_audio(m4a), expected)
+
+
+def test_sound_that_nothing_decodes(m4a):
+    content = m4a.read_bytes().replace(b"mp4a", b"mp4\xff")
+    m4a.write_bytes(content.replace(b"@\x15", b"\xfe\x15"))  # MPEG-4 audio
+    for read in (audio_info, read_audio):
+        with pytest.raises(AudioError, match="a.m4a' has sound that FFmpeg"):
+            read(m4a)
