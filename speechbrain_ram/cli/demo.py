@@ -41,7 +41,7 @@ UPLOAD_SECONDS = 120.0
 UPLOADS = 8
 
 #: Longest recording, in seconds: some seconds of work.
-LONGEST = 600.0
+LONGEST = 300.0
 
 #: Most samples of a recording, in all channels: `LONGEST` of 48 kHz stereo.
 MOST_SAMPLES = int(LONGEST) * 48_000 * 2

@@ -22,6 +22,7 @@ from speechbrain.utils.checkpoints import METAFNAME, Checkpoint
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_ram.data.plain import read_yaml
+from speechbrain_ram.utils import one_line
 
 #: Of the folders; a reader refuses the numbers it does not know. Folders
 #: without a number are SpeechBrain's own, which carry no checksums.
@@ -59,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     try:
         meta = read_yaml(place)
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"'{place}' is damaged ({error}).") from error
+        raise DamagedCheckpoint(one_line(error)) from error
     if not isinstance(meta, dict):
         raise DamagedCheckpoint(f"'{place}' is damaged: it has no KEY: VALUE.")
     number = meta.get("format", 0)

@@ -21,6 +21,7 @@ from hyperpyyaml import resolve_references
 from speechbrain.core import RunOptions
 
 from speechbrain_ram.data.names import read_text
+from speechbrain_ram.data.plain import PlainError, parse_yaml
 
 _OPTIONS = "The options"  # what an error calls them
 
@@ -181,8 +182,16 @@ def check_settings(
     with open(hparams_file, encoding="utf-8") as file:
         recipe = _read(read_text(hparams_file), where)
         _check_names(recipe, given, where)
-        resolved = resolve_references(file, overrides)
-    settings = _read(resolved.read(), where)
+        try:
+            resolved = resolve_references(file, overrides).read()
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of expressions, whatever they compute
+            raise ValueError(
+                f"{where} cannot be read: a reference (!ref) or a file that "
+                f"it includes is wrong ({type(error).__name__}: {error})."
+            ) from error
+    settings = _read(resolved, where)
     for name in getattr(run_opts, "overridden_args", ()):
         settings[name] = getattr(run_opts, name)
     inner = settings.get("encoder")
@@ -209,20 +218,21 @@ def _read(yaml: str | Mapping[str, Any], where: str) -> Mapping[str, Any]:
     reader = ruamel.yaml.YAML(typ="safe", pure=True)
     reader.Constructor = _Plain
     try:
-        values = reader.load(yaml)
-    except ruamel.yaml.YAMLError as error:
-        why = getattr(error, "problem", None) or str(error)
+        values = parse_yaml(yaml, where.strip("'"), reader)
+    except PlainError as error:
+        why = getattr(error.__cause__, "problem", None) or ""
         twice = re.match('found duplicate key "(.*?)"', why)
         if twice and where == _OPTIONS:
             raise ValueError(f"--{twice[1]} is given twice.") from None
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where} cannot be read: {why}{line}.") from None
+        raise
     if not isinstance(values, Mapping):
         raise ValueError(
             f"{where} cannot be read: {str(values)!r} is not of the form "
             "NAME: VALUE in a YAML, --NAME VALUE on a command line."
         )
+    for name in values:
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has the key {name!r}, a name is needed.")
     return values
 
 

@@ -1,6 +1,7 @@
 """What the options of a training may be, and what is said of the others."""
 
 import re
+import shutil
 
 import pytest
 import ruamel.yaml
@@ -119,10 +120,39 @@ def test_a_recipe_in_latin_1_is_named(tmp_path):
         check_settings(recipe)
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("x: " + 3000 * "[" + 3000 * "]", "lists in lists, more than 40 deep"),
+        (
+            "x0: &x0 [1]\n"
+            + "".join(
+                f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n"
+                for i in range(1, 7)
+            ),
+            "more than 10000 values",
+        ),
+        ("? [a]\n: 1", "has the key ('a',), a name is needed."),
+        ("1: 2", "has the key 1, a name is needed."),
+        ("x: !!int abc", "is not valid YAML (invalid literal"),
+        ("x: 2020-99-99", "is not valid YAML (month must be"),
+        ("x: !ref <seed> / 0", "is wrong (ZeroDivisionError"),
+        ("x: !ref <seed[0]>", "is wrong (TypeError"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path, line, message):
+    shutil.copy(SYNTHETIC.with_name("encoder.yaml"), tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{SYNTHETIC.read_text()}\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        check_settings(path)
+    assert str(path) in str(caught.value)
+
+
 def test_another_yaml_is_no_recipe():
     with pytest.raises(ValueError, match="has no batch_size, .* Is it one"):
         check_settings(REPOSITORY / "recipes" / "VoxCeleb" / "table1.yaml")
-    with pytest.raises(ValueError, match="cannot be read: .* in line"):
+    with pytest.raises(ValueError, match="not valid YAML .*, line"):
         check_settings(REPOSITORY / "README.md")
     with pytest.raises(FileNotFoundError):
         check_settings("nowhere.yaml")
