@@ -1,21 +1,29 @@
 """Targets of encoders: exported folders, checkpoints, runs, stores."""
 
 import contextlib
+import dataclasses
 import json
 import re
 from functools import partial
+from hashlib import blake2b
 
 import fuzz_formats as formats
 import numpy as np
 import torch
 import yaml
 from fuzz_targets import Target
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from safetensors.torch import load_file
 from small_encoder import DIM, SPEAKERS, YAML, export_small, small_network
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain_ram.training.state import COUNTERS, read_state
 
 from speechbrain_ram.data.record import checksum, seal
 from speechbrain_ram.export.architecture import fingerprint
@@ -26,6 +34,7 @@ from speechbrain_ram.training.checkpoints import (
     SafeCheckpointer,
     read_checkpoint,
 )
+from speechbrain_ram.training.distributed import Tally, random_state
 from speechbrain_ram.training.run import Run, RunError, read_run
 from speechbrain_ram.verification.enrolment import (
     EnrolmentDatabase,
@@ -65,7 +74,7 @@ def _exported(folder):
     def begin(_):
         start_from(start, yaml_text, network, classifier, speakers)
 
-    def load(_):
+    def load_as_it_is(_):
         used(SpeakerEncoder.from_folder(encoder))
 
     def load_edited(_):
@@ -74,13 +83,13 @@ def _exported(folder):
     json_values, header = formats.json_values, formats.safetensors_header
     return {
         "encoder.json": place(
-            encoder, "encoder.json", json_values, 3_000, load
+            encoder, "encoder.json", json_values, 3_000, load_as_it_is
         ),
         "encoder.safetensors": place(
-            encoder, "encoder.safetensors", header, 3_000, load
+            encoder, "encoder.safetensors", header, 3_000, load_as_it_is
         ),
         "edited encoder.json": place(
-            edited, "encoder.json", json_values, 15_000, load_edited
+            edited, "encoder.json", json_values, 9_000, load_edited
         ),
         "edited encoder.safetensors": place(
             edited, "encoder.safetensors", header, 4_000, load_edited
@@ -135,18 +144,16 @@ def used(encoder):
 def _checkpoints(folder):
     """A run of which SpeakerEncoder takes the best checkpoint."""
     folder.mkdir()
-    model = small_network()
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(2, 50, 80)).sum().backward()
-    optimizer.step()
-    parts = {
-        "embedding_model": model,
-        "optimizer": optimizer,
-        "counter": EpochCounter(3),
-    }
+    parts = {"embedding_model": small_network()}
     saved = SafeCheckpointer(folder / "save", parts)
     checkpoint = saved.save_checkpoint(meta={"EER": 3.5}).path
     (folder / "hyperparams.yaml").write_text(YAML.replace("NAME", "fbank"))
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    parts = {"model": model, "optimizer": optimizer, "brain": _Brain()}
+    parts["counter"] = EpochCounter(3)
     plain = folder / "plain"
     other = SafeCheckpointer(plain, parts).save_checkpoint(name="a").path
     meta = yaml.safe_load((other / "CKPT.yaml").read_text())
@@ -156,7 +163,6 @@ def _checkpoints(folder):
     (other / "CKPT.yaml").write_text(yaml.dump(meta))
 
     def recover(_):
-        # another model: what is loaded into it stays here
         SafeCheckpointer(plain, parts).recover_if_possible()
 
     found = {}
@@ -187,6 +193,14 @@ def _checkpoints(folder):
             2_000,
         ),
         (
+            "brain.ckpt",
+            other / "brain.ckpt",
+            recover,
+            CheckpointError,
+            formats.state,
+            4_000,
+        ),
+        (
             "counter.ckpt",
             other / "counter.ckpt",
             recover,
@@ -211,10 +225,26 @@ def _checkpoints(folder):
     return found
 
 
+@register_checkpoint_hooks
+class _Brain:
+    """Saves and loads what a brain keeps of a running epoch."""
+
+    @mark_as_saver
+    def save(self, path):
+        state = dict.fromkeys((*COUNTERS, "step", "joint_batch", "threads"), 3)
+        state |= {"avg_train_loss": 0.5, "kept": {}, "log": "epoch: 1\n"}
+        state["tally"] = dataclasses.asdict(Tally(1, 2, 0.5, 1, 0.1))
+        state["faults"] = {"a.wav": "is empty"}
+        state["random"] = [random_state()]
+        torch.save(state, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        read_state(path, {}, 0)
+
+
 def _summed(data):
     """A CKPT.yaml whose checksum is that of its values."""
-    from hashlib import blake2b
-
     with contextlib.suppress(Exception):
         meta = yaml.load(data, yaml.CSafeLoader)
         old = meta.pop("checksum").encode()
@@ -304,8 +334,7 @@ def _embeddings(folder):
 
 def _stored(made_with, good):
     """Stores whose arrays are others, sealed; and other headers."""
-    size = int.from_bytes(good[:8], "little")
-    arrays = _load(good)
+    arrays = load(good)
 
     def written(arrays):
         sums = seal(made_with, *_parts(arrays))
@@ -316,18 +345,11 @@ def _stored(made_with, good):
         return written({**arrays, "ids": names})
 
     ids = formats.json_values(arrays["ids"].tobytes())
-    assert size
     return [
         *formats.arrays(written, arrays),
         *(partial(named, change) for change in ids),
         *formats.safetensors_header(good),
     ]
-
-
-def _load(good):
-    from safetensors.numpy import load
-
-    return load(good)
 
 
 def _parts(arrays):

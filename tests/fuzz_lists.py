@@ -3,17 +3,18 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import fuzz_formats as formats
 import miniature
 import numpy as np
 import soundfile
-from conftest import RECIPE
 from fuzz_targets import Target
+from speechbrain_ram.corpora.tables import kaldi_parts, read_table
 
 from speechbrain_ram.cli.verify_options import parse
 from speechbrain_ram.corpora.cnceleb import prepare_cnceleb
-from speechbrain_ram.corpora.folder import kaldi_parts, prepare_own
+from speechbrain_ram.corpora.folder import prepare_own
 from speechbrain_ram.corpora.synthetic import make_synthetic
 from speechbrain_ram.corpora.voxceleb import prepare_sitw, prepare_voxceleb
 from speechbrain_ram.data.audio import AudioError, read_audio
@@ -48,6 +49,7 @@ from speechbrain_ram.verification.trials import (
     speakers_beside,
 )
 
+RECIPE = Path(__file__).parent.parent / "hparams" / "ram_resnet34.yaml"
 MANIFEST = (
     b"ID,duration,wav,start,stop,spk_id\n"
     b's/a.wav,1.5,$data_root/s/a.wav,0,24000,"s"\n'
@@ -229,11 +231,11 @@ def made_by_us(folder):
     )
     packed = pack()
     shard = folder / "shards" / "shard-000000.json"
-    write_recorded(record, {"rate": 8000}, {"a": [1, 2], "b": "x"})
+    write_recorded(record, {"rate": 8000}, [["a", 1], ["b", 2]])
     synthetic = make_synthetic(folder / "synthetic", 2, 2, 2, 2, 0.6, 0.8, 7)
     return {
         "record": Target(
-            lambda path: read_recorded(path, {"rate": 8000}),
+            lambda path: read_recorded(path, {"rate": 8000}, str, int),
             RecordError,
             record.read_bytes(),
             record,
@@ -335,7 +337,7 @@ def corpora(folder):
             25_000,
         )
     table = roots["calls"] / "table.csv"
-    add("table", _read_table, table, formats.cells, 50_000)
+    add("table", read_table, table, formats.cells, 50_000)
     add(
         "own corpus",
         lambda path: prepare_own(path, folder / "own", dev_share=0.5),
@@ -391,11 +393,3 @@ def corpora(folder):
             1_500,
         )
     return found
-
-
-def _read_table(path):
-    try:
-        from speechbrain_ram.corpora.tables import read_table
-    except ImportError:  # TODO before this is merged
-        from speechbrain_ram.corpora.folder import _of_table as read_table
-    return read_table(path)

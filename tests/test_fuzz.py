@@ -36,7 +36,14 @@ NAMES = [
     *("encoder.json", "encoder.safetensors", "edited encoder.json"),
     *("edited encoder.safetensors", "classifier.ckpt", "label_encoder.ckpt"),
     *("hyperparams.yaml", "embedding_model.ckpt", "optimizer.ckpt"),
-    *("counter.ckpt", "CKPT.yaml", "sealed CKPT.yaml", "store", "enrolment"),
+    *(
+        "brain.ckpt",
+        "counter.ckpt",
+        "CKPT.yaml",
+        "sealed CKPT.yaml",
+        "store",
+        "enrolment",
+    ),
 ]
 
 
