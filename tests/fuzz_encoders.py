@@ -23,7 +23,6 @@ from speechbrain.utils.checkpoints import (
     register_checkpoint_hooks,
 )
 from speechbrain.utils.epoch_loop import EpochCounter
-from speechbrain_ram.training.state import COUNTERS, read_state
 
 from speechbrain_ram.data.record import checksum, seal
 from speechbrain_ram.export.architecture import fingerprint
@@ -36,6 +35,7 @@ from speechbrain_ram.training.checkpoints import (
 )
 from speechbrain_ram.training.distributed import Tally, random_state
 from speechbrain_ram.training.run import Run, RunError, read_run
+from speechbrain_ram.training.state import COUNTERS, read_state
 from speechbrain_ram.verification.enrolment import (
     EnrolmentDatabase,
     EnrolmentError,

@@ -10,12 +10,12 @@ import miniature
 import numpy as np
 import soundfile
 from fuzz_targets import Target
-from speechbrain_ram.corpora.tables import kaldi_parts, read_table
 
 from speechbrain_ram.cli.verify_options import parse
 from speechbrain_ram.corpora.cnceleb import prepare_cnceleb
 from speechbrain_ram.corpora.folder import prepare_own
 from speechbrain_ram.corpora.synthetic import make_synthetic
+from speechbrain_ram.corpora.tables import kaldi_parts, read_table
 from speechbrain_ram.corpora.voxceleb import prepare_sitw, prepare_voxceleb
 from speechbrain_ram.data.audio import AudioError, read_audio
 from speechbrain_ram.data.manifest import (
