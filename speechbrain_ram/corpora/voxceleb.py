@@ -383,7 +383,7 @@ def _locate(trials: TrialList, root: Path, path: Path) -> TrialList:
 # -- Speakers in the Wild: the core-core trials of its dev and eval parts -----
 #
 # ``lists/enroll-core.lst`` enrols models, ``12013 audio/unotx.flac``, and
-# ``keys/core-core.lst`` holds trials, ``12013 audio/abcde.flac tgt`` or ``imp``.
+# ``keys/core-core.lst`` holds trials, ``12013 audio/abcde.flac tgt`` (or imp).
 
 
 def prepare_sitw(
