@@ -276,12 +276,9 @@ def _without_sitw(recordings, sitw_overlap, folders) -> list[tuple[str, str]]:
             "voxceleb1_sitw_overlap.txt of OpenSLR 49, or leave --sitw out."
         )
     both = _speaker_ids(Path(sitw_overlap), folders)
-    kept = [r for r in recordings if r[1] not in both]
-    logger.info(
-        "%d speakers who are also in SITW are left out of training",
-        len({r[1] for r in recordings} - {r[1] for r in kept}),
-    )
-    return kept
+    dropped = {r[1] for r in recordings} & both
+    logger.info("%d speakers of SITW are left out of training", len(dropped))
+    return [r for r in recordings if r[1] not in both]
 
 
 def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
@@ -297,10 +294,8 @@ def _speaker_ids(path: Path, folders: list[Path]) -> set[str]:
                 fields = re.split(r"[\t, ]+", line)  # both are about
                 if _SPEAKER.match(fields[0]):
                     if len(fields) < 2:
-                        raise ManifestError(
-                            f"'{meta}', line {number}: '{fields[0]}' has no "
-                            "name. Is it VoxCeleb1's vox1_meta.csv?"
-                        )
+                        place = f"'{meta}', line {number}"
+                        raise ManifestError(f"{place}: '{line}' has no name.")
                     id_of[fields[1]] = fields[0]
             break
     strangers = [each for each in listed if each not in id_of]
@@ -387,9 +382,8 @@ def _locate(trials: TrialList, root: Path, path: Path) -> TrialList:
 
 # -- Speakers in the Wild: the core-core trials of its dev and eval parts -----
 #
-# In each part, ``lists/enroll-core.lst`` says which file enrols a model
-# (``12013 audio/unotx.flac``) and ``keys/core-core.lst`` holds the trials with
-# their truth (``12013 audio/abcde.flac tgt`` or ``imp``).
+# ``lists/enroll-core.lst`` enrols models, ``12013 audio/unotx.flac``, and
+# ``keys/core-core.lst`` holds trials, ``12013 audio/abcde.flac tgt`` (or imp).
 
 
 def prepare_sitw(
