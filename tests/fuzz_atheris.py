@@ -14,6 +14,9 @@ def main():
     import atheris
 
     with atheris.instrument_imports(include=["speechbrain_ram"]):
+        import fuzz_encoders  # noqa: F401
+        import fuzz_lists  # noqa: F401
+        import fuzz_recordings  # noqa: F401
         from fuzz_targets import targets, try_input
 
     with tempfile.TemporaryDirectory() as folder:
