@@ -50,7 +50,6 @@ def test_what_a_user_can_mend_is_one_line(error, line, status, caplog, capsys):
         ("\x1b[2J", r"\x1b[2J"),
         ("a\bb\x9b", r"a\x08b\x9b"),
         ("\u202egnp.", r"\u202egnp."),
-        ("\udcff.wav", r"\udcff.wav"),
     ],
 )
 def test_no_terminal_obeys_a_file(text, said, capsys):
@@ -66,6 +65,10 @@ def test_no_terminal_obeys_a_file(text, said, capsys):
     with pytest.raises(SystemExit):
         shows(as_json=False)
     assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_a_file_name_that_is_no_text_can_be_printed():
+    assert printable("\udcff.wav") == r"\udcff.wav"
 
 
 @pytest.mark.parametrize(
