@@ -99,7 +99,9 @@ def _check_size(text: str) -> None:
     for event in reader.parse(text):
         if isinstance(event, events.AliasEvent):
             if event.anchor not in expanded:
-                raise ValueError(f"*{event.anchor} stands within itself")
+                raise ValueError(
+                    f"*{event.anchor} stands within itself, or for nothing"
+                )
             count += expanded[event.anchor]
         elif isinstance(event, events.CollectionStartEvent):
             opened.append((event.anchor, count))

@@ -140,5 +140,5 @@ def _best_checkpoint(run: Path) -> Path:
             raise EncoderError(str(error)) from error
     raise EncoderError(
         f"'{run}' is neither an exported folder (no {DESCRIPTION}) nor a run "
-        "with checkpoints (no save/CKPT+*)."
+        "with checkpoints that can be read (save/CKPT+*)."
     )

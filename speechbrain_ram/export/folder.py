@@ -240,14 +240,16 @@ def start_from(
     check_state(embedding_model.state_dict(), found.weights, found.place)
     embedding_model.load_state_dict(found.weights)
 
-    rows = read_state(folder / "classifier.ckpt").get("weight")
+    file = folder / "classifier.ckpt"
+    rows = read_state(file).get("weight")
     known = _read_labels(folder / "label_encoder.ckpt")
     wanted = (len(known), classifier.weight.shape[1])
-    if rows is None or tuple(rows.shape) != wanted:
+    fits = rows is not None and tuple(rows.shape) == wanted
+    if not (fits and rows.is_floating_point() and rows.isfinite().all()):
         raise EncoderError(
-            f"'{folder / 'classifier.ckpt'}' does not hold {wanted[0]} "
-            f"speakers of {wanted[1]} numbers, as label_encoder.ckpt and the "
-            "embedding have them. Is one of them from another export?"
+            f"'{file}' does not hold {wanted[0]} speakers of {wanted[1]} "
+            "finite numbers, as label_encoder.ckpt and the embedding have "
+            "them. Is one of them from another export, or damaged?"
         )
     both = [name for name in label_encoder.lab2ind if name in known]
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Starting from an exported folder, with the same speakers or others."""
 
+import io
+import re
 import shutil
 
 import pytest
@@ -40,6 +42,61 @@ def test_weights_and_known_speakers_are_taken_over(tiny_run):
     assert torch.equal(classifier.weight[0], before[0])
     assert torch.equal(classifier.weight[1], rows[2])
     assert torch.equal(classifier.weight[2], rows[0])
+
+
+def pickled():
+    buffer = io.BytesIO()
+    torch.save({"weight": print}, buffer)
+    return buffer.getvalue()
+
+
+ROWS = torch.ones(3, 512)
+NAN = ROWS.clone()
+NAN[2, 7] = torch.nan
+NAMES = (
+    "'a' => 0\n'b' => 1\n'c' => {}\n================\n'starting_index' => 0\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("classifier.ckpt", {"weight": NAN}),
+        ("classifier.ckpt", {"weight": torch.ones(3, 1)}),
+        ("classifier.ckpt", {"weight": torch.ones(4, 512)}),
+        ("classifier.ckpt", {"weight": torch.ones(3, 512, dtype=torch.int64)}),
+        ("classifier.ckpt", {"weight": [1.0]}),
+        ("classifier.ckpt", {"other": ROWS}),
+        ("classifier.ckpt", ROWS),
+        ("classifier.ckpt", pickled()),
+        ("classifier.ckpt", b"nothing"),
+        ("classifier.ckpt", None),
+        *(
+            ("label_encoder.ckpt", NAMES.format(row).encode())
+            for row in ("-1", "1", "3", "1_0", "9" * 5000, "x", "")
+        ),
+        ("label_encoder.ckpt", b"\xff"),
+        ("label_encoder.ckpt", b"__import__('os') => 0\n"),
+        ("label_encoder.ckpt", None),
+    ],
+)
+def test_a_damaged_start(tiny_run, tmp_path, file, content):
+    """Nothing of the classifier is taken over, and the file is named."""
+    folder = tmp_path / "inference"
+    shutil.copytree(tiny_run / "inference", folder)
+    if content is None:
+        (folder / file).unlink()
+    elif isinstance(content, bytes):
+        (folder / file).write_bytes(content)
+    else:
+        torch.save(content, folder / file)
+    section = encoder_section(tiny_run / "hyperparams.yaml")
+    model = load_hyperpyyaml(section)["embedding_model"]
+    classifier = Classifier(512, out_neurons=1)
+    before = classifier.weight.detach().clone()
+    with pytest.raises(EncoderError, match=re.escape(str(folder / file))):
+        start_from(folder, section, model, classifier, labels("id10001"))
+    assert torch.equal(classifier.weight, before)
 
 
 def test_fine_tuning_with_other_speakers(tiny_corpus, tiny_run, tmp_path):
