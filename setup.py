@@ -70,6 +70,7 @@ setup(
         "click",
         "soundfile>=0.12.1",
         "safetensors",
+        "filelock",
         "tqdm",
     ],
     extras_require={

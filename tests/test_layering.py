@@ -1,8 +1,10 @@
 """Each wing of the package imports only from those before it."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,29 @@ def test_the_public_names_are_cheap_to_import():
     )
     assert "speechbrain_ram.losses" in said.stdout
     assert "speechbrain_ram.inference" in said.stdout
+
+
+def test_what_is_imported_is_declared():
+    """Nothing is used only because another package happens to need it."""
+    setup = (PACKAGE.parent / "setup.py").read_text(encoding="utf-8")
+    lists = re.findall(
+        r"EXTRAS = {.*?^}|install_requires=\[.*?\]", setup, re.S | re.M
+    )
+    names = re.findall(r'"([A-Za-z][\w.-]*)', "".join(lists).lower())
+    declared = {re.sub("[-_.]+", "-", name) for name in names}
+    providers = packages_distributions()
+    for _, file in modules():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in {name.partition(".")[0] for name in names}:
+                if name in sys.stdlib_module_names | {"speechbrain_ram"}:
+                    continue
+                found = [
+                    re.sub("[-_.]+", "-", each.lower())
+                    for each in providers.get(name, [name])
+                ]
+                assert declared.intersection(found), f"{file}: {name}"
