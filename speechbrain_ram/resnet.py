@@ -16,6 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 BLOCKS = (3, 4, 6, 3)  # 2 x 16 convolutions + the first + the linear = 34
 STRIDES = (1, 2, 2, 2)
+_STEP = 8  # frames of the input a frame of the output: the strides' product
+_TILE = 4000  # frames, a multiple of the step
+_REACH = 112  # frames of the input on each side that an output frame sees
 
 
 class BasicBlock(nn.Module):
@@ -102,6 +105,8 @@ class ResNet34(nn.Module):
                 f"n_mels is {n_mels} and embedding_dim {embedding_dim}, both "
                 "must be 1 or more."
             )
+        # frames that are computed at once; None: all, as gradients need
+        self.tile: int | None = None
         self.n_mels = n_mels
         self.channels = tuple(channels)
         self.embedding_dim = embedding_dim
@@ -160,6 +165,32 @@ class ResNet34(nn.Module):
             ):
                 frames = None
         x = feats.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
+        if self.tile and frames is None and x.shape[-1] > self.tile:
+            x = self._in_tiles(x, self.tile)
+        else:
+            x, frames = self._maps(x, frames)
+        x = self.pooling(x.flatten(1, 2), frames)  # [B, 2 C F']
+        return self.norm_emb(self.linear(x)).unsqueeze(1)
+
+    def _in_tiles(self, x: torch.Tensor, tile: int) -> torch.Tensor:
+        """As :meth:`_maps` without padding, in the memory of one tile.
+
+        Four minutes of the first stage are a gigabyte. Tiles overlap by what
+        a frame at their ends sees, so that all frames are as in one piece.
+        """
+        n_frames, parts = x.shape[-1], []
+        for first in range(0, n_frames, tile):
+            start = max(0, first - _REACH)
+            part, _ = self._maps(x[..., start : first + tile + _REACH], None)
+            skip = (first - start) // _STEP
+            keep = -(-min(tile, n_frames - first) // _STEP)
+            parts.append(part[..., skip : skip + keep])
+        return torch.cat(parts, -1)
+
+    def _maps(
+        self, x: torch.Tensor, frames: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is pooled, [B, C, F', T'], and its valid frames."""
         mask = _time_mask(frames, x)
         if mask is not None:
             x = x * mask
@@ -173,8 +204,7 @@ class ResNet34(nn.Module):
                 mask = _time_mask(frames, x[..., :n_frames])
             for block in stage:
                 x = block(x, mask)
-        x = self.pooling(x.flatten(1, 2), frames)  # [B, 2 C F']
-        return self.norm_emb(self.linear(x)).unsqueeze(1)
+        return x, frames
 
 
 def _time_mask(
@@ -292,4 +322,5 @@ def folded(encoder: ResNet34) -> ResNet34:
                 block.shortcut = fuse_conv_bn_eval(*block.shortcut)
     # Computing gradients in this layout is another matter, see brain.py.
     network.to(memory_format=torch.channels_last)
+    network.tile = _TILE
     return network.requires_grad_(False)

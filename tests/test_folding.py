@@ -47,6 +47,19 @@ def test_lengths_of_1_are_no_lengths(trained):
         assert torch.equal(trained(feats, lengths), whole)
 
 
+@pytest.mark.parametrize("n_frames", [8, 17, 203, 300])
+@pytest.mark.parametrize("tile", [16, 120, 296])
+@torch.no_grad()
+def test_tiles_are_not_seen(trained, tile, n_frames):
+    """Neither at their seams nor at the ends of a recording."""
+    feats = torch.randn(2, n_frames, 20)
+    network = folded(trained)
+    network.tile = None
+    expected = network(feats)
+    network.tile = tile
+    assert torch.allclose(network(feats), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_not_while_training():
     with pytest.raises(ValueError, match="training mode.*encoder.eval"):
         folded(ResNet34(channels=(4, 4, 4, 4)))

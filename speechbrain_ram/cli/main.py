@@ -254,8 +254,7 @@ def score(folder, trials, root, output, device):
 
     Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL.
     """
-    from speechbrain_ram.data.names import part_of
-    from speechbrain_ram.inference import Segment
+    from speechbrain_ram.verification.embeddings import extract
     from speechbrain_ram.verification.scores import score_trials, write_scores
     from speechbrain_ram.verification.trials import (
         check_utterances,
@@ -266,11 +265,9 @@ def score(folder, trials, root, output, device):
     listed = read_trials(trials)
     check_utterances(listed, root)
     encoder = load_encoder(folder, device)
-    names = listed.utterances
-    parts = [Segment(*part_of(str(Path(root) / name))) for name in names]
-    rows = encoder.embed(parts, progress=True)
-    write_scores(listed, score_trials(listed, names, rows), output)
-    facts = {"output": output, "trials": len(listed), "files": len(names)}
+    found = extract(encoder.embedder, listed.utterances, root)
+    write_scores(listed, score_trials(listed, found.ids, found.matrix), output)
+    facts = {"output": output, "trials": len(listed), "files": len(found.ids)}
     return facts, f"{len(listed)} scores in {output}"
 
 

@@ -1,6 +1,8 @@
 """Extraction: batches equal single utterances; the store; several ranks."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -673,6 +675,63 @@ def test_leaving_between_batches_keeps_what_is_done(
             check=check,
         )
     assert len(store.load().ids) == done
+
+
+LONG = """
+import sys
+import numpy as np, soundfile, torch
+from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import InputNormalization
+from speechbrain_ram.resnet import ResNet34, folded
+from speechbrain_ram.utils import keep_freed_memory
+from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embeddings import extract
+
+def peak():
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+
+def encode(wavs, lens):
+    return network(normalise(features(wavs), lens), lens).squeeze(1)
+
+keep_freed_memory()
+seconds, count = map(int, sys.argv[1:])
+names = [f"{i}.wav" for i in range(count)]
+for name in names:
+    noise = np.random.default_rng(0).standard_normal(seconds * 16000) / 10
+    soundfile.write(name, noise.astype(np.float32), 16000)
+features, network = Fbank(n_mels=80), folded(ResNet34().eval())
+normalise = InputNormalization(norm_type="sentence")
+before = peak()
+extract(Embedder(encode), names, ".", progress=False)
+print(peak(), peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [
+        (240, 1),
+        pytest.param(240, 2, marks=pytest.mark.slow),
+        pytest.param(600, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_for_long_recordings(tmp_path, seconds, count):
+    """At full width, of a whole process; one stage of 240 s is 1 GB."""
+    root = Path(module.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, str(seconds), str(count)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    whole, more = map(int, done.stdout.split())  # MB
+    assert whole < 1800
+    assert more < 700 * count
 
 
 @pytest.mark.real
