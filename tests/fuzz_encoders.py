@@ -24,6 +24,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.epoch_loop import EpochCounter
 
+from speechbrain_ram.data.plain import parse_yaml
 from speechbrain_ram.data.record import checksum, seal
 from speechbrain_ram.export.architecture import fingerprint
 from speechbrain_ram.export.folder import start_from
@@ -246,7 +247,7 @@ class _Brain:
 def _summed(data):
     """A CKPT.yaml whose checksum is that of its values."""
     with contextlib.suppress(Exception):
-        meta = yaml.load(data, yaml.CSafeLoader)
+        meta = parse_yaml(data.decode(), "CKPT.yaml")  # within bounds
         old = meta.pop("checksum").encode()
         text = json.dumps(meta, sort_keys=True, default=str)
         new = blake2b(text.encode(), digest_size=16).hexdigest()
