@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-# Minutes long; the real-speech part needs SPEECHOCEAN762.
+# Two to three hours; the real-speech part needs SPEECHOCEAN762.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or real"
 

@@ -45,5 +45,5 @@ def test_a_run_of_unknown_identity_is_not_continued(
     """The first release did not write down what a run is."""
     run = tmp_path / "run"
     shutil.copytree(release / "save", run / "save")
-    with pytest.raises(RunError, match="nobody knows which data"):
+    with pytest.raises(RunError, match="its data and settings are unknown"):
         release_run(tiny_corpus, run, number_of_epochs=3)

@@ -256,7 +256,7 @@ def _read_protocol(folder: Path, name: str) -> TrialList:
     models = read_models(lists / file_name)
     first = next(iter(models.values()))[0]
     below = folder / ("eval" if name == "concat" else "data")
-    suffix = None if (below / first).is_file() else ".flac"
+    suffix = None if os.path.isfile(below / first) else ".flac"
     trials = read_trials(
         lists / "trials.lst", form="cnceleb", models=models, suffix=suffix
     )

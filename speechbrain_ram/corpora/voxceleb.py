@@ -348,9 +348,9 @@ def _locate(trials: TrialList, root: Path, path: Path) -> TrialList:
     first = trials.utterances[0]
     first = os.path.join(folder_of.get(first.split("/")[0], ""), first)
     suffix = os.path.splitext(first)[1]
-    if not (root / first).is_file():  # converted to save space?
+    if not os.path.isfile(root / first):  # converted to save space?
         flac = (root / first).with_suffix(".flac")
-        suffix = ".flac" if flac.is_file() else suffix
+        suffix = ".flac" if os.path.isfile(flac) else suffix
 
     def rename(name: str) -> str:
         stem = os.path.splitext(name)[0]

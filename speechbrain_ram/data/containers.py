@@ -157,7 +157,16 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
                     "damaged?"
                 )
             yield file, stream
-    except (av.FFmpegError, OSError, ArithmeticError, TypeError) as error:
+    except AudioError:
+        raise
+    # A ValueError: the format changes between frames.
+    except (
+        av.FFmpegError,
+        OSError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise AudioError(f"'{path}' cannot be decoded: {error}") from error
 
 

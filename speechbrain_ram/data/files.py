@@ -157,10 +157,10 @@ def _why_unreadable(path: str | os.PathLike, error: object) -> str:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        if path.is_symlink():
+        if os.path.islink(path):
             return f"'{name}' is a link to a file that is not there."
         return f"'{name}' does not exist. Is data_root the right folder?"
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"'{name}' is a folder, not a recording."
     if not stat.S_ISREG(status.st_mode):
         kind = "named pipe" if path.is_fifo() else "device or a socket"

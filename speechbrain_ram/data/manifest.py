@@ -121,7 +121,7 @@ def build_manifest(
             Audio(sample_rate, resample, mixdown),
         )
     if skipped and skipped_list is None:
-        gone = [name for name in names if not (root / name).exists()]
+        gone = [name for name in names if not os.path.exists(root / name)]
         shown = first_ten(skipped, "\n  ")
         raise ManifestError(
             f"{len(skipped)} of {len(names)} recordings cannot be used:\n  "

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     _check_meta(place, meta)
     for name, written in meta.get("files", {}).items():
         file = path / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise DamagedCheckpoint(f"'{file}' of a checkpoint is missing.")
         if checksum(file) != written:
             raise DamagedCheckpoint(
@@ -86,7 +87,29 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
                 "and another checksum than when it was written."
             )
     files = {each.stem: each for each in path.glob("*.ckpt")}
+    for file in files.values():
+        _check_stored(file)
     return Checkpoint(path, meta, files)
+
+
+def _check_stored(file: Path) -> None:
+    """torch.save compresses nothing; what is, may inflate a thousand times."""
+    try:
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive:
+            sizes = [
+                each.file_size
+                for each in archive.infolist()
+                if each.compress_type == zipfile.ZIP_STORED
+            ]
+            stored = len(sizes) == len(archive.infolist())
+    except Exception as error:  # whatever the bytes bring about
+        raise DamagedCheckpoint(f"'{file}' is damaged ({error}).") from error
+    if not stored or sum(sizes) > file.stat().st_size:
+        raise DamagedCheckpoint(
+            f"'{file}' is damaged: it promises more than it holds."
+        )
 
 
 def _check_meta(place: Path, meta: dict) -> None:

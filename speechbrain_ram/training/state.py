@@ -67,7 +67,7 @@ def read_state(
             "faults": _are_texts,
             "log": lambda v: v is None or isinstance(v, str),
             "kept": _is_dict,
-            "random": lambda v: isinstance(v, list) and len(v) > 0,
+            "random": _are_random_states,
         },
     )
     unknown = sorted(map(str, set(state["kept"]) - set(kept)))
@@ -112,6 +112,24 @@ def _are_texts(value: Any) -> bool:
     return _is_dict(value) and all(
         isinstance(text, str) for pair in value.items() for text in pair
     )
+
+
+def _are_random_states(value: Any) -> bool:
+    """Of each process, and short: what is restored is unpacked before."""
+    try:
+        return (
+            isinstance(value, list)
+            and len(value) > 0
+            and all(
+                isinstance(each["python"][1], tuple)
+                and len(each["python"][1]) < 1000
+                and isinstance(each["numpy"][0], list)
+                and len(each["numpy"][0]) < 1000
+                for each in value
+            )
+        )
+    except (TypeError, KeyError, IndexError):
+        return False
 
 
 def _is_tally(value: Any) -> bool:

@@ -104,7 +104,7 @@ def test_lists_are_scored_by_one_embedding_a_file(
 
     monkeypatch.setattr(SpeakerEncoder, "encode", counting)
     results = verify.main(arguments(world, tmp_path, "one", "two"))
-    assert sum(counted) == 24
+    assert sum(counted) == 1 + 24  # loading tries a piece of noise
     printed = capsys.readouterr().out
     assert list(results) == ["one", "two"]
     encoder = SpeakerEncoder.from_folder(world / "run" / "inference")
@@ -143,7 +143,7 @@ def test_lists_are_scored_by_one_embedding_a_file(
     # nothing is embedded again; what was changed by hand is not trusted
     counted.clear()
     again = verify.main(arguments(world, tmp_path, "one", "two"))
-    assert counted == []
+    assert counted == [1]  # the noise
     assert again == results
 
 

@@ -123,7 +123,7 @@ def test_sherpa_onnx_enrols_and_searches_real_speakers(
     sherpa_onnx, extractor, embed = client(files["sherpa"])
     manager = sherpa_onnx.SpeakerEmbeddingManager(extractor.dim)
     speakers = sorted((speechocean / "dev").iterdir())[:3]
-    encoder = SpeakerEncoder(encoders["kaldi"])
+    encoder = encoders["kaldi"]
     for speaker in speakers:
         paths = sorted(speaker.glob("*.ogg"))[:2]
         wavs = [soundfile.read(p, dtype="float32")[0] for p in paths]
