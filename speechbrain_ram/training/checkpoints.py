@@ -248,7 +248,7 @@ class SafeCheckpointer(Checkpointer):
                     files.last = name
                     check_loaded(each, kinds.get(name))
         except Exception as error:  # of the host, whatever the bytes say
-            ours = isinstance(error, CheckpointError)
+            ours = type(error).__module__.startswith("speechbrain_ram.")
             if ours or "loading state_dict" in str(error):
                 raise
             file = checkpoint.path / f"{files.last}.ckpt"

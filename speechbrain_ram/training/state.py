@@ -47,7 +47,10 @@ def read_state(
     The one state of the random generators that is returned is that of `rank`.
     """
     if not zipfile.is_zipfile(path):
-        state = read_yaml(path)
+        try:
+            state = read_yaml(path)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"'{path}' is damaged: {error}") from error
         checks = {"step": is_count, "avg_train_loss": _is_float}
         if _is_dict(state):  # older ones have no optimizer_step
             state = {"optimizer_step": state.get("step"), **state}
