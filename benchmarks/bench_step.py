@@ -21,7 +21,15 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from harness import Apart, Table, alternate, clock, matrix_product
+from harness import (
+    WIDTHS,
+    Apart,
+    Table,
+    add_sizes,
+    alternate,
+    clock,
+    matrix_product,
+)
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
@@ -37,7 +45,6 @@ from speechbrain_ram.utils import keep_freed_memory
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 SPEAKERS, SAMPLES = 5_994, 32_000
-WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 
 STEPS = {
     "stock": {},
@@ -236,14 +243,6 @@ class Step:
         }
 
 
-def size(text: str) -> tuple[str, int]:
-    """Width and batch of WIDTH:N."""
-    width, _, batch = text.partition(":")
-    if width not in WIDTHS or not batch.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}, expected half:16")
-    return width, int(batch)
-
-
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -251,14 +250,7 @@ def parse_arguments():
     parser.add_argument("--quick", action="store_true", help="half, batch 16")
     parser.add_argument("--output", help="folder of the tables")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        metavar="WIDTH:N",
-        type=size,
-        default=[(width, n) for width in ("half", "full") for n in (16, 64)],
-        help="half or full, and the batch; full:64 needs 20 GB on a CPU",
-    )
+    add_sizes(parser)
     return parser.parse_args()
 
 

@@ -35,7 +35,7 @@ import soundfile
 import speechbrain as sb
 import torch
 from bench_loader import CROP, RATE, theirs
-from harness import Table
+from harness import WIDTHS, Table, add_sizes
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
@@ -53,7 +53,6 @@ from speechbrain_ram.utils import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "YourCorpus" / "hparams" / "ram_resnet34.yaml"
-WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 
 
 def main() -> None:
@@ -354,14 +353,6 @@ def wespeaker(checkout, width, n_speakers):
     return encoder, TheirHead(head)
 
 
-def size(text: str) -> tuple[str, int]:
-    """Width and batch of WIDTH:N."""
-    width, _, batch = text.partition(":")
-    if width not in WIDTHS or not batch.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}, expected half:16")
-    return width, int(batch)
-
-
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -374,14 +365,7 @@ def parse_arguments():
     add("--epochs", type=int, default=3, help="the first is not counted")
     add("--steps", type=int, default=10, help="in an epoch, about")
     add("--wespeaker", metavar="CHECKOUT", help="their repository's folder")
-    add(
-        "--sizes",
-        nargs="+",
-        metavar="WIDTH:N",
-        type=size,
-        default=[(width, n) for width in ("half", "full") for n in (16, 64)],
-        help="half or full, and the batch; full:64 needs 20 GB on a CPU",
-    )
+    add_sizes(parser)
     add("--child", help=argparse.SUPPRESS)  # the row that this process is
     add("--corpus", help=argparse.SUPPRESS)
     return parser.parse_args()

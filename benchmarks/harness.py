@@ -9,6 +9,7 @@ wall, after a device synchronisation.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -25,6 +26,9 @@ import torchaudio
 from speechbrain_ram.utils import atomic_writer
 
 RESULTS = Path(__file__).parent / "results"
+
+#: Channels of ResNet34's stages: the paper's, and half as many.
+WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 
 
 def machine() -> str:
@@ -212,3 +216,23 @@ class Table:
             with atomic_writer(self.folder / f"{self.name}.{ending}") as file:
                 file.write(text)
         print(f"wrote {self.folder / self.name}.md")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The option ``--sizes``, of networks and batches."""
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="WIDTH:N",
+        type=_size,
+        default=[(width, n) for width in ("half", "full") for n in (16, 64)],
+        help="half or full, and the batch; full:64 needs 20 GB on a CPU",
+    )
+
+
+def _size(text: str) -> tuple[str, int]:
+    """Width and batch of WIDTH:N."""
+    width, _, batch = text.partition(":")
+    if width not in WIDTHS or not batch.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected half:16")
+    return width, int(batch)
