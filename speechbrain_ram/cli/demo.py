@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import ctypes
 import ipaddress
 import shutil
 import socket
@@ -29,7 +28,7 @@ import numpy as np
 from speechbrain_ram.data.audio import audio_info
 from speechbrain_ram.data.recordings import split_into_pieces
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.utils import needs_extra
+from speechbrain_ram.utils import give_back_memory, needs_extra
 
 #: Largest request, in bytes: some minutes of uncompressed audio.
 LARGEST_UPLOAD = 64 * 2**20
@@ -255,13 +254,6 @@ def compare(
         raise ValueError(text) from error
     finally:
         give_back_memory()
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library is glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def envelope(encoder: SpeakerEncoder, path: Path) -> dict[str, Any]:
