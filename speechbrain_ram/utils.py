@@ -320,6 +320,13 @@ def number(text: str) -> float:
     raise ValueError(f"{reprlib.repr(text)} is not a finite number")
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, not a truth value."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Not isfinite(value): whole numbers may be too large for a float.
+    return plain and -1e300 < value < 1e300
+
+
 def first_ten(names: Sequence[str], between: str = ", ") -> str:
     """The first ten names, and how many more there are."""
     shown = list(names[:10])

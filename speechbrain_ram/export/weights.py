@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-import zipfile
 from collections.abc import Mapping
 
 import safetensors.torch
 import torch
 
 from speechbrain_ram.export.limits import EncoderError
+from speechbrain_ram.training.checkpoint_files import check_archive
 
 _FILE = 2**31  # bytes, at most: twice the largest network
-_DIRECTORY = 2**20  # bytes of what is not tensors: names, shapes, pickle
+_HEADER = 2**20  # bytes of names and shapes
+_PICKLE = 2**20  # the same in a *.ckpt
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -21,7 +22,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb", opener=_open_regular) as file:
             size = int.from_bytes(file.read(8), "little")
-        if size > _DIRECTORY:
+        if size > _HEADER:
             raise ValueError(f"its header has {size} bytes")
         return safetensors.torch.load_file(path)
     except Exception as error:  # whatever the bytes bring about
@@ -39,7 +40,7 @@ def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            _check_zip(file)
+            check_archive(file, _PICKLE)
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
         )
@@ -96,28 +97,6 @@ def _open_regular(path: str, flags: int) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     raise ValueError(f"it has {status.st_size} bytes, at most {_FILE} are read")
-
-
-def _check_zip(file) -> None:
-    """Raise for an archive whose directory or pickle would fill the memory."""
-    size = os.fstat(file.fileno()).st_size
-    file.seek(max(size - 42, 0))
-    end = file.read()
-    # Size of the directory: 4 bytes in the last record, and 8 in another one
-    # that the 20 bytes before it lead to.
-    directory = int.from_bytes(end[-10:-6], "little")
-    if end[:4] == b"PK\6\7":
-        file.seek(int.from_bytes(end[8:16], "little"))
-        wide = int.from_bytes(file.read(56)[40:48], "little")
-        directory = max(directory, wide)
-    if end[-22:-18] != b"PK\5\6" or directory > _DIRECTORY:
-        raise ValueError("torch.save wrote no such file")
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("it is compressed")
-            if entry.filename.endswith(".pkl") and entry.file_size > _DIRECTORY:
-                raise ValueError("its pickle is too long")
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ruamel.yaml
 import torch
@@ -23,7 +23,7 @@ from speechbrain.utils.checkpoints import METAFNAME, Checkpoint
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_ram.data.plain import read_yaml
-from speechbrain_ram.utils import one_line
+from speechbrain_ram.utils import is_number, one_line
 
 #: Of the folders; a reader refuses the numbers it does not know. Folders
 #: without a number are SpeechBrain's own, which carry no checksums.
@@ -33,6 +33,7 @@ FORMAT = 1
 BEST_KEYS = ("EER", "error")
 
 _CHUNK = 1 << 22  # bytes hashed at once
+_DIRECTORY = 2**20  # bytes of an archive's names of tensors
 
 
 class CheckpointError(RuntimeError):
@@ -88,28 +89,47 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
             )
     files = {each.stem: each for each in path.glob("*.ckpt")}
     for file in files.values():
-        _check_stored(file)
+        _check_file(file)
     return Checkpoint(path, meta, files)
 
 
-def _check_stored(file: Path) -> None:
-    """torch.save compresses nothing; what is, may inflate a thousand times."""
+def _check_file(file: Path) -> None:
+    """Refuse what would inflate; what is no archive passes."""
     try:
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            sizes = [
-                each.file_size
-                for each in archive.infolist()
-                if each.compress_type == zipfile.ZIP_STORED
-            ]
-            stored = len(sizes) == len(archive.infolist())
+        with open(file, "rb") as stream:
+            if zipfile.is_zipfile(stream):
+                check_archive(stream)
     except Exception as error:  # whatever the bytes bring about
         raise DamagedCheckpoint(f"'{file}' is damaged ({error}).") from error
-    if not stored or sum(sizes) > file.stat().st_size:
-        raise DamagedCheckpoint(
-            f"'{file}' is damaged: it promises more than it holds."
-        )
+
+
+def check_archive(file: BinaryIO, pickle: float = math.inf) -> None:
+    """Raise for an archive of torch.save's that would fill the memory.
+
+    torch.save compresses nothing; what is, may inflate a thousand times. Its
+    directory is short, and so is a pickle of at most so many bytes.
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - 42, 0))
+    end = file.read()
+    # Size of the directory: 4 bytes in the last record, and 8 in another one
+    # that the 20 bytes before it lead to.
+    directory = int.from_bytes(end[-10:-6], "little")
+    if end[:4] == b"PK\6\7":
+        file.seek(int.from_bytes(end[8:16], "little"))
+        wide = int.from_bytes(file.read(56)[40:48], "little")
+        directory = max(directory, wide)
+    if end[-22:-18] != b"PK\5\6" or directory > _DIRECTORY:
+        raise ValueError("torch.save wrote no such file")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed")
+        if entry.filename.endswith(".pkl") and entry.file_size > pickle:
+            raise ValueError("its pickle is too long")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("it promises more than it holds")
 
 
 def _check_meta(place: Path, meta: dict) -> None:
@@ -128,13 +148,6 @@ def _check_meta(place: Path, meta: dict) -> None:
                 f"'{place}' is damaged: {name} is {str(meta[name])[:80]!r}, "
                 f"{words} is needed."
             )
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, not a truth value."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Not isfinite(value): whole numbers may be too large for a float.
-    return plain and -1e300 < value < 1e300
 
 
 def is_count(value: Any) -> bool:

@@ -14,13 +14,13 @@ from speechbrain_ram.data.plain import read_yaml
 from speechbrain_ram.training.checkpoint_files import (
     DamagedCheckpoint,
     is_count,
-    is_number,
 )
 from speechbrain_ram.training.distributed import (
     Tally,
     random_state,
     restore_random_state,
 )
+from speechbrain_ram.utils import is_number
 
 Check = Callable[[Any], bool]
 

@@ -28,7 +28,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from speechbrain_ram.data.plain import read_json
-from speechbrain_ram.utils import atomic_writer
+from speechbrain_ram.utils import atomic_writer, is_number
 from speechbrain_ram.verification.metrics import error_curve, threshold_at_far
 
 
@@ -104,7 +104,7 @@ class Calibration:
 
 def _finite(value: Any) -> None:
     """Raise a ValueError unless a value of JSON is a finite number."""
-    if type(value) not in (int, float) or not abs(value) < 1e300:
+    if not is_number(value):
         raise ValueError(f"{reprlib.repr(value)} is not a finite number")
 
 
