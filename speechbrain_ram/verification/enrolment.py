@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -334,18 +334,14 @@ class EnrolmentDatabase:
                 "database, or one of an older version. Enrol anew in a new "
                 "file."
             )
-        with closing(sqlite3.connect(":memory:")) as ours:
-            for statement in _SCHEMA:
-                ours.execute(statement)
-            known = ours.execute(_OBJECTS).fetchall()
-        if connection.execute(_OBJECTS).fetchall() != known:
+        if connection.execute(_OBJECTS).fetchall() != _known_objects():
             raise self._damaged("it holds other tables, views or triggers")
         rows = connection.execute("SELECT * FROM record LIMIT 2").fetchall()
         if [tuple(map(type, row)) for row in rows] != [(str, bytes)]:
             raise self._damaged("the record of the encoder is another one")
         try:
             check(rows[0][0], self.made_with)
-        except (RecordError, RecursionError, UnicodeError) as error:
+        except (RecordError, UnicodeError) as error:
             raise EnrolmentError(
                 f"'{self.path}' cannot be used: {error}. Embeddings of two "
                 "encoders cannot be compared: enrol anew in a new file."
@@ -399,6 +395,15 @@ class EnrolmentDatabase:
             f"'{self.path}' is damaged: {why}. Restore the file from a copy, "
             "or enrol anew in a new one."
         )
+
+
+@cache
+def _known_objects() -> list[tuple]:
+    """What an enrolment database holds, in SQLite's own words."""
+    with closing(sqlite3.connect(":memory:")) as ours:
+        for statement in _SCHEMA:
+            ours.execute(statement)
+        return ours.execute(_OBJECTS).fetchall()
 
 
 def _number(connection: sqlite3.Connection, name: str) -> int:

@@ -130,13 +130,7 @@ class EmbeddingStore:
                     f"the embedding of {ids[bad[0]]!r:.200} is NaN or infinite"
                 )
             return found
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            MemoryError,
-            RecursionError,
-        ) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise StoreError(
                 f"'{path}' cannot be used as a store of embeddings: {error}. "
                 "Name another file, or delete it to embed again."
