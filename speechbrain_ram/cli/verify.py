@@ -30,6 +30,7 @@ from speechbrain_ram.data.names import missing_hint
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.options import check_device
 from speechbrain_ram.utils import (
+    atomic_writer,
     first_ten,
     keep_freed_memory,
     leave_group,
@@ -145,7 +146,8 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         results[name] = metrics[options.name]
         intervals[name] = spread[options.name]
     table = results_table(results, intervals)
-    (output / "results.md").write_text(f"# {options.name}\n\n{table}")
+    with atomic_writer(output / "results.md") as file:
+        file.write(f"# {options.name}\n\n{table}")
     print(printable(table))
     return results
 

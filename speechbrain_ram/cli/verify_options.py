@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import ruamel.yaml
 from ruamel.yaml.constructor import ConstructorError
 
-from speechbrain_ram.data.plain import YAML_BYTES, limited_text, parse_yaml
+from speechbrain_ram.data.plain import read_yaml
 from speechbrain_ram.utils import needs_extra, printable
 from speechbrain_ram.verification.metrics import P_TARGETS
 from speechbrain_ram.verification.report import file_name
@@ -147,7 +147,7 @@ def in_yaml(parser, path: str) -> list[str]:
     reader = ruamel.yaml.YAML(typ="safe", pure=True)
     reader.Constructor = _Options
     try:
-        values = parse_yaml(limited_text(path, YAML_BYTES), path, reader)
+        values = read_yaml(path, reader)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -63,9 +63,11 @@ def parse_json(text: str | bytes, name: object) -> Any:
         ) from error
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
-    """What a YAML file says; tags and references are errors."""
-    return parse_yaml(limited_text(path, YAML_BYTES), path)
+def read_yaml(
+    path: str | os.PathLike, reader: ruamel.yaml.YAML | None = None
+) -> Any:
+    """What a YAML file says; tags are errors, but for another ``reader``."""
+    return parse_yaml(limited_text(path, YAML_BYTES), path, reader)
 
 
 def parse_yaml(

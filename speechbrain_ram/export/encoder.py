@@ -19,7 +19,7 @@ from speechbrain_ram.export.folder import (
     read_folder,
 )
 from speechbrain_ram.export.limits import EncoderError
-from speechbrain_ram.export.weights import read_state
+from speechbrain_ram.export.weights import first_line, read_state
 from speechbrain_ram.resnet import folded
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
@@ -62,10 +62,9 @@ class LoadedEncoder:
         try:
             embedding = self.encode(noise, torch.ones(1))
         except Exception as error:  # whatever the parts do to each other
-            reason = (str(error) or type(error).__name__).split("\n")[0]
             raise EncoderError(
-                f"{place}: half a second of noise cannot be embedded: {reason} "
-                "Do front-end and network fit?"
+                f"{place}: half a second of noise cannot be embedded: "
+                f"{first_line(error)} Do front-end and network fit?"
             ) from error
         if embedding.shape != (1, self.embedding_dim):
             raise EncoderError(
