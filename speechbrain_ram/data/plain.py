@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ YAML_BYTES = 2**18
 JSON_BYTES = 2**20
 _VALUES = 10_000  # in one YAML, with aliases expanded
 _DEPTH = 40  # lists in lists
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped one
 
 
 class PlainError(ValueError):
@@ -56,7 +59,12 @@ def read_json(path: str | os.PathLike, limit: int = JSON_BYTES) -> Any:
 def parse_json(text: str | bytes, name: object) -> Any:
     """What JSON of this file's name says; NaN and infinity are none."""
     try:
-        return json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number)
+        if isinstance(text, bytes):
+            text = text.decode("latin-1")
+        if _SURROGATE.search(text):  # half a character is not text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError, MemoryError) as error:
         raise PlainError(
             f"'{name}' is not valid JSON ({_reason(error)}). Is it damaged?"
@@ -113,6 +121,7 @@ def _check_size(text: str) -> None:
             if anchor:
                 expanded[anchor] = count - before
         elif isinstance(event, events.ScalarEvent):
+            event.value.encode()  # half a character is not text
             count += 1
             if event.anchor:
                 expanded[event.anchor] = 1

@@ -36,6 +36,8 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: b: c", "line 1"),
         ("when: 2001-99-99", "month"),
         ("a: *nothing", "nothing"),
+        (r'a: "\ud83d\ude00"', "surrogates not allowed"),
+        (r'"\ud83d": a', "surrogates not allowed"),
         ("%YAML 9.9\n---\na", "YAML"),
         ("- &a x\n- " + "9" * 5000, "digits"),
         ("!!binary x", "base64|padding"),
@@ -75,6 +77,16 @@ def test_a_reader_that_keeps_tags():
 def test_json_that_is_refused(text, reason):
     with pytest.raises(PlainError, match=f"'a.json' is not.*{reason}"):
         parse_json(text, "a.json")
+
+
+def test_a_character_of_two_halves():
+    """JSON may write one so; what lacks its other half is refused."""
+    assert parse_json(r'"\ud83d\ude00"', "a.json") == "\U0001f600"
+    assert parse_json(rb'{"\ud83d\ude00": 1}', "a.json") == {"\U0001f600": 1}
+    assert parse_json(r'"\\ud83d"', "a.json") == r"\ud83d"
+    for half in (r'"\ud83d"', rb'{"a": ["\uDE00"]}', r'{"\udfff": 1}'):
+        with pytest.raises(PlainError, match="surrogates not allowed"):
+            parse_json(half, "a.json")
 
 
 def test_what_is_no_file_or_too_long(tmp_path):
