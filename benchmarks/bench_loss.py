@@ -1,5 +1,8 @@
 """The fused margin loss against SpeechBrain's path: time and peak memory.
 
+Both with what training takes of a step beside the loss: right answers, and the
+margin's diagnostics.
+
     OMP_NUM_THREADS=1 python benchmarks/bench_loss.py [--quick] [--device cuda]
 
 Theirs is what a recipe writes: ``Classifier``, ``LogSoftmaxWrapper(loss_fn)``.
@@ -22,6 +25,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 
 from speechbrain_ram.losses import make_objective
+from speechbrain_ram.training.diagnostics import MarginDiagnostics
 from speechbrain_ram.training.fused import FusedMarginClassifier
 
 DIM, MARGIN, SCALE = 512, 0.2, 30.0
@@ -29,16 +33,19 @@ DIM, MARGIN, SCALE = 512, 0.2, 30.0
 # N, C, whether SpeechBrain's path fits in 16 GB beside the rest, rounds; with
 # 0 rounds the one step that measures the memory gives the time as well.
 SIZES = [
+    (64, 1_000, True, 11),
+    (64, 2_500, True, 11),
+    (64, 5_000, True, 11),
     (64, 10_000, True, 7),
     (64, 100_000, True, 3),
-    (512, 10_000, True, 3),
-    (64, 1_000, True, 11),
     (512, 1_000, True, 7),
+    (512, 5_000, True, 5),
+    (512, 10_000, True, 3),
     (512, 100_000, True, 1),
     (512, 1_000_000, False, 0),
     (64, 1_000_000, True, 0),
 ]
-QUICK = [(64, 10_000, True, 7), (64, 100_000, True, 3)]
+QUICK = [(64, c, True, 5) for c in (1_000, 2_500, 5_000, 10_000)]
 
 # Untrained: random directions, every class violates. Separated: each
 # embedding leans on its class as in a trained system, few classes violate.
@@ -70,10 +77,11 @@ def main() -> None:
     table = Table(
         "loss" if args.device == "cpu" else f"loss-{args.device}",
         "Fused margin loss",
-        "Forward and backward of classifier and loss, float32, E = "
-        f"{DIM}; median seconds, `theirs` is SpeechBrain's Classifier + "
-        "LogSoftmaxWrapper. Memory is the peak beyond the weights and their "
-        "gradient (in per cent of the weights), in a process of its own. "
+        "Forward and backward of classifier and loss, with right answers and "
+        f"diagnostics as in training, float32, E = {DIM}; median seconds, "
+        "`theirs` is SpeechBrain's Classifier + LogSoftmaxWrapper. Memory is "
+        "the peak beyond the weights and their gradient (in per cent of the "
+        "weights), in a process of its own. "
         "`-`: not run, it does not fit.",
         [
             "N",
@@ -146,14 +154,24 @@ def build(names, objective, form, state, n, c, device):
     def step(loss_of):
         def run():
             x.grad = theirs.weight.grad = None
-            loss_of().backward()
+            loss_of(MarginDiagnostics(loss_fn)).backward()
 
         return run
 
-    steps = {
-        "theirs": step(lambda: wrapper(theirs(x), targets)),
-        "ours": step(lambda: ours(x, targets)),
-    }
+    def their_loss(diagnostics):
+        cosines = theirs(x)
+        diagnostics.watch(cosines, targets)
+        right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
+        right.sum()
+        return wrapper(cosines, targets)
+
+    def our_loss(diagnostics):
+        loss, margins = ours(x, targets, with_margins=True)
+        diagnostics.add_margins(margins, c)
+        (margins.cosine > margins.nearest).sum()
+        return loss
+
+    steps = {"theirs": step(their_loss), "ours": step(our_loss)}
     return {name: steps[name] for name in names}
 
 
@@ -201,7 +219,7 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="two sizes, time")
+    parser.add_argument("--quick", action="store_true", help="four sizes, time")
     parser.add_argument("--output", help="folder of the table")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     return parser.parse_args()

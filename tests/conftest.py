@@ -47,14 +47,13 @@ def pytest_collection_modifyitems():
             module.__file__ = None
 
 
-def run_recipe(corpus, output_folder, *options, recipe=RECIPE, **overrides):
+def run_recipe(corpus, output_folder, /, *options, recipe=RECIPE, **overrides):
     """Train as the command line would, on a tiny corpus, in this process.
 
     `options` are SpeechBrain's, such as "--precision", "bf16"; `overrides`
     are keys of the YAML.
     """
     settings = {
-        "make_corpus": None,  # the corpus is there
         "data_root": str(corpus.train_root),
         "trials": str(corpus.trials),
         "trials_root": str(corpus.test_root),
@@ -67,6 +66,8 @@ def run_recipe(corpus, output_folder, *options, recipe=RECIPE, **overrides):
         "num_workers": 0,
         "warmup_steps": 2,
     }
+    if recipe == RECIPE:
+        settings["make_corpus"] = None  # the corpus is there
     settings.update(overrides)
     arguments = [str(recipe), "--device", "cpu", "--noprogressbar", *options]
     hparams_file, run_opts, _ = sb.parse_arguments(arguments)

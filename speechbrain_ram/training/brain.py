@@ -20,6 +20,7 @@ from speechbrain_ram.training.advice import (
 )
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
+from speechbrain_ram.training.fused import FusedMarginClassifier
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
 from speechbrain_ram.utils import first_ten, gathered, one_line
@@ -41,7 +42,9 @@ class SpeakerBrain(RobustBrain):
 
     ===================  ====================================================
     modules              compute_features, mean_var_norm, embedding_model and
-                         classifier (which returns cosines)
+                         classifier, which returns cosines, or is a
+                         :class:`.fused.FusedMarginClassifier` with the
+                         loss_fn of compute_cost
     compute_cost         (cosines [B, 1, C], targets [B, 1]) -> loss, such as
                          SpeechBrain's LogSoftmaxWrapper
     learning_rate        (optimiser steps, epochs done) -> rate, such as
@@ -107,6 +110,15 @@ class SpeakerBrain(RobustBrain):
             loss_fn, "scale"
         ):
             self.diagnostics = MarginDiagnostics(loss_fn)
+        classifier = self.modules["classifier"]
+        self.fused = isinstance(classifier, FusedMarginClassifier)
+        self.n_classes = len(getattr(classifier, "weight", ()))
+        if self.fused and classifier.loss_fn is not loss_fn:
+            raise ValueError(
+                "the fused classifier has another loss_fn than compute_cost, "
+                "whose margin the schedule changes. Give both the same "
+                "!ref <loss_fn> in the YAML, or use --fused_loss False."
+            )
         if getattr(self.hparams, "channels_last", False):
             self._use_channels_last()
         self.loggers = [self.hparams.train_logger]
@@ -130,26 +142,41 @@ class SpeakerBrain(RobustBrain):
     # -- the step ---------------------------------------------------------
 
     def compute_forward(self, batch, stage):
-        """Waveforms to cosines [B, 1, C]; all crops have one length."""
+        """Waveforms to cosines [B, 1, C]; all crops have one length.
+
+        With the fused classifier, to the loss and the samples' margins.
+        """
         batch = batch.to(self.device)
         waveforms, lengths = batch.sig
         feats = self.modules.compute_features(waveforms)
         feats = self.modules.mean_var_norm(feats, lengths)
-        embeddings = self.modules.embedding_model(feats)
+        embeddings = self.modules.embedding_model(feats).float()
         # A bfloat16 cosine near 0.5 is good to 0.004, 0.1 after the scale.
         with torch.autocast(self.device_type, enabled=False):
-            return self.modules.classifier(embeddings.float())
+            if self.fused:
+                targets = batch.spk_id_encoded.data
+                return self.modules.classifier(embeddings, targets, True)
+            return self.modules.classifier(embeddings)
 
-    def compute_objectives(self, cosines, batch, stage):
+    def compute_objectives(self, outputs, batch, stage):
         """Loss of the batch; counts the right answers on the way."""
         targets = batch.spk_id_encoded.data.to(self.device)
-        right = cosines.detach().squeeze(1).argmax(dim=1) == targets.squeeze(1)
+        watched = stage == sb.Stage.TRAIN and self.diagnostics is not None
+        if self.fused:
+            loss, margins = outputs
+            right = margins.cosine > margins.nearest
+            if watched:
+                self.diagnostics.add_margins(margins, self.n_classes)
+        else:
+            best = outputs.detach().squeeze(1).argmax(dim=1)
+            right = best == targets.squeeze(1)
+            if watched:
+                self.diagnostics.watch(outputs, targets)
+            with torch.autocast(self.device_type, enabled=False):
+                loss = self.hparams.compute_cost(outputs, targets)
         self.tally.n_right += right.sum()  # on the device: no waiting
         self.tally.n_seen += len(right)
-        if stage == sb.Stage.TRAIN and self.diagnostics is not None:
-            self.diagnostics.watch(cosines, targets)
-        with torch.autocast(self.device_type, enabled=False):
-            return self.hparams.compute_cost(cosines, targets)
+        return loss
 
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of this step."""
@@ -214,11 +241,10 @@ class SpeakerBrain(RobustBrain):
         hparams = self.hparams
         rise = getattr(hparams, "margin_schedule", None)
         loss_fn = getattr(hparams.compute_cost, "loss_fn", None)
-        weight = getattr(self.modules["classifier"], "weight", None)
-        if hasattr(loss_fn, "scale") and weight is not None:
+        if hasattr(loss_fn, "scale") and self.n_classes:
             loss_fn = at_the_end(loss_fn, rise)
-            logger.info(margin_note(loss_fn, len(weight)))
-            warning = margin_warning(loss_fn, len(weight))
+            logger.info(margin_note(loss_fn, self.n_classes))
+            warning = margin_warning(loss_fn, self.n_classes)
             if warning:
                 logger.warning(warning)
         n_epochs = hparams.epoch_counter.limit

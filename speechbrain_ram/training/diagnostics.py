@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,23 @@ QUANTITIES = {
     "angle_between": "mean angle to the other classes' vectors, degrees",
     "angle_between_std": "its standard deviation",
 }
+
+
+class Margins(NamedTuple):
+    """What the fused loss knows of each sample, [N] each, without cosines."""
+
+    cosine: torch.Tensor
+    """c_y."""
+
+    nearest: torch.Tensor
+    """max c_j over the others."""
+
+    satisfied: torch.Tensor
+    """Share of the others that are satisfied."""
+
+    gradient_classes: torch.Tensor
+    """Effective number of the others with gradient."""
+
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -114,7 +131,8 @@ def loss_floor(loss_fn: LossFunction, n_classes: int) -> float:
 class MarginDiagnostics:
     """Collects the quantities of an epoch; see ``QUANTITIES``.
 
-    Keeps seven numbers a sample, on the device, so that quantiles are exact.
+    Keeps up to seven numbers a sample, on the device, so that quantiles are
+    exact. The fused loss gives no angles to all others: :meth:`add_margins`.
     """
 
     def __init__(self, loss_fn: LossFunction):
@@ -188,6 +206,18 @@ class MarginDiagnostics:
         )
 
     @torch.no_grad()
+    def add_margins(self, margins: Margins, n_classes: int) -> None:
+        """Take a batch of the fused loss with `n_classes`, gradients too."""
+        self.n_classes = n_classes
+        angles = torch.stack([margins.cosine, margins.nearest])
+        within, nearest = angles.clamp(-1, 1).acos().rad2deg()
+        lead = margins.cosine - margins.nearest
+        self.samples.append(
+            torch.stack([margins.satisfied, lead, within, nearest]).float()
+        )
+        self.classes.append(margins.gradient_classes.float())
+
+    @torch.no_grad()
     def add_gradient(
         self, gradient: torch.Tensor, targets: torch.Tensor
     ) -> None:
@@ -198,7 +228,8 @@ class MarginDiagnostics:
         """The epoch's numbers from its mean loss in nats; waits for the device.
 
         Empty where no batch was added, without ``gradient_classes`` where no
-        gradient was.
+        gradient was, without ``angle_between`` where a batch was of the fused
+        loss.
         """
         if not self.samples:
             return {}
@@ -207,7 +238,7 @@ class MarginDiagnostics:
         samples = samples[:, samples.isfinite().all(dim=0)]
         if not samples.numel():
             return {}
-        satisfied, margins, within, nearest, between, squares = samples
+        satisfied, margins, within, nearest, *others = samples
         levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
         # Not torch.quantile, which refuses more than 2^24 numbers.
         low, middle, high = _quantiles(margins, levels)
@@ -220,11 +251,12 @@ class MarginDiagnostics:
             "angle_within": within.mean(),
             "angle_within_std": within.std(correction=0),
             "angle_nearest": nearest.mean(),
-            "angle_between": between.mean(),
-            "angle_between_std": (squares.mean() - between.mean().square())
-            .clamp(min=0)
-            .sqrt(),
         }
+        if others:
+            between, squares = (each.mean() for each in others)
+            summary["angle_between"] = between
+            variance = (squares - between.square()).clamp(min=0)
+            summary["angle_between_std"] = variance.sqrt()
         if self.classes:
             classes = _joined(self.classes)
             summary["gradient_classes"] = classes[classes.isfinite()].mean()
@@ -243,14 +275,20 @@ def is_diagnosed(state: Any) -> bool:
         or isinstance(each, torch.Tensor)
         and each.dtype == torch.float32
         and each.dim() == (2 if each is samples else 1)
-        and (each is classes or len(each) == 6)
+        and (each is classes or len(each) in (4, 6))
         for each in (samples, classes)
     )
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor, where the newest part lies: the restored one is elsewhere."""
+    """One tensor, where the newest part lies: the restored one is elsewhere.
+
+    Of the quantities that all parts have.
+    """
     device = parts[-1].device
+    if parts[0].ndim == 2:
+        n_rows = min(map(len, parts))
+        parts = [part[:n_rows] for part in parts]
     return torch.cat([part.to(device) for part in parts], dim=-1)
 
 

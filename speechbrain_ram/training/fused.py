@@ -30,10 +30,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import AngularMargin
 from torch.autograd.function import once_differentiable
 
 from speechbrain_ram.losses import RealAdditiveMargin
+from speechbrain_ram.training.diagnostics import Margins
+
+#: Classes from which training takes the fused loss by default. It is faster
+#: from 1,000 on (``benchmarks/bench_loss.py``), but below 10,000 that is less
+#: than a hundredth of a step, and the log loses the angles to other speakers.
+FUSED_FROM = 10_000
 
 #: Chunk times N or E, the larger: 8 MB a float32 matrix, a few at a time.
 _CHUNK_ELEMENTS = 2**21
@@ -41,7 +48,56 @@ _CHUNK_ELEMENTS = 2**21
 # Above this share of violated classes, plain slices are faster than gathering.
 _DENSE = 0.5
 
+# On a GPU, to gather is to wait for the number of classes to visit.
+_WORTH_A_WAIT = 100_000
+
 _NORM_FLOOR = 1e-12  # F.normalize's, so that a zero row means the same here
+
+
+def make_classifier(
+    input_size: int,
+    out_neurons: int,
+    loss_fn: torch.nn.Module,
+    fused: bool | None = None,
+) -> torch.nn.Module:
+    """SpeechBrain's cosine classifier, or the one that is fused with the loss.
+
+    Their parameters are the same: a checkpoint of one fits the other.
+
+    Arguments
+    ---------
+    input_size, out_neurons : int
+        Embedding dimension E and number of classes C.
+    loss_fn : torch.nn.Module
+        As for :class:`FusedMarginClassifier`; SpeechBrain's classifier does
+        not know it.
+    fused : bool, optional
+        None is fused from :data:`FUSED_FROM` classes on.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``speechbrain.lobes.models.ECAPA_TDNN.Classifier`` or
+        :class:`FusedMarginClassifier`.
+
+    Raises
+    ------
+    TypeError
+        Fused is wanted with a loss_fn that it does not know.
+
+    Example
+    -------
+    >>> loss_fn = RealAdditiveMargin(margin=0.2, scale=30)
+    >>> type(make_classifier(8, 1000, loss_fn)).__name__
+    'Classifier'
+    >>> type(make_classifier(8, 1000, loss_fn, fused=True)).__name__
+    'FusedMarginClassifier'
+    """
+    if fused is None:
+        fused = out_neurons >= FUSED_FROM and _is_known(loss_fn)
+    if fused:
+        return FusedMarginClassifier(input_size, out_neurons, loss_fn)
+    return Classifier(input_size, out_neurons=out_neurons)
 
 
 class FusedMarginClassifier(torch.nn.Module):
@@ -105,12 +161,16 @@ class FusedMarginClassifier(torch.nn.Module):
         torch.nn.init.xavier_uniform_(self.weight)
 
     def forward(
-        self, embeddings: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        embeddings: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        with_margins: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Margins]:
         """The mean loss, or without targets the cosines [N, 1, C].
 
         Embeddings are [N, 1, E] or [N, E], of any length; targets are class
-        indices, [N, 1] or [N].
+        indices, [N, 1] or [N]. `with_margins` also returns what
+        :class:`.diagnostics.Margins` names.
         """
         embeddings = (
             embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
@@ -118,13 +178,15 @@ class FusedMarginClassifier(torch.nn.Module):
         if targets is None:
             weight = F.normalize(self.weight)
             return F.linear(F.normalize(embeddings), weight).unsqueeze(1)
-        return fused_margin_loss(
+        losses, margins = _losses_and_margins(
             embeddings,
             self.weight,
             targets.reshape(-1),
             self.loss_fn,
             self.chunk_size,
+            with_margins,
         )
+        return (losses.mean(), margins) if with_margins else losses.mean()
 
 
 def fused_margin_loss(
@@ -142,13 +204,22 @@ def fused_margin_loss(
         one_hot = F.one_hot(labels, len(weight))
         F.cross_entropy(loss_fn(cosines, one_hot), labels)
 
-    in float32 under autocast; float64 stays float64. The range of the labels
-    is checked on CPU only: a GPU would wait for that in every step.
+    in float32 under autocast; float64 stays float64. A GPU finds labels out of
+    range without being waited for: as an assertion of the device, later.
     """
+    losses, _ = _losses_and_margins(
+        embeddings, weight, labels, loss_fn, chunk_size
+    )
+    return losses.mean()
+
+
+def _losses_and_margins(
+    embeddings, weight, labels, loss_fn, chunk_size, with_margins=False
+):
+    """Losses [N], and the margins if they are wanted."""
     _check_loss_fn(loss_fn)
     _check_shapes(embeddings, weight, labels)
-    if labels.device.type == "cpu":
-        _check_labels(labels, len(weight))
+    _check_labels(labels, len(weight))
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_ELEMENTS // max(embeddings.shape))
     elif chunk_size < 1:
@@ -156,21 +227,25 @@ def fused_margin_loss(
     with torch.autocast(embeddings.device.type, enabled=False):
         if embeddings.dtype != torch.float64:
             embeddings = embeddings.float()
-        losses = _MarginLosses.apply(
+        losses, *margins = _MarginLosses.apply(
             F.normalize(embeddings),
             weight,
             labels.long(),
             loss_fn,
             min(chunk_size, len(weight)),
+            with_margins,
         )
-        return losses.mean()
+    return losses, Margins(*margins) if with_margins else None
 
 
 class _MarginLosses(torch.autograd.Function):
-    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N]."""
+    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N].
+
+    With margins, also the fields of ``Margins``, which have no gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, loss_fn, chunk):
+    def forward(ctx, x, weight, labels, loss_fn, chunk, with_margins):
         form, scale = _form(loss_fn), float(loss_fn.scale)
         unit, _ = _targets(weight, labels, x.dtype)
         cosine = (x * unit).sum(dim=1)
@@ -178,32 +253,49 @@ class _MarginLosses(torch.autograd.Function):
 
         norm = x.new_empty(len(weight))
         violated = labels.new_empty(len(weight), dtype=torch.bool)
-        log_sums = []
-        for rows in _slices(len(weight), chunk):
+        blocks = _slices(len(weight), chunk)
+        # Made here: what is kept of a chunk would lie where the chunk's
+        # matrices were freed, and the next ones find no room there.
+        log_sums = x.new_empty(len(blocks), len(x))
+        seen = x.new_empty(4, *log_sums.shape) if with_margins else None
+        for k, rows in enumerate(blocks):
             w = weight[rows].to(x.dtype)
             norm[rows] = torch.linalg.vector_norm(w, dim=1).clamp(
                 min=_NORM_FLOOR
             )
             own = _own_column(_class_ids(rows, labels), labels)
-            log_sum, violated[rows] = log_sum_exp(
-                x, w, norm[rows], own, logit, scale, form
-            )
-            log_sums.append(log_sum)
-        log_sum = torch.stack(log_sums).logsumexp(dim=0)
+            z = _excess(x, w, norm[rows], logit, scale)
+            _fill_own(z, own, -torch.inf)
+            if with_margins:
+                rivals(z, form, seen[:, k])
+            log_sums[k], violated[rows] = log_sum_exp(z, own, logit, form)
+        log_sum = log_sums.logsumexp(dim=0)
         loss = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
 
         ctx.save_for_backward(
             x, weight, labels, norm, violated, cosine, logit, slope, loss
         )
         ctx.settings = form, scale, chunk
-        return loss
+        if not with_margins:
+            return loss, None
+        best, above, once, twice = seen
+        n_others = len(weight) - 1
+        shared = torch.exp(2 * once.logsumexp(dim=0) - twice.logsumexp(dim=0))
+        margins = (
+            cosine,
+            (best.amax(dim=0) + logit) / scale,
+            1 - above.sum(dim=0) / n_others,
+            torch.where(shared.isnan(), 0, shared),  # nobody has a gradient
+        )
+        ctx.mark_non_differentiable(*margins)
+        return loss, *margins
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         with torch.autocast(grad_loss.device.type, enabled=False):
             grads = _MarginLosses._gradients(ctx, grad_loss)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
     @staticmethod
     def _gradients(ctx, grad_loss):
@@ -213,8 +305,9 @@ class _MarginLosses(torch.autograd.Function):
         )
         blocks = _slices(len(weight), chunk)
         grad_weight = torch.empty_like(weight)
-        if form != "trivial":
-            rows = violated.nonzero().squeeze(1)  # waits for a GPU, once
+        few = weight.device.type != "cpu" and len(weight) < _WORTH_A_WAIT
+        if form != "trivial" and not few:
+            rows = violated.nonzero().squeeze(1)
             if len(rows) < _DENSE * len(weight):
                 blocks = rows.split(chunk) if len(rows) else ()
                 grad_weight.zero_()
@@ -292,13 +385,18 @@ def _form(loss_fn):
     )
 
 
+def _is_known(loss_fn):
+    return isinstance(loss_fn, (AngularMargin, RealAdditiveMargin))
+
+
 def _check_loss_fn(loss_fn):
-    if not isinstance(loss_fn, (AngularMargin, RealAdditiveMargin)):
+    if not _is_known(loss_fn):
         raise TypeError(
             f"loss_fn is {type(loss_fn).__name__}, allowed are SpeechBrain's "
             "AngularMargin and AdditiveAngularMargin, RealAdditiveMargin and "
             "RealAdditiveAngularMargin. Is it already wrapped in "
-            "LogSoftmaxWrapper?"
+            "LogSoftmaxWrapper? A loss_fn of your own trains with "
+            "--fused_loss False."
         )
 
 
@@ -314,6 +412,12 @@ def _check_shapes(embeddings, weight, labels):
 
 
 def _check_labels(labels, n_classes):
+    if labels.device.type in ("cuda", "meta"):
+        torch._assert_async(
+            ((labels >= 0) & (labels < n_classes)).all(),
+            f"labels are not all in 0 to {n_classes - 1}",
+        )
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
         raise ValueError(
@@ -325,8 +429,8 @@ def _check_labels(labels, n_classes):
 
 # -- One chunk of classes of the fused loss, in plain PyTorch -----------------
 #
-# The functions above walk over the classes and keep the sums; these two
-# compute what happens inside a chunk. Both take
+# The functions above walk over the classes and keep the sums; these compute
+# what happens inside a chunk. They take
 #
 # x : [N, E]
 #     length-normalised embeddings
@@ -336,15 +440,30 @@ def _check_labels(labels, n_classes):
 #     the column of each sample's own class, -1 where it is in another chunk
 # logit : [N]
 #     each sample's target logit a, after the margin
+# z : [N, B]
+#     s c - a, and -inf at a sample's own class
 
 
-def log_sum_exp(x, w, norm, own, logit, scale, form):
-    """log sum_j e^{g(z_ij)} over j != y, [N], and who violates, [B]."""
-    z = _excess(x, w, norm, logit, scale)
-    if form == "trivial":
-        violated = torch.ones_like(norm, dtype=torch.bool)
-    else:
-        _fill_own(z, own, -torch.inf)
+def rivals(z, form, seen):
+    """Write into `seen` [4, N]: max z; how many z > 0; two sums.
+
+    log sum e^z and log sum e^2z over the classes with a gradient.
+    """
+    above = z > 0
+    pulling = z if form == "trivial" else z.masked_fill(~above, -torch.inf)
+    seen[0] = z.amax(dim=1)
+    seen[1] = above.sum(dim=1)
+    seen[2] = pulling.logsumexp(dim=1)
+    seen[3] = (2 * pulling).logsumexp(dim=1)
+
+
+def log_sum_exp(z, own, logit, form):
+    """log sum_j e^{g(z_ij)} over j != y, [N], and who violates, [B].
+
+    Overwrites z.
+    """
+    violated = z.new_ones(z.shape[1], dtype=torch.bool)
+    if form != "trivial":
         violated = z.amax(dim=0) > 0
     if form == "paper":
         z.clamp_(min=0)

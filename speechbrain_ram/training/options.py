@@ -96,8 +96,8 @@ _PATHS = (
     "trials trials_root voxceleb1 voxceleb2"
 )
 _SWITCHES = (
-    "channels_last drop_test_speakers margin_diagnostics mixdown resample "
-    "skip_bad std_norm tensorboard verify_untrained"
+    "channels_last drop_test_speakers fused_loss margin_diagnostics "
+    "mixdown resample skip_bad std_norm tensorboard verify_untrained"
 )
 
 #: Every setting of the recipes that is a number, a truth value or a path.
@@ -148,8 +148,8 @@ RULES = {
 }
 
 _NULLABLE = """
-average_checkpoints join_below lists_folder max_hours musan pretrained rirs
-sitw sitw_overlap trials trials_root
+average_checkpoints fused_loss join_below lists_folder max_hours musan
+pretrained rirs sitw sitw_overlap trials trials_root
 """
 
 #: Those that may be null.

@@ -31,9 +31,9 @@ cnceleb2
 
 #: How a run is run, and what it tells.
 _WAYS = """
-number_of_epochs num_workers precision channels_last tensorboard max_hours
-ckpt_interval_minutes max_fault_share max_bad_steps skip_bad verify_untrained
-margin_diagnostics license
+number_of_epochs num_workers precision channels_last fused_loss tensorboard
+max_hours ckpt_interval_minutes max_fault_share max_bad_steps skip_bad
+verify_untrained margin_diagnostics license
 """
 
 #: Options that may change from one command to the next.

@@ -1,5 +1,9 @@
 """The fused classifier against SpeechBrain's path and naive formulas."""
 
+import contextlib
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ram.losses import FORMS, OBJECTIVES, make_objective
 from speechbrain_ram.training import fused as fused_torch
+from speechbrain_ram.training.diagnostics import (
+    effective_classes,
+    nearest_others,
+    satisfied_below,
+    satisfied_share,
+    target_cosines,
+)
 from speechbrain_ram.training.fused import (
+    FUSED_FROM,
     FusedMarginClassifier,
     fused_margin_loss,
+    make_classifier,
 )
 
 CASES = [(name, "paper") for name in OBJECTIVES[:3]] + [
@@ -246,6 +259,120 @@ def test_no_large_matrix_beside_the_weight_gradient(name, form):
     others = [s for place, s in made.sizes.items() if place not in known]
     # [N, chunk] is 5 % of the weights here, int64 indices of C are 12.5 %.
     assert max(others) <= 0.125 * weight_bytes
+
+
+@each_objective
+@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("near", [0.0, 0.6, 4.0])
+def test_margins_are_those_of_the_cosines(name, form, chunk, near):
+    loss_fn = make_objective(name, 0.3, 30.0, form)
+    x, weight, labels = batch(9, 23, 16, near=near)
+    classifier = FusedMarginClassifier(16, 23, loss_fn, chunk)
+    classifier.weight.data.copy_(weight)
+    loss, margins = classifier(x, labels, with_margins=True)
+    assert torch.equal(loss, classifier(x, labels))
+    assert not any(each.requires_grad for each in margins)
+
+    cosines = classifier(x).squeeze(1).detach().requires_grad_()
+    one_hot = F.one_hot(labels, 23).to(cosines.dtype)
+    F.cross_entropy(loss_fn(cosines, one_hot), labels).backward()
+    below = satisfied_below(loss_fn, cosines, labels)
+    for found, expected, allowed in [
+        (margins.cosine, target_cosines(cosines, labels), 1e-6),
+        (margins.nearest, nearest_others(cosines, labels), 1e-6),
+        (margins.satisfied, satisfied_share(cosines, labels, below), 1e-6),
+        (
+            margins.gradient_classes,
+            # The wrapper's path loses what is 1e-7 of the largest.
+            effective_classes(cosines.grad, labels),
+            2e-3,
+        ),
+    ]:
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() <= allowed
+
+
+def test_nobody_has_a_gradient():
+    loss_fn = make_objective("ram", 0.3, 30.0, "hinge")
+    classifier = FusedMarginClassifier(12, 12, loss_fn, 5)
+    classifier.weight.data.copy_(torch.eye(12))
+    _, margins = classifier(torch.eye(12), torch.arange(12), with_margins=True)
+    assert margins.satisfied.eq(1).all()
+    assert margins.gradient_classes.eq(0).all()
+
+
+@each_objective
+def test_a_device_is_not_waited_for(name, form, monkeypatch):
+    """Meta tensors hold no numbers: whoever asks for one gets an error."""
+    monkeypatch.setattr(  # these have none
+        torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()
+    )
+    with torch.device("meta"):
+        loss_fn = make_objective(name, 0.2, 30.0, form)
+        classifier = FusedMarginClassifier(16, 300, loss_fn, 100)
+        x = torch.randn(4, 16, requires_grad=True)
+        labels = torch.zeros(4, dtype=torch.long)
+        with Operations() as made:
+            classifier(x, labels, with_margins=True)[0].backward()
+    assert x.grad.shape == x.shape
+    assert torch.ops.aten._assert_async.msg in made.names
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+PEAK = """
+import torch
+from speechbrain_ram.losses import make_objective
+from speechbrain_ram.training.fused import make_classifier
+from speechbrain_ram.utils import keep_freed_memory
+
+def peak():
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+
+keep_freed_memory()
+loss_fn = make_objective("ram", 0.2, 30.0)
+make_classifier(64, 2048, loss_fn, True)(
+    torch.randn(512, 64), torch.arange(512)
+).backward()
+classifier = make_classifier(64, 100_000, loss_fn)  # chooses the fused one
+before = peak()
+classifier(torch.randn(512, 64), torch.arange(512), True)[0].backward()
+print(peak() - before)
+"""
+
+
+def test_memory_of_512_samples_and_100_000_classes():
+    """The matrix [N, C] alone would be 205 MB, its five copies a gigabyte."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
+    )
+    gradient = 100_000 * 64 * 4 / 2**20
+    assert int(done.stdout) - gradient < 100  # three or four chunks of 8 MB
+
+
+def test_chosen_by_the_number_of_classes():
+    loss_fn = make_objective("ram")
+    few, many = FUSED_FROM - 1, FUSED_FROM
+    assert type(make_classifier(8, few, loss_fn)) is Classifier
+    assert type(make_classifier(8, many, loss_fn)) is FusedMarginClassifier
+    assert type(make_classifier(8, many, loss_fn, False)) is Classifier
+    assert type(make_classifier(8, 2, loss_fn, True)) is FusedMarginClassifier
+    own = torch.nn.Identity()  # a loss_fn that it does not know
+    assert type(make_classifier(8, many, own)) is Classifier
+    with pytest.raises(TypeError, match="Identity.*--fused_loss False"):
+        make_classifier(8, 2, own, True)
 
 
 def test_yaml_drop_in():

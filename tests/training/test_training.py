@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run_recipe
+from conftest import REPOSITORY, run_recipe
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.verification.scores import read_scores
 from speechbrain_ram.verification.trials import TrialError, read_trials
 
@@ -330,3 +331,63 @@ def test_unknown_settings(tiny_corpus, tmp_path):
 def test_channels_that_crash_torch_are_refused(tiny_corpus, tmp_path):
     with pytest.raises(ValueError, match="crashes torch's CPU backward"):
         run_recipe(tiny_corpus, tmp_path / "run", channels=[8, 16, 16, 16])
+
+
+def linear_encoder(self, feats, lengths=None):
+    """Instead of ResNet34, whose ten steps turn 1e-6 into 1e-1."""
+    weight = self.linear.weight[:, : feats.shape[2]]
+    return (feats.square().mean(dim=1) @ weight.t()).unsqueeze(1)
+
+
+def logged(run):
+    """The numbers of each line of the log, by stage and name."""
+    lines = (run / "train_log.txt").read_text().splitlines()
+    found = [
+        re.findall(r"((?:\w+ )?\S+): (\S+?)(?:,| |$)", each) for each in lines
+    ]
+    return [{name: float(value) for name, value in line} for line in found]
+
+
+@pytest.mark.parametrize(
+    "objective, form",
+    [
+        ("ram", "paper"),
+        ("ram", "hinge"),
+        ("raam", "released"),
+        ("aam", "paper"),
+    ],
+)
+def test_the_fused_loss_trains_the_same(
+    tiny_corpus, tmp_path, monkeypatch, objective, form
+):
+    """Losses, weights and the log, to rounding, after ten steps."""
+    monkeypatch.setattr(ResNet34, "forward", linear_encoder)
+    folder = REPOSITORY / "recipes" / "YourCorpus" / "hparams"
+    runs = {
+        fused: run_recipe(
+            tiny_corpus,
+            tmp_path / f"{fused}",
+            recipe=folder / "ram_resnet34.yaml",
+            corpus=str(tiny_corpus.train_root),
+            dev_share=0.2,
+            objective=objective,
+            form=form,
+            fused_loss=fused,
+            batch_size=4,  # of 18 utterances: five steps an epoch
+        )
+        for fused in (False, True)
+    }
+    plain, fused = (weights(runs[key]) for key in (False, True))
+    for name in ("embedding_model", "classifier"):
+        assert plain[name].keys() == fused[name].keys()
+        for key, value in plain[name].items():
+            assert (fused[name][key] - value).abs().max() < 1e-5, key
+    plain, fused = (logged(runs[key]) for key in (False, True))
+    without = {"train angle_between", "train angle_between_std"}
+    assert without < plain[-1].keys()
+    for ours, theirs in zip(fused, plain, strict=True):
+        names = set(theirs) - without - {"train utterances/s"}
+        assert set(ours) == set(theirs) - without
+        # As printed: three digits.
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], rel=0.011), name
