@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench gpu clean
 
 # Reinstalled when the dependencies change.
 $(INSTALLED): setup.py constraints.txt
@@ -31,6 +31,10 @@ lint: $(INSTALLED)
 # What moved since the committed tables; fails nothing.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/compare.py
+
+# The first day on a GPU: tests, tables, a training; at most 20 minutes.
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis

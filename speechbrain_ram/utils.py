@@ -6,6 +6,7 @@ Whole files, memory, threads, errors, numbers in text, several processes.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import logging
@@ -401,21 +402,28 @@ def of_rank_0(work: Callable[[], Result]) -> Result:
     return together(lambda: None if rank() else work())[0]
 
 
-def all_numbers(
-    mine: tuple[int, ...], device: str | torch.device = "cpu"
-) -> list[tuple[int, ...]]:
+def all_numbers(mine: tuple[int, ...]) -> list[tuple[int, ...]]:
     """As :func:`gathered`, for as many whole numbers on each; faster.
 
-    The backend sends from `device`.
+    From host to host: no device is waited for.
     """
     if n_processes() == 1:
         return [mine]
     import torch
 
-    tensor = torch.tensor(mine, device=device)
+    tensor = torch.tensor(mine)
     parts = [torch.empty_like(tensor) for _ in range(n_processes())]
-    torch.distributed.all_gather(parts, tensor)
+    torch.distributed.all_gather(parts, tensor, group=_host_group())
     return [tuple(part.tolist()) for part in parts]
+
+
+@functools.cache
+def _host_group():
+    """A group that sends from the host's memory; all make it together."""
+    distributed = _group()
+    if distributed.get_backend() == "gloo":
+        return None  # the one there is
+    return distributed.new_group(backend="gloo")
 
 
 def leave_group() -> None:
@@ -426,6 +434,7 @@ def leave_group() -> None:
     takes that for a failure. Models in DistributedDataParallel refer to the
     group: they must be out of scope.
     """
+    _host_group.cache_clear()
     if group := _group():
         gc.collect()
         group.destroy_process_group()

@@ -13,7 +13,7 @@ from speechbrain_ram.cli.common import command
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.faults import Interrupted, WorkerError
-from speechbrain_ram.training.robust_brain import NonFiniteError
+from speechbrain_ram.training.steps import NonFiniteError
 from speechbrain_ram.utils import one_line_errors, printable
 
 

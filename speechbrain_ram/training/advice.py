@@ -29,6 +29,24 @@ LEAST_MARGIN = 0.05
 LONGEST_WARMUP = 1 / 3
 
 
+def advice(
+    loss_fn: object,
+    n_classes: int,
+    learning_rate: object,
+    rise: MarginRise | None,
+    n_steps: int,
+    n_epochs: int,
+) -> tuple[list[str], list[str]]:
+    """What the margin is worth, and what does not fit together: warnings."""
+    notes, warnings = [], []
+    if hasattr(loss_fn, "scale") and n_classes:
+        loss_fn = at_the_end(loss_fn, rise)
+        notes.append(margin_note(loss_fn, n_classes))
+        warnings.append(margin_warning(loss_fn, n_classes))
+    warnings += schedule_warnings(learning_rate, rise, n_steps, n_epochs)
+    return notes, list(filter(None, warnings))
+
+
 def margin_worth(loss_fn: torch.nn.Module, n_classes: int) -> float | None:
     """What the margin of form ``paper`` is worth to AM-Softmax, else None.
 

@@ -12,14 +12,10 @@ from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.losses import make_objective
-from speechbrain_ram.training.advice import (
-    at_the_end,
-    margin_note,
-    margin_warning,
-    schedule_warnings,
-)
+from speechbrain_ram.training.advice import advice
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
+from speechbrain_ram.training.distributed import unwrapped
 from speechbrain_ram.training.fused import FusedMarginClassifier
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
@@ -32,6 +28,8 @@ from speechbrain_ram.verification.store import EmbeddingSet
 from speechbrain_ram.verification.trials import TrialList
 
 logger = get_logger(__name__)
+
+ENCODER = "embedding_model"
 
 
 class SpeakerBrain(RobustBrain):
@@ -130,7 +128,7 @@ class SpeakerBrain(RobustBrain):
             )
 
     def _use_channels_last(self):
-        encoder = self.modules["embedding_model"]
+        encoder = self.modules[ENCODER]
         if self.device_type == "cpu" and encoder.channels[0] < 16:
             raise ValueError(
                 f"channels_last with {encoder.channels[0]} channels in the "
@@ -139,6 +137,18 @@ class SpeakerBrain(RobustBrain):
             )
         encoder.to(memory_format=torch.channels_last)
 
+    def _compile(self):
+        """With --compile or --jit, the encoder alone, unless keys are named.
+
+        The rest takes 1 % of a step, and would be compiled for each length.
+        """
+        everything = self.modules
+        if self.compile_module_keys is None and self.jit_module_keys is None:
+            self.modules = torch.nn.ModuleDict({ENCODER: everything[ENCODER]})
+        super()._compile()
+        everything.update(self.modules)
+        self.modules = everything
+
     # -- the step ---------------------------------------------------------
 
     def compute_forward(self, batch, stage):
@@ -146,7 +156,7 @@ class SpeakerBrain(RobustBrain):
 
         With the fused classifier, to the loss and the samples' margins.
         """
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         waveforms, lengths = batch.sig
         feats = self.modules.compute_features(waveforms)
         feats = self.modules.mean_var_norm(feats, lengths)
@@ -159,7 +169,7 @@ class SpeakerBrain(RobustBrain):
             return self.modules.classifier(embeddings)
 
     def compute_objectives(self, outputs, batch, stage):
-        """Loss of the batch; counts the right answers on the way."""
+        """Loss of the batch; counts its right answers on the way."""
         targets = batch.spk_id_encoded.data.to(self.device)
         watched = stage == sb.Stage.TRAIN and self.diagnostics is not None
         if self.fused:
@@ -174,8 +184,7 @@ class SpeakerBrain(RobustBrain):
                 self.diagnostics.watch(outputs, targets)
             with torch.autocast(self.device_type, enabled=False):
                 loss = self.hparams.compute_cost(outputs, targets)
-        self.tally.n_right += right.sum()  # on the device: no waiting
-        self.tally.n_seen += len(right)
+        self.n_right = right.sum()  # on the device: no waiting
         return loss
 
     def on_fit_batch_start(self, batch, should_step):
@@ -191,10 +200,11 @@ class SpeakerBrain(RobustBrain):
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
-    def _undo_forward(self):
-        super()._undo_forward()
+    def undo_unless(self, good, buffers):
+        """Put back what a bad step has changed, and do not diagnose it."""
+        super().undo_unless(good, buffers)
         if self.diagnostics is not None:
-            self.diagnostics.keep(*self.n_diagnosed)
+            self.diagnostics.forget_unless(good, *self.n_diagnosed)
 
     def _set_margin(self, margin):
         """Give the objective another margin; it stays the same object."""
@@ -218,7 +228,21 @@ class SpeakerBrain(RobustBrain):
 
     def on_fit_start(self):
         """Resume, if there is a checkpoint that fits; say what will not do."""
-        self._advise()
+        hparams = self.hparams
+        n_epochs = hparams.epoch_counter.limit
+        n_steps = self.steps_per_epoch * n_epochs
+        notes, warnings = advice(
+            getattr(hparams.compute_cost, "loss_fn", None),
+            self.n_classes,
+            hparams.learning_rate,
+            getattr(hparams, "margin_schedule", None),
+            n_steps // self.grad_accumulation_factor,
+            n_epochs,
+        )
+        for note in notes:
+            logger.info(note)
+        for warning in warnings:
+            logger.warning(warning)
         try:
             super().on_fit_start()
         except RuntimeError as error:
@@ -236,27 +260,6 @@ class SpeakerBrain(RobustBrain):
             self.untrained = self.verify()
             self._log({"epoch": 0}, valid_stats=self.untrained)
 
-    def _advise(self):
-        """Log what the margin is worth, and what does not fit together."""
-        hparams = self.hparams
-        rise = getattr(hparams, "margin_schedule", None)
-        loss_fn = getattr(hparams.compute_cost, "loss_fn", None)
-        if hasattr(loss_fn, "scale") and self.n_classes:
-            loss_fn = at_the_end(loss_fn, rise)
-            logger.info(margin_note(loss_fn, self.n_classes))
-            warning = margin_warning(loss_fn, self.n_classes)
-            if warning:
-                logger.warning(warning)
-        n_epochs = hparams.epoch_counter.limit
-        n_steps = self.steps_per_epoch * n_epochs
-        for warning in schedule_warnings(
-            hparams.learning_rate,
-            rise,
-            n_steps // self.grad_accumulation_factor,
-            n_epochs,
-        ):
-            logger.warning(warning)
-
     def on_stage_start(self, stage, epoch=None):
         """Choose the crops of the epoch, start the clock."""
         goes_on = self._resumed is not None
@@ -271,6 +274,7 @@ class SpeakerBrain(RobustBrain):
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log; after a validation also verify, and save a checkpoint."""
         if stage == sb.Stage.TRAIN:
+            self.settle()
             self.train_stats = self._training_stats()
             super().on_stage_end(stage, stage_loss, epoch)
             return
@@ -350,11 +354,13 @@ class SpeakerBrain(RobustBrain):
         waveforms = waveforms.to(self.device)
         lengths = lengths.to(self.device)
         with self.evaluation_ctx:
-            feats = self.modules.compute_features(waveforms)
-            feats = self.modules.mean_var_norm(feats, lengths)
             # Without wrappers: DDP would wait for ranks with fewer batches, a
             # compiled graph would be compiled again for each length.
-            encoder = _unwrapped(self.modules["embedding_model"])
+            features, normalise, encoder = (
+                unwrapped(self.modules[name])
+                for name in ("compute_features", "mean_var_norm", ENCODER)
+            )
+            feats = normalise(features(waveforms), lengths)
             return encoder(feats, lengths).squeeze(1).float()
 
     @property
@@ -441,9 +447,3 @@ class SpeakerBrain(RobustBrain):
 
 def _read_weights(path, map_location):
     return torch.load(path, map_location, weights_only=True)
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside DistributedDataParallel and torch.compile."""
-    module = getattr(module, "module", module)
-    return getattr(module, "_orig_mod", module)

@@ -163,12 +163,23 @@ class MarginDiagnostics:
             self.n_classes = max(self.n_classes, state["n_classes"])
 
     def counts(self) -> tuple[int, int]:
-        """How much was taken, for :meth:`keep`."""
+        """How many batches were taken, for :meth:`forget_unless`."""
         return len(self.samples), len(self.classes)
 
-    def keep(self, n_samples: int, n_classes: int) -> None:
-        """Forget what was taken since :meth:`counts`."""
-        del self.samples[n_samples:], self.classes[n_classes:]
+    def forget_unless(
+        self, good: torch.Tensor, n_samples: int, n_classes: int
+    ) -> None:
+        """Make what was taken since :meth:`counts` NaN where `good` is false.
+
+        :meth:`summary` leaves NaN out. `good` is not waited for.
+        """
+        for parts, n_before in (
+            (self.samples, n_samples),
+            (self.classes, n_classes),
+        ):
+            parts[n_before:] = [
+                torch.where(good, part, math.nan) for part in parts[n_before:]
+            ]
 
     def watch(self, cosines: torch.Tensor, targets: torch.Tensor) -> None:
         """Take cosines [N, C] or [N, 1, C], later also their gradient."""

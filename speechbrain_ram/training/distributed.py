@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-from speechbrain_ram.utils import gathered
+from speechbrain_ram.utils import gathered, n_processes
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Tally:
     processes.
     """
 
-    n_right: int | torch.Tensor = 0
+    n_right: int = 0
     n_seen: int = 0
     loss_sum: float = 0.0
     n_steps: int = 0
@@ -45,13 +45,12 @@ class Tally:
     @property
     def accuracy(self) -> float:
         """Right answers in percent."""
-        return 100 * int(self.n_right) / max(self.n_seen, 1)
+        return 100 * self.n_right / max(self.n_seen, 1)
 
     def joint(self) -> Tally:
         """Give the sums over all processes, which must all call this."""
-        mine = dataclasses.replace(self, n_right=int(self.n_right))
-        total = Tally(n_steps=mine.n_steps, grad_norm=mine.grad_norm)
-        for each in gathered(mine):
+        total = Tally(n_steps=self.n_steps, grad_norm=self.grad_norm)
+        for each in gathered(self):
             total.n_right += each.n_right
             total.n_seen += each.n_seen
             total.loss_sum += each.loss_sum
@@ -75,6 +74,12 @@ def without_ddp(modules: torch.nn.ModuleDict) -> Iterator[None]:
         yield
     finally:
         modules.update(wrapped)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    module = getattr(module, "module", module)
+    return getattr(module, "_orig_mod", module)
 
 
 # -- The state of every random generator that training may draw from ----------
@@ -254,3 +259,41 @@ def sync_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
     for name, child in module.named_children():
         setattr(module, name, sync_batch_norm(child))
     return module
+
+
+def wrap(
+    modules: torch.nn.ModuleDict,
+    device: torch.device | str,
+    joint_statistics: bool,
+    find_unused_parameters: bool = False,
+) -> None:
+    """Put what is trained into DistributedDataParallel, in place.
+
+    As SpeechBrain does, but that CPUs have a joint batch normalisation too,
+    that it can be left out, and that buffers are not sent in every forward
+    pass: joint statistics are the same on all processes as it is.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    for name, module in modules.items():
+        if joint_statistics and on_cpu:
+            module = sync_batch_norm(module)
+        elif joint_statistics:
+            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        if any(each.requires_grad for each in module.parameters()):
+            module = DistributedDataParallel(
+                module,
+                device_ids=None if on_cpu else [device],
+                broadcast_buffers=False,
+                find_unused_parameters=find_unused_parameters,
+            )
+        modules[name] = module
+
+
+def average_buffers(modules: torch.nn.ModuleDict) -> None:
+    """Give all processes the mean of their running statistics."""
+    if n_processes() == 1:
+        return
+    floats = [b for b in modules.buffers() if b.is_floating_point()]
+    for buffer in floats:
+        torch.distributed.all_reduce(buffer)
+        buffer /= n_processes()

@@ -35,6 +35,13 @@ from speechbrain.nnet.losses import AngularMargin
 from torch.autograd.function import once_differentiable
 
 from speechbrain_ram.losses import RealAdditiveMargin
+from speechbrain_ram.training.chunks import (
+    excess,
+    fill_own,
+    gradient,
+    log_sum_exp,
+    rivals,
+)
 from speechbrain_ram.training.diagnostics import Margins
 
 #: Classes from which training takes the fused loss by default. It is faster
@@ -264,8 +271,8 @@ class _MarginLosses(torch.autograd.Function):
                 min=_NORM_FLOOR
             )
             own = _own_column(_class_ids(rows, labels), labels)
-            z = _excess(x, w, norm[rows], logit, scale)
-            _fill_own(z, own, -torch.inf)
+            z = excess(x, w, norm[rows], logit, scale)
+            fill_own(z, own, -torch.inf)
             if with_margins:
                 rivals(z, form, seen[:, k])
             log_sums[k], violated[rows] = log_sum_exp(z, own, logit, form)
@@ -425,83 +432,3 @@ def _check_labels(labels, n_classes):
             f"{n_classes - 1}. Was the label encoder filled from another "
             "manifest than the classifier's size?"
         )
-
-
-# -- One chunk of classes of the fused loss, in plain PyTorch -----------------
-#
-# The functions above walk over the classes and keep the sums; these compute
-# what happens inside a chunk. They take
-#
-# x : [N, E]
-#     length-normalised embeddings
-# w, norm : [B, E], [B]
-#     the chunk's weights and their lengths
-# own : [N]
-#     the column of each sample's own class, -1 where it is in another chunk
-# logit : [N]
-#     each sample's target logit a, after the margin
-# z : [N, B]
-#     s c - a, and -inf at a sample's own class
-
-
-def rivals(z, form, seen):
-    """Write into `seen` [4, N]: max z; how many z > 0; two sums.
-
-    log sum e^z and log sum e^2z over the classes with a gradient.
-    """
-    above = z > 0
-    pulling = z if form == "trivial" else z.masked_fill(~above, -torch.inf)
-    seen[0] = z.amax(dim=1)
-    seen[1] = above.sum(dim=1)
-    seen[2] = pulling.logsumexp(dim=1)
-    seen[3] = (2 * pulling).logsumexp(dim=1)
-
-
-def log_sum_exp(z, own, logit, form):
-    """log sum_j e^{g(z_ij)} over j != y, [N], and who violates, [B].
-
-    Overwrites z.
-    """
-    violated = z.new_ones(z.shape[1], dtype=torch.bool)
-    if form != "trivial":
-        violated = z.amax(dim=0) > 0
-    if form == "paper":
-        z.clamp_(min=0)
-    elif form == "released":
-        z = torch.where(z > 0, z, -logit.unsqueeze(1))
-    elif form == "hinge":
-        z.clamp_(min=0)
-        z += torch.log(-torch.expm1(-z))  # log(e^z - 1), without overflow
-    _fill_own(z, own, -torch.inf)
-    return z.logsumexp(dim=1), violated
-
-
-def gradient(x, w, norm, own, logit, loss, grad_loss, scale, form):
-    """The gradient on the products x w^T, [N, B]; its sums.
-
-    Also sum_j grad_loss_i p_ij, [N], where p_ij = e^{z_ij - loss_i} on
-    violating classes, and sum_i gradient_ij c_ij, [B].
-    """
-    z = _excess(x, w, norm, logit, scale)
-    p = (z - loss.unsqueeze(1)).exp_()
-    if form != "trivial":
-        p.masked_fill_(z <= 0, 0)
-    _fill_own(p, own, 0)
-    p *= grad_loss.unsqueeze(1)
-    pull = p.sum(dim=1)
-    p *= scale / norm
-    cosines = z.add_(logit.unsqueeze(1)).div_(scale)
-    return p, pull, cosines.mul_(p).sum(dim=0)
-
-
-def _excess(x, w, norm, logit, scale):
-    """z = s c - a, [N, B]."""
-    return (x @ w.t()).mul_(scale / norm).sub_(logit.unsqueeze(1))
-
-
-def _fill_own(matrix, own, value):
-    """Set each row's own column, where there is one, without a host sync."""
-    column = own.clamp(min=0).unsqueeze(1)
-    kept = matrix.gather(1, column)
-    filled = kept.masked_fill((own >= 0).unsqueeze(1), value)
-    matrix.scatter_(1, column, filled)

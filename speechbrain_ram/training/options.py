@@ -97,7 +97,8 @@ _PATHS = (
 )
 _SWITCHES = (
     "channels_last drop_test_speakers fused_loss margin_diagnostics "
-    "mixdown resample skip_bad std_norm tensorboard verify_untrained"
+    "mixdown resample skip_bad std_norm sync_batch_norm tensorboard "
+    "verify_untrained"
 )
 
 #: Every setting of the recipes that is a number, a truth value or a path.

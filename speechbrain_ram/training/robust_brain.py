@@ -14,10 +14,10 @@ What :class:`RobustBrain` adds to its base class:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Mapping
 
 import speechbrain as sb
@@ -30,15 +30,15 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.distributed import (
     JointBatchSampler,
     Tally,
+    average_buffers,
     random_state,
     restore_random_state,
     shared_batches,
-    sync_batch_norm,
     without_ddp,
+    wrap,
 )
 from speechbrain_ram.training.faults import (
     Batch,
@@ -50,7 +50,18 @@ from speechbrain_ram.training.faults import (
     explained,
     let_worker_outlive_signals,
 )
-from speechbrain_ram.training.state import COUNTERS, Check, read_state
+from speechbrain_ram.training.state import (
+    COUNTERS,
+    Check,
+    check_joint_batch,
+    read_state,
+    warn_of_other_threads,
+)
+from speechbrain_ram.training.steps import (
+    KeptBuffers,
+    Outcome,
+    SkippingBrain,
+)
 from speechbrain_ram.utils import (
     all_numbers,
     atomic_writer,
@@ -63,12 +74,8 @@ logger = get_logger(__name__)
 _LOADER_TIMEOUT = 600  # seconds without a batch: a worker hangs
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradients were NaN or infinite too often in a row."""
-
-
 @functools.partial(register_checkpoint_hooks, save_on_main_only=False)
-class RobustBrain(sb.Brain):
+class RobustBrain(SkippingBrain):
     """A Brain whose training survives.
 
     What it reads from the YAML:
@@ -78,6 +85,7 @@ class RobustBrain(sb.Brain):
     max_fault_share     share of unreadable utterances that stops training
     max_bad_steps       so many steps in a row without a finite loss stop it
     output_folder       where the lists of faults go
+    sync_batch_norm     False: batch statistics are those of each process
     train_logger        SpeechBrain's FileTrainLogger, whose file is kept in
                         step with the checkpoints
     ==================  =====================================================
@@ -100,13 +108,12 @@ class RobustBrain(sb.Brain):
         self.stop = stop or StopRequest(getattr(self.hparams, "max_hours", 0))
         self.stopping = False
         self.train_sampler: JointBatchSampler | None = None
-        self.tally = Tally()
-        self.n_bad_steps = self.bad_in_a_row = self.n_scaled_down = 0
         self.faults: dict[sb.Stage, FaultList] = {}
         self._resumed: dict | None = None  # of the epoch that goes on
         self._random: dict | None = None  # to be set before the next step
         self._log_to_restore: str | None = None
-        self._buffers_before: list[tuple] = []
+        self._saved_at = time.monotonic()
+        self._save_is_due = False
 
     # -- the run ----------------------------------------------------------
 
@@ -143,11 +150,21 @@ class RobustBrain(sb.Brain):
             os.replace(log, f"{log}.old")
 
     def _wrap_distributed(self):
-        """SpeechBrain's, with a batch normalisation that CPUs have."""
-        if self.distributed_launch and self.device_type == "cpu":
-            for name, module in self.modules.items():
-                self.modules[name] = sync_batch_norm(module)
-        super()._wrap_distributed()
+        """As SpeechBrain's, see :func:`.distributed.wrap`."""
+        if not self.distributed_launch:
+            super()._wrap_distributed()
+            return
+        wrap(
+            self.modules,
+            self.device,
+            self.joint_statistics,
+            self.find_unused_parameters,
+        )
+
+    @property
+    def joint_statistics(self) -> bool:
+        """Whether batch normalisation is over the batch of all processes."""
+        return getattr(self.hparams, "sync_batch_norm", True)
 
     # -- the data ---------------------------------------------------------
 
@@ -169,6 +186,8 @@ class RobustBrain(sb.Brain):
         if kw.get("num_workers", 0) > 0:
             kw["worker_init_fn"] = let_worker_outlive_signals
             kw["timeout"] = _LOADER_TIMEOUT
+            kw["persistent_workers"] = True
+        kw["pin_memory"] = self.device_type == "cuda"
         return super().make_dataloader(
             SkipUnreadable(dataset), stage, ckpt_prefix, collate_fn=Batch, **kw
         )
@@ -189,7 +208,10 @@ class RobustBrain(sb.Brain):
     # -- the step ---------------------------------------------------------
 
     def fit_batch(self, batch: Batch) -> torch.Tensor:
-        """One step; its loss, or NaN (which averages leave out) if skipped."""
+        """One step; a loss that is known by now, NaN if it was skipped.
+
+        That of this step, or on a GPU that of the step before.
+        """
         self._restore_random()
         sizes = self._agree(batch, sb.Stage.TRAIN)
         if 0 in sizes:  # a process has nothing to train on
@@ -197,101 +219,54 @@ class RobustBrain(sb.Brain):
         batch = batch.data
         should_step = self.step % self.grad_accumulation_factor == 0
         self.on_fit_batch_start(batch, should_step)
-        before = copy.deepcopy(self.tally)  # `+=` would change a tensor
-        self._keep_buffers()
+        buffers = KeptBuffers(self.modules)
         with self.no_sync(not should_step):
             with self.training_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
-            finite = all(
-                each
-                for (each,) in all_numbers(
-                    (int(torch.isfinite(loss)),), self.device
-                )
-            )
-            if finite:
-                scaled = loss / self.grad_accumulation_factor
-                if len(sizes) > 1:  # a mean over the joint batch
-                    scaled = scaled * (len(batch) * len(sizes) / sum(sizes))
-                self.scaler.scale(scaled).backward()
-        overflow = False
-        if finite and should_step:
-            finite = self._step_if_finite()
-            # From 1 on, the scale itself may be what overflows.
-            overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not finite:
-            self.tally = before
-            self._undo_forward()
-            if overflow:
-                self.n_scaled_down += 1
-            else:
-                self._skip_step(batch, float(loss.detach()))
-            return torch.tensor(float("nan"))
+            good = loss.detach().isfinite()
+            if self.scaler.is_enabled():  # tell it from too large a scale
+                shares = all_numbers((int(good),))
+                good = torch.tensor(min(shares)[0] > 0, device=good.device)
+            scaled = loss / self.grad_accumulation_factor
+            if len(sizes) > 1:  # a mean over the joint batch
+                scaled = scaled * (len(batch) * len(sizes) / sum(sizes))
+            # With NaN as gradients every process sees that one has a bad loss.
+            scaled = scaled * torch.where(good, 1.0, float("nan"))
+            self.scaler.scale(scaled).backward()
+        norm, overflow = torch.zeros_like(loss), False
         if should_step:
-            self.bad_in_a_row = 0
-        self.tally.loss_sum += float(loss.detach()) * len(batch)
+            good, norm, overflow = self._step_where(good)
+        self.undo_unless(good, buffers)
+        numbers = good, self.n_right, loss, norm
+        self._outcomes.append(
+            Outcome(batch.id, self.step, should_step, overflow, numbers)
+        )
+        self.settle(leave=int(self.defers))
         self.on_fit_batch_end(batch, outputs, loss, should_step)
-        return loss.detach().cpu()
+        return self._known_loss
 
     def _agree(self, batch: Batch, stage: sb.Stage) -> list[int]:
         """Tell each other batch sizes, faults and wishes to leave."""
         wish = self.stop.signal
         if stage == sb.Stage.TRAIN:  # max_hours: after the validation
             wish = self.stop.reason()
-        mine = (len(batch.data or ()), len(batch.faults), int(wish is not None))
-        shares = all_numbers(mine, self.device)
-        self.stopping = any(wish for *_, wish in shares)
-        if any(n_faults for _, n_faults, _ in shares):
+        minutes = (time.monotonic() - self._saved_at) / 60
+        mine = (
+            len(batch.data or ()),
+            len(batch.faults),
+            int(wish is not None),
+            int(0 < self.ckpt_interval_minutes < minutes),
+        )
+        shares = all_numbers(mine)
+        self.stopping = any(wish for _, _, wish, _ in shares)
+        self._save_is_due = bool(shares[0][3])  # by the clock of rank 0
+        if any(n_faults for _, n_faults, *_ in shares):
             faults = self.faults[stage]
             for each in gathered(batch.faults):
                 faults.add(each)
             faults.check()
         return [size for size, *_ in shares]
-
-    def _step_if_finite(self) -> bool:
-        """The optimiser's step, unless the gradients are not finite."""
-        grads = [
-            p.grad for p in self.modules.parameters() if p.grad is not None
-        ]
-        scale, n_before = self.scaler.get_scale(), self.optimizer_step
-        norm = float(torch.nn.utils.get_total_norm(grads)) / scale
-        finite = norm < float("inf")  # not so for NaN
-        if finite or self.scaler.is_enabled():
-            self.optimizers_step()  # a scaler skips by itself, and scales down
-        if not finite or self.scaler.get_scale() < scale:
-            self.optimizer_step = n_before
-            return False
-        self.tally.grad_norm += norm
-        self.tally.n_steps += 1
-        return True
-
-    def _keep_buffers(self):
-        """Statistics of batch normalisation change in the forward pass."""
-        buffers = list(self.modules.buffers())
-        self._buffers_before = [(b, b.detach().clone()) for b in buffers]
-
-    def _undo_forward(self):
-        """Put back what a step changed that is not taken."""
-        for buffer, kept in self._buffers_before:
-            buffer.copy_(kept)
-        self.zero_grad(set_to_none=True)
-
-    def _skip_step(self, batch, loss: float):
-        """Count and name a bad step; stop if that is the rule now."""
-        self.n_bad_steps += 1
-        self.bad_in_a_row += 1
-        limit = getattr(self.hparams, "max_bad_steps", 10)
-        what = (
-            f"step {self.step} of epoch {self.hparams.epoch_counter.current} "
-            f"has loss {loss} and gradients that are not all finite"
-        )
-        logger.warning("%s; it is skipped: %s", what, ", ".join(batch.id))
-        if self.bad_in_a_row >= limit:
-            raise NonFiniteError(
-                f"{limit} steps in a row (--max_bad_steps) were skipped; "
-                f"{what}. Is --lr too high, or are recordings broken? "
-                f"{self._how_to_go_on()} The last batch: {', '.join(batch.id)}"
-            )
 
     def evaluate_batch(self, batch: Batch, stage):
         """One batch of validation, without what cannot be read."""
@@ -303,6 +278,8 @@ class RobustBrain(sb.Brain):
         with without_ddp(self.modules):
             loss = super().evaluate_batch(batch.data, stage)
         self.tally.loss_sum += float(loss) * len(batch.data)
+        self.tally.n_right += int(self.n_right)
+        self.tally.n_seen += len(batch.data)
         return loss
 
     # -- checkpoints within an epoch --------------------------------------
@@ -314,7 +291,7 @@ class RobustBrain(sb.Brain):
 
     def leave_together(self):
         """Leave if one of the processes was asked to; all must call this."""
-        asked = all_numbers((int(self.stop.signal is not None),), self.device)
+        asked = all_numbers((int(self.stop.signal is not None),))
         if any(wish for (wish,) in asked):
             raise Interrupted(self._why_stopping())
 
@@ -323,20 +300,22 @@ class RobustBrain(sb.Brain):
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         """Between optimiser steps only: gradients are not saved."""
-        if self.step % self.grad_accumulation_factor:
+        if self.step % self.grad_accumulation_factor or not self.checkpointer:
             return False
-        return self.stopping or super()._should_save_intra_epoch_ckpt(
-            last_ckpt_time, steps_since_ckpt
-        )
+        by_steps = 0 < self.ckpt_interval_steps <= steps_since_ckpt
+        return self.stopping or self._save_is_due or by_steps
 
     def _save_intra_epoch_ckpt(self):
+        self.settle()
         super()._save_intra_epoch_ckpt()
+        self._saved_at = time.monotonic()
         if self.stopping:
             raise Interrupted(self._why_stopping())
 
     def on_stage_start(self, stage, epoch=None):
         """Begin the sums of the epoch, or go on with them."""
         self.tally = Tally()
+        self._saved_at = time.monotonic()
         if stage == sb.Stage.TRAIN and self._resumed is not None:
             # Of all processes; the others begin at nothing.
             self.tally = Tally(**self._resumed)
@@ -348,6 +327,8 @@ class RobustBrain(sb.Brain):
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Call after a training stage: validation must not lose it."""
         self._restore_random()
+        if stage == sb.Stage.TRAIN and not self.joint_statistics:
+            average_buffers(self.modules)
         if stage == sb.Stage.TRAIN and self.checkpointer is not None:
             self._save_intra_epoch_ckpt()
 
@@ -386,9 +367,10 @@ class RobustBrain(sb.Brain):
             setattr(self, name, state.get(name, 0))
         if "tally" not in state:  # SpeechBrain's own, by a Brain
             return
-        self._check_same_threads(state)
+        if self.device_type == "cpu":
+            warn_of_other_threads(state["threads"])
         if not end_of_epoch:
-            self._check_same_epoch(state, path)
+            check_joint_batch(state, self.train_sampler.joint_size, path)
             self._resumed = state["tally"]
         for name, value in state["kept"].items():
             setattr(self, name, value)
@@ -398,31 +380,6 @@ class RobustBrain(sb.Brain):
         if end_of_epoch:
             # The next draw is the loader's; within an epoch that was earlier.
             self._restore_random()
-
-    def _check_same_threads(self, state: dict) -> None:
-        """Sums in another order: on CPU the one thing left to the machine."""
-        before, now = state["threads"], torch.get_num_threads()
-        if self.device_type == "cpu" and before != now:
-            logger.warning(
-                "The run was begun with %d threads and goes on with %d: the "
-                "last bits of its numbers will not be those of a run that was "
-                "never interrupted. With OMP_NUM_THREADS=%d they are.",
-                before,
-                now,
-                before,
-            )
-
-    def _check_same_epoch(self, state: dict, path) -> None:
-        """Can this run finish the epoch that another one began?"""
-        joint = self.train_sampler.joint_size
-        if state["joint_batch"] != joint:
-            raise CheckpointError(
-                f"'{path}' was written within an epoch of joint batches of "
-                f"{state['joint_batch']} utterances, now they have {joint}. "
-                "Keep (number of processes) x --batch_size, or delete "
-                f"'{os.path.dirname(path)}' to go on from the end of the "
-                "epoch before."
-            )
 
     def _read_log(self) -> str | None:
         log = getattr(self.hparams.train_logger, "save_file", None)

@@ -9,18 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.plain import read_yaml
 from speechbrain_ram.training.checkpoint_files import (
     DamagedCheckpoint,
     is_count,
 )
+from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.distributed import (
     Tally,
     random_state,
     restore_random_state,
 )
 from speechbrain_ram.utils import is_number
+
+logger = get_logger(__name__)
 
 Check = Callable[[Any], bool]
 
@@ -144,3 +148,29 @@ def _is_tally(value: Any) -> bool:
         and all(map(_is_float, value.values()))
         and all(is_count(value[name]) for name in counts)
     )
+
+
+def warn_of_other_threads(before: int) -> None:
+    """Sums in another order: on CPU the one thing left to the machine."""
+    now = torch.get_num_threads()
+    if before != now:
+        logger.warning(
+            "The run was begun with %d threads and goes on with %d: the "
+            "last bits of its numbers will not be those of a run that was "
+            "never interrupted. With OMP_NUM_THREADS=%d they are.",
+            before,
+            now,
+            before,
+        )
+
+
+def check_joint_batch(state: Mapping, joint: int, path) -> None:
+    """Can this run finish the epoch that another one began?"""
+    if state["joint_batch"] != joint:
+        raise CheckpointError(
+            f"'{path}' was written within an epoch of joint batches of "
+            f"{state['joint_batch']} utterances, now they have {joint}. "
+            "Keep (number of processes) x --batch_size, or delete "
+            f"'{os.path.dirname(path)}' to go on from the end of the "
+            "epoch before."
+        )

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import AudioError
@@ -109,7 +108,7 @@ def extract(
         sets = map(as_set, embedded)
         collected = together(
             lambda: (
-                _collect(sets, plan.most, check, embedder.device, store),
+                _collect(sets, plan.most, check, store),
                 errors,
             )
         )
@@ -227,7 +226,6 @@ def _collect(
     embedded: Iterator[EmbeddingSet | None],
     n_batches: int,
     check: Callable[[], None],
-    device: str | torch.device,
     store: EmbeddingStore | None,
 ) -> EmbeddingSet | None:
     """Run through, keeping a part on disk every minute and at the end.
@@ -253,7 +251,7 @@ def _collect(
             except (Exception, SystemExit) as error:
                 problem = error
             leaves = int(isinstance(problem, SystemExit))
-            if any(n for (n,) in all_numbers((leaves,), device)):
+            if any(n for (n,) in all_numbers((leaves,))):
                 break
             if time.monotonic() - last > _SECONDS_BETWEEN_PARTS:
                 save()

@@ -276,6 +276,47 @@ def test_gradients_are_those_of_the_joint_batch(tiny_corpus, tmp_path):
             assert error <= 1e-5, f"{name}: {error}"
 
 
+def statistics(notes, rank):
+    """Write the running statistics before and after they are averaged."""
+    from speechbrain_ram.training import robust_brain
+
+    average = robust_brain.average_buffers
+
+    def keep(modules):
+        states = []
+        for change in (lambda modules: None, average):
+            change(modules)
+            encoder = modules["embedding_model"].module
+            norms = [m for m in encoder.modules() if hasattr(m, "running_var")]
+            states.append([each.running_var.clone() for each in norms])
+            kinds = {type(each).__name__ for each in norms}
+        torch.save([*states, sorted(kinds)], notes / f"{rank}")
+
+    notes.mkdir(exist_ok=True)
+    robust_brain.average_buffers = keep
+
+
+def test_statistics_of_each_process_are_averaged(tiny_corpus, tmp_path):
+    """--sync_batch_norm False: nothing is sent within the network."""
+    statuses = train_in_processes(
+        tiny_corpus,
+        tmp_path / "two",
+        2,
+        functools.partial(statistics, tmp_path / "notes"),
+        **{**TOGETHER, "number_of_epochs": 1, "verify_untrained": False},
+        sync_batch_norm=False,
+    )
+    assert statuses == [0, 0], output_of(tmp_path / "two")
+    first, second = (torch.load(tmp_path / "notes" / f"{r}") for r in range(2))
+    assert first[2] == second[2] == ["BatchNorm1d", "BatchNorm2d"]
+    for a, b, mean, same in zip(
+        first[0], second[0], first[1], second[1], strict=True
+    ):
+        assert not torch.equal(a, b)
+        close(mean, (a + b) / 2, 1e-6)
+        assert torch.equal(mean, same)
+
+
 def test_every_utterance_is_seen_once_by_one_of_them(two, tiny_corpus):
     seen = []
     for rank in range(2):

@@ -1,0 +1,203 @@
+"""A step asks the device for nothing, and a bad one leaves nothing there."""
+
+import functools
+import re
+from collections import Counter
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_recipe
+from speechbrain.utils.checkpoints import Checkpointer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speechbrain_ram.training.brain import SpeakerBrain
+from speechbrain_ram.training.steps import (
+    KeptBuffers,
+    Outcome,
+    fused_on_cuda,
+    skips_on_the_device,
+)
+
+SGD = REPOSITORY / "recipes" / "YourCorpus" / "hparams" / "ram_resnet34.yaml"
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for."""
+
+    READS = {
+        torch.ops.aten._local_scalar_dense.default,  # item, float, int, bool
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.masked_select.default,
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations[func] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def reads(self):
+        return sum(self.operations[each] for each in self.READS)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Steps are counted later, by an optimiser that skips by itself."""
+    init = SpeakerBrain.init_optimizers
+
+    def init_optimizers(self):
+        self.opt_class = fused_on_cuda(self.opt_class)  # CPUs have it, too
+        init(self)
+
+    monkeypatch.setattr(SpeakerBrain, "init_optimizers", init_optimizers)
+    monkeypatch.setattr(SpeakerBrain, "defers", True)
+
+
+def run(corpus, folder, **overrides):
+    return run_recipe(
+        corpus,
+        folder,
+        recipe=SGD,
+        corpus=str(corpus.train_root),
+        dev_share=0.2,
+        verify_untrained=False,
+        trials=None,
+        batch_size=4,  # of 18 utterances: five steps an epoch
+        **overrides,
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_waits_for_nothing(
+    tiny_corpus, tmp_path, monkeypatch, as_on_a_gpu, fused
+):
+    """But for the outcome of the step before."""
+    fit, reads, settled = SpeakerBrain.fit_batch, [], []
+    read = Outcome.read
+
+    def fit_batch(self, batch):
+        settled.append([])
+        with Waits() as waits:
+            loss = fit(self, batch)
+        reads.append(waits.reads)
+        return loss
+
+    def noted(self):
+        settled[-1].append(self.step)
+        return read(self)
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", fit_batch)
+    monkeypatch.setattr(Outcome, "read", noted)
+    run(tiny_corpus, tmp_path, number_of_epochs=1, fused_loss=fused)
+    # What is read on CPUs only: F.one_hot and the fused loss look at the
+    # range of the labels, and the fused loss at the classes to visit.
+    assert reads == [3 if fused else 2] * 5
+    assert settled == [[], [1], [2], [3], [4, 5]]
+
+
+def test_steps_counted_later_are_the_same_steps(
+    tiny_corpus, tmp_path, monkeypatch, as_on_a_gpu
+):
+    later = run(tiny_corpus, tmp_path / "later")
+    monkeypatch.setattr(SpeakerBrain, "defers", False)
+    now = run(tiny_corpus, tmp_path / "now")
+    logs = []
+    for folder in (later, now):
+        text = (folder / "train_log.txt").read_text()
+        logs.append(re.sub(r"utterances/s: [\d.]+", "", text))
+    assert logs[0] == logs[1]
+    states = [
+        torch.load(
+            Checkpointer(folder / "save").find_checkpoint().path
+            / "embedding_model.ckpt"
+        )
+        for folder in (later, now)
+    ]
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+@pytest.mark.parametrize("what", ["features", "gradient"])
+@pytest.mark.parametrize("opt_class", ["SGD", "Adam"])
+def test_a_bad_step_leaves_nothing_on_the_device(
+    tiny_corpus, tmp_path, monkeypatch, as_on_a_gpu, what, opt_class
+):
+    fit, start = SpeakerBrain.fit_batch, SpeakerBrain.on_fit_start
+    init = SpeakerBrain.init_optimizers
+    states, bad = [], set()
+
+    def init_optimizers(self):
+        self.opt_class = functools.partial(
+            getattr(torch.optim, opt_class), lr=0.01, weight_decay=0.1
+        )
+        init(self)
+
+    def on_fit_start(self):
+        start(self)
+        self.modules["classifier"].weight.register_hook(
+            lambda grad: grad * float("nan") if "gradient" in bad else grad
+        )
+
+    def fit_batch(self, batch):
+        bad.clear()
+        if self.step == 3:
+            bad.add(what)
+        if "features" in bad:
+            batch.data.sig.data[0] = float("nan")
+        loss = fit(self, batch)
+        optimizer = self.optimizer.state_dict()["state"]
+        states.append(
+            [each.clone() for each in self.modules.state_dict().values()]
+            + [v.clone() for s in optimizer.values() for v in s.values()]
+        )
+        states[-1].append(torch.tensor(self.optimizer_step))
+        return loss
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", fit_batch)
+    monkeypatch.setattr(SpeakerBrain, "on_fit_start", on_fit_start)
+    monkeypatch.setattr(SpeakerBrain, "init_optimizers", init_optimizers)
+    folder = run(tiny_corpus, tmp_path, number_of_epochs=1)
+    _, before, after, following, _ = states
+    for a, b in zip(before[:-1], after[:-1], strict=True):
+        assert torch.equal(a, b)
+    pairs = zip(after, following, strict=True)
+    assert sum(not torch.equal(*pair) for pair in pairs) > 100
+    # Counted at first, and taken back when the host has learned of it.
+    steps = [int(each[-1]) for each in states]
+    assert steps == [1, 2, 3, 3, 4]
+    log = (folder / "train_log.txt").read_text()
+    assert "train skipped steps: 1" in log and "nan" not in log
+
+
+def test_buffers_are_put_back_where_a_step_is_bad():
+    module = torch.nn.Sequential(
+        torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2)
+    )
+    for good in (True, False):
+        before = [each.clone() for each in module.buffers()]
+        kept = KeptBuffers(module)
+        for each in module.buffers():
+            each.add_(5)
+        kept.undo_unless(torch.tensor(good))
+        for each, old in zip(module.buffers(), before, strict=True):
+            assert torch.equal(each, old + 5 if good else old)
+    KeptBuffers(torch.nn.Linear(2, 2)).undo_unless(torch.tensor(False))
+
+
+def test_optimisers_that_cannot_skip_are_used_as_they_are():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    for opt_class, skips in (
+        (torch.optim.SGD, True),
+        (torch.optim.AdamW, True),
+        (torch.optim.Adadelta, False),  # has no fused kind
+        (functools.partial(torch.optim.Rprop, lr=0.1), False),
+    ):
+        optimizer = fused_on_cuda(opt_class)(iter(weights))
+        assert skips_on_the_device(optimizer) == skips
+        assert optimizer.param_groups[0]["params"] == weights
+    assert not skips_on_the_device(torch.optim.SGD(weights))
+    assert not skips_on_the_device(None)
