@@ -196,6 +196,8 @@ class ResNet34(nn.Module):
             x = x * mask
         x = self.relu(self.norm(self.conv(x)))
         if mask is not None:
+            # The convolution's type: float32 would make all after it float32.
+            mask = mask.to(x.dtype)
             x = x * mask
         for stage, stride in zip(self.stages, STRIDES, strict=True):
             if frames is not None and stride > 1:

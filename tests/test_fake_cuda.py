@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ram.features import KaldiFbank, make_front_end
+from speechbrain_ram.resnet import BasicBlock, ResNet34
 
 # The last three stand for the others in inference mode.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
@@ -154,3 +155,34 @@ def test_both_forms_of_the_kaldi_front_end_are_one(monkeypatch, options):
     on_cpu = front_end(waveforms)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     torch.testing.assert_close(front_end(waveforms), on_cpu, atol=1e-3, rtol=0)
+
+
+# -- The encoder --------------------------------------------------------------
+
+
+def test_masks_keep_bfloat16():
+    """On a CPU: autocast asks for a real GPU where it is one's."""
+    encoder = ResNet34(n_mels=16, channels=(4, 4, 4, 4)).eval()
+    types = set()
+    for module in encoder.modules():
+        if isinstance(module, (BasicBlock, torch.nn.BatchNorm2d)):
+            module.register_forward_hook(
+                lambda _, ins, out: types.update({ins[0].dtype, out.dtype})
+            )
+    feats, lengths = torch.randn(2, 60, 16), torch.tensor([0.5, 1.0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        encoder(feats, lengths)
+    assert types == {torch.bfloat16}
+
+
+def test_a_masked_network_waits_for_nothing():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            encoder = ResNet34(n_mels=16, channels=(4, 4, 4, 4)).eval()
+        feats = torch.zeros(2, 60, 16, device="cuda")
+        lengths = torch.ones(2, device="cuda")
+        with torch.no_grad(), Operations() as operations:
+            encoder(feats, lengths)
+    assert operations.between_devices() == []
+    names = {name for name, _, _ in operations.seen}
+    assert not names & {"_local_scalar_dense", "nonzero", "is_nonzero"}
