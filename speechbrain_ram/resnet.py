@@ -272,12 +272,13 @@ class StatisticsPooling(torch.nn.Module):
             return torch.cat([mean, variance.clamp(min=self.eps).sqrt()], 1)
 
 
-# -- A trained ResNet34 for computing embeddings only, on a CPU ---------------
+# -- A trained ResNet34 for computing embeddings only -------------------------
 #
 # At inference a batch normalisation is a fixed scale and offset a channel: it
 # goes into the weights of the convolution before it. Together with the memory
-# layout that CPUs prefer this is what makes the copy faster; it is a ResNet34
-# like any other, and its embeddings are those of the original to rounding.
+# layout that CPUs prefer, and tensor cores too, this is what makes the copy
+# faster; it is a ResNet34 like any other, and its embeddings are those of the
+# original to rounding.
 
 
 def folded(encoder: ResNet34) -> ResNet34:

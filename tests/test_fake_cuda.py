@@ -6,7 +6,9 @@ on them can be counted. The rounding of TF32 products is done by hand.
 
 import math
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from speechbrain.lobes.features import Fbank
 from torch._subclasses import FakeTensorMode
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ram.features import KaldiFbank, make_front_end
 from speechbrain_ram.resnet import BasicBlock, ResNet34
+from speechbrain_ram.verification.embedder import Embedder, sent_to
+from speechbrain_ram.verification.embeddings import extract
 
 # The last three stand for the others in inference mode.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
@@ -186,3 +190,37 @@ def test_a_masked_network_waits_for_nothing():
     assert operations.between_devices() == []
     names = {name for name, _, _ in operations.seen}
     assert not names & {"_local_scalar_dense", "nonzero", "is_nonzero"}
+
+
+# -- Extraction ---------------------------------------------------------------
+
+
+def test_batches_reach_a_gpu_without_waiting(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self
+    )
+    values = torch.zeros(2, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sent = sent_to("cuda:0", values)
+    assert sent.device == torch.device("cuda:0") and pinned[0] is values
+    assert sent_to("cpu", values) is values and len(pinned) == 1
+
+
+def test_extraction_away_from_the_cpu(tmp_path):
+    """With two batches of up to 120 s at once, and readers for all cores."""
+    names = [f"{i}.wav" for i in range(5)]
+    for i, name in enumerate(names):
+        wave = 0.1 * np.random.randn(16000 * (1 + i))
+        soundfile.write(tmp_path / name, wave, 16000)
+    seen = []
+
+    def encode(waveforms, lengths):
+        seen.append((waveforms.device.type, len(waveforms)))
+        return torch.zeros(len(waveforms), 3)
+
+    embedder = Embedder(encode, device="meta")
+    found = extract(embedder, names, tmp_path, progress=False)
+    assert found.matrix.shape == (5, 3) and seen == [("meta", 5)]
+    samples = dict.fromkeys(range(32), 16000 * 8)
+    assert list(map(len, embedder.batches(samples))) == [15, 15, 2]
