@@ -1,5 +1,7 @@
 """Crops: what is read, from where, and that nothing else matters."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,6 +11,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_ram.data.audio import Audio, AudioError, read_audio
 from speechbrain_ram.data.dataset import (
+    Columns,
     CropDataset,
     original_speakers,
     speaker_datasets,
@@ -312,3 +315,64 @@ def test_augmentation_of_training_crops_alone(corpus):
     assert seen == [(3200, "1986/5/a/6.wav/augment")]
     assert valid[6]["sig"].max() > 0
     assert len(seen) == 1
+
+
+def test_columns_hold_what_a_dict_of_dicts_would(tmp_path):
+    names = ["b/é.wav", "a/\udcff.wav", "c/long" * 9]  # of any bytes
+    rows = [
+        Utterance(name, 1.0, f"$data_root/{name}", i, i + 9, name[0])
+        for i, name in enumerate(names)
+    ]
+    data = Columns(rows, tmp_path, [1.0, 0.9])
+    assert dict(data) == {
+        f"{name}{mark}": {
+            "path": f"{tmp_path}/{name}",
+            "start": i,
+            "stop": i + 9,
+            "speed": speed,
+            "spk_id": f"{name[0]}{mark}",
+        }
+        for speed, mark in ((1.0, ""), (0.9, "@0.9"))
+        for i, name in enumerate(names)
+    }
+    ids = [*names, *(f"{name}@0.9" for name in names)]
+    assert list(data) == list(data.ids) == data.ids[:] == ids
+    assert data.ids[-1] == ids[-1] and data.ids[1:4] == ids[1:4]
+    assert data.speakers == ["a", "b", "c", "a@0.9", "b@0.9", "c@0.9"]
+    for beyond in (6, -7):
+        with pytest.raises(IndexError):
+            data.ids[beyond]
+        with pytest.raises(IndexError):
+            data.item(beyond)
+    with pytest.raises(KeyError):
+        data["d/1.wav"]
+
+
+def test_the_hosts_filters_work_on_columns(corpus):
+    train = datasets(corpus)[0]
+    long = train.filtered_sorted(key_min_value={"stop": 3201}, sort_key="stop")
+    long.set_output_keys(["id", "stop"])
+    assert [item["stop"] for item in long] == [3201, 16000, 80000]
+    assert [item["id"] for item in long] == ["a/4.wav", "b/5.wav", "a/6.wav"]
+    assert len(train.overfit_test(2, 5)) == 5
+
+
+def test_columns_cost_few_bytes_an_utterance(tmp_path):
+    n = 20_000
+    rows = [
+        Utterance(
+            f"id{i % 99:05d}/{i:07d}.wav",
+            4.0,
+            f"$data_root/{i}",
+            0,
+            9,
+            f"{i % 99}",
+        )
+        for i in range(n)
+    ]
+    tracemalloc.start()
+    data = Columns(rows, "/corpus", [1.0, 0.9, 1.1])
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data) == 3 * n
+    assert taken / len(data) < 70  # a dict for each took 500
