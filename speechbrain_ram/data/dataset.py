@@ -22,7 +22,7 @@ import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.data.audio import Audio, is_packed
+from speechbrain_ram.data.audio import Audio, as_floats, is_packed
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -110,6 +110,7 @@ class CropDataset(DynamicItemDataset):
         self.random_crops = random_crops
         self.seed = seed
         self.augment = augment if random_crops else None
+        self._as_stored = False
         try:
             self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         except RuntimeError as error:
@@ -136,6 +137,18 @@ class CropDataset(DynamicItemDataset):
         # The host's looks the ID up.
         item = {"id": self.data_ids[index], **self.data.item(index)}
         return self.pipeline.compute_outputs(item)
+
+    def as_stored(self, index: int) -> dict:
+        """An item whose `sig` is int16 where its file holds just that.
+
+        Half the bytes for a loader's worker to hand over, and for a GPU to be
+        sent. :func:`.audio.as_floats` makes the `sig` of the item of it.
+        """
+        self._as_stored = True
+        try:
+            return self[index]
+        finally:
+            self._as_stored = False
 
     @property
     def epoch(self) -> int:
@@ -164,7 +177,9 @@ class CropDataset(DynamicItemDataset):
             share = self._position(utterance_id) if self.random_crops else 0.5
             start += int(share * (spare + 1))
             stop = start + wanted
-        waveform = self.audio.read(path, start, stop)
+        waveform = self.audio.read(path, start, stop, True)
+        if speed != 1 or self.augment is not None or not self._as_stored:
+            waveform = as_floats(waveform)
         if speed != 1:
             waveform = torchaudio.functional.resample(
                 waveform, round(speed * self.sample_rate), self.sample_rate

@@ -21,6 +21,7 @@ from speechbrain_ram.data.manifest import (
     Utterance,
     write_manifest,
 )
+from speechbrain_ram.training.faults import Batch, SkipUnreadable
 
 RATE = 16000
 
@@ -159,9 +160,9 @@ def test_only_the_crop_is_read(corpus, monkeypatch):
     asked = []
     original = Audio.read
 
-    def spy(audio, path, start, stop):
+    def spy(audio, path, start, stop, as_stored):
         asked.append(stop - start)
-        return original(audio, path, start, stop)
+        return original(audio, path, start, stop, as_stored)
 
     monkeypatch.setattr(Audio, "read", spy)
     list(datasets(corpus)[0])
@@ -376,3 +377,55 @@ def test_columns_cost_few_bytes_an_utterance(tmp_path):
     tracemalloc.stop()
     assert len(data) == 3 * n
     assert taken / len(data) < 70  # a dict for each took 500
+
+
+def _all_16_bits(tmp_path, **options):
+    """Every 16-bit value, in a WAV file: a dataset of it."""
+    samples = np.arange(-(2**15), 2**15, dtype=np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, RATE)
+    soundfile.write(tmp_path / "b.flac", samples, RATE)
+    rows = [
+        Utterance(name, 4.096, f"$data_root/{name}", 0, len(samples), "s")
+        for name in ("a.wav", "b.flac")
+    ]
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(["s", "s@0.9"])
+    encoder.expect_len(2)
+    return CropDataset(rows, tmp_path, encoder, crop_seconds=4.096, **options)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_16_bits_travel_as_they_are_stored(tmp_path, n_workers):
+    data = _all_16_bits(tmp_path)
+    stored = data.as_stored(0)["sig"]
+    assert stored.dtype == torch.int16 and len(stored.unique()) == 2**16
+    expected, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    assert np.array_equal(data[0]["sig"], expected)  # float32, as promised
+    loader = torch.utils.data.DataLoader(
+        SkipUnreadable(data), 1, collate_fn=Batch, num_workers=n_workers
+    )
+    wav, flac = (batch.data for batch in loader)
+    assert wav.sig.data.dtype == torch.int16
+    assert flac.sig.data.dtype == torch.float32  # decoded by libsndfile
+    for batch in (wav, flac):
+        batch = batch.to("cpu")
+        assert batch.sig.data.dtype == torch.float32
+        assert np.array_equal(batch.sig.data[0], expected)
+        assert batch.spk_id_encoded.data.dtype == torch.int64
+
+
+def test_a_batch_of_both_is_of_floats(tmp_path):
+    data = SkipUnreadable(_all_16_bits(tmp_path))
+    batch = Batch([data[0], data[1]]).data
+    assert batch.sig.data.dtype == torch.float32
+    assert torch.equal(batch.sig.data[0], batch.sig.data[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"speeds": [0.9]}, {"augment": lambda crop, key: crop * 0.5}]
+)
+def test_changed_samples_travel_as_floats(tmp_path, change):
+    data = _all_16_bits(tmp_path, **change)
+    stored = data.as_stored(0)["sig"]
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, data[0]["sig"])
