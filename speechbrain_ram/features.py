@@ -4,8 +4,8 @@ SpeechBrain's ``Fbank`` is centred on its frames, uses a Hamming window and
 decibels. Clients that compute the features themselves (sherpa-onnx on phones
 and in browsers, WeSpeaker's runtimes) use Kaldi's filterbank, and an encoder
 hears the difference. :class:`KaldiFbank` is a drop-in for
-``compute_features`` that gives those clients' numbers, from plain matrix
-products, so that it exports to ONNX without complex values.
+``compute_features`` that gives those clients' numbers; on a CPU from plain
+matrix products, so that it exports to ONNX without complex values.
 
 Waveforms are in [-1, 1], shape ``[batch, samples]``; features are natural
 logarithms of power, shape ``[batch, frames, bands]``.
@@ -217,7 +217,8 @@ class HostFbank(Fbank):
     def __init__(self, n_mels: int, sample_rate: int, n_fft: int) -> None:
         super().__init__(n_mels=n_mels, sample_rate=sample_rate, n_fft=n_fft)
         stft, bank = self.compute_STFT, self.compute_fbanks
-        window = stft.__dict__.pop("window")
+        window = stft.window
+        del stft.window
         stft.register_buffer("window", window, persistent=False)
         bins = len(bank.all_freqs_mat[0])
         bands = bank._create_fbank_matrix(
