@@ -7,6 +7,8 @@ products are then rounded to TF32 by hand, where a GPU would round them.
 """
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_recipe
+from conftest import RECIPE, REPOSITORY, run_recipe
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from test_fake_cuda import TF32, speech_like
 from training.test_fused import CASES, batch, gradients
@@ -313,3 +315,32 @@ def test_export_and_reload(run, tmp_path):
     assert torch.equal(before, after)
     again = SpeakerEncoder.from_folder(run / "inference", DEVICE)
     assert again.fingerprint == encoder.fingerprint
+
+
+def test_torchrun_with_a_process_a_gpu(tiny_corpus, tmp_path):
+    """Two where there are two; with one, NCCL is at least set up."""
+    n = min(2, torch.cuda.device_count()) if ON_GPU else 2
+    settings = {
+        "make_corpus": "",
+        "data_root": tiny_corpus.train_root,
+        "trials": tiny_corpus.trials,
+        "trials_root": tiny_corpus.test_root,
+        "output_folder": tmp_path / "run",
+        "channels": "[16, 16, 16, 16]",
+        "number_of_epochs": 1,
+        "batch_size": 4,
+        "crop_seconds": 0.5,
+        "warmup_steps": 0,
+        "distributed_backend": "nccl" if ON_GPU else "gloo",
+        "device": DEVICE.split(":")[0],
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(n), "train_speaker_embeddings.py"]
+    command += [str(RECIPE), "--noprogressbar"]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "inference").is_dir()
