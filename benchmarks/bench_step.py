@@ -8,8 +8,10 @@ Adam, on crops of 2 s. Stock: SpeechBrain's Fbank, default memory layout,
 Classifier, one-hot LogSoftmaxWrapper. The other rows say what they change. The
 recipes train with channels_last, memory that is kept and the stock loss; what
 they reach end to end, ``bench_training.py`` measures. Each row is a process of
-its own, because how memory is kept is a process's. A second table says where
-the time of the first and last row goes.
+its own, because how memory is kept is a process's. On a CPU the rows run by
+turns, since other programs do too; on a GPU one after the other, since all of
+them do not fit into its memory. A second table says where the time of the first
+and last row goes.
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ def main() -> None:
         f"step{suffix}",
         "The training step",
         "Utterances a second of one step on 2 s crops, 5,994 speakers; median "
-        "over rounds that alternate the rows.",
+        "over rounds. On a CPU they alternate the rows; on a GPU one row "
+        "follows the other.",
         [
             "ResNet34",
             "batch",
@@ -112,18 +115,23 @@ def main() -> None:
     )
     ceilings = {half: matrix_product(device, half) for half in (False, True)}
     for width, batch in [("half", 16)] if args.quick else args.sizes:
-        built = {
-            name: Apart(Step, WIDTHS[width], batch, device, **options)
-            for name, options in steps.items()
-        }
         rounds = 3 if args.quick else args.rounds
-        seconds = alternate(built, rounds, device=device)
+        profiled = () if args.quick else (list(steps)[0], list(steps)[-1])
+        seconds, operations, stages = {}, {}, {}
+        each = [steps] if device == "cpu" else [{n: steps[n]} for n in steps]
+        for some in each:
+            measure(
+                some,
+                (WIDTHS[width], batch, device),
+                rounds,
+                profiled,
+                (seconds, operations, stages),
+            )
         stock = statistics.median(seconds["stock"])
-        operations = built["stock"].ask("operations")
         for name, values in seconds.items():
             table.note(f"{width} N={batch} {name}", values)
             middle = statistics.median(values)
-            reached = operations / middle
+            reached = operations["stock"] / middle
             table.add(
                 width,
                 batch,
@@ -133,19 +141,27 @@ def main() -> None:
                 f"{reached / 1e9:,.0f}",
                 f"{100 * reached / ceilings['bf16' in name]:.0f} %",
             )
-        for name in () if args.quick else (list(steps)[0], list(steps)[-1]):
-            stages = built[name].ask("stages")
-            profile.add(
-                width,
-                batch,
-                name,
-                *(f"{1000 * stages[stage]:.1f}" for stage in Step.STAGES),
+        for name in profiled:
+            each = (
+                f"{1000 * stages[name][stage]:.1f}" for stage in Step.STAGES
             )
-        for case in built.values():
-            case.close()
+            profile.add(width, batch, name, *each)
     table.write()
     if not args.quick:
         profile.write()
+
+
+def measure(steps, of, rounds, profiled, results) -> None:
+    """Time steps by turns; adds seconds, stock's operations and stages."""
+    seconds, operations, stages = results
+    built = {name: Apart(Step, *of, **steps[name]) for name in steps}
+    seconds.update(alternate(built, rounds, device=of[-1]))
+    for name, case in built.items():
+        if name == "stock":
+            operations[name] = case.ask("operations")
+        if name in profiled:
+            stages[name] = case.ask("stages")
+        case.close()
 
 
 class Step:

@@ -4,8 +4,8 @@ SpeechBrain's ``Fbank`` is centred on its frames, uses a Hamming window and
 decibels. Clients that compute the features themselves (sherpa-onnx on phones
 and in browsers, WeSpeaker's runtimes) use Kaldi's filterbank, and an encoder
 hears the difference. :class:`KaldiFbank` is a drop-in for
-``compute_features`` that gives those clients' numbers, from plain matrix
-products, so that it exports to ONNX without complex values.
+``compute_features`` that gives those clients' numbers; on a CPU from plain
+matrix products, so that it exports to ONNX without complex values.
 
 Waveforms are in [-1, 1], shape ``[batch, samples]``; features are natural
 logarithms of power, shape ``[batch, frames, bands]``.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from speechbrain.lobes.features import Fbank
+from speechbrain.processing.features import spectral_magnitude
 from speechbrain.utils.autocast import fwd_default_precision
 
 #: Length of the Fourier transform in the front-end called "fbank".
@@ -154,9 +155,20 @@ class KaldiFbank(torch.nn.Module):
         # there, and the matrix starts at the second.
         frames = frames[..., 1:] - self.preemphasis * frames[..., :-1]
 
-        real, imaginary = (frames @ self.spectrum).chunk(2, dim=-1)
-        energies = (real.square() + imaginary.square()) @ self.bands
+        power = self._power_by_fft if frames.is_cuda else self._power
+        energies = in_bands(power(frames), self.bands)
         return energies.clamp(min=ENERGY_FLOOR).log()
+
+    def _power(self, frames: torch.Tensor) -> torch.Tensor:
+        """Power spectrum [B, T, n_fft / 2], without complex values."""
+        real, imaginary = (frames @ self.spectrum).chunk(2, dim=-1)
+        return real.square() + imaginary.square()
+
+    def _power_by_fft(self, frames: torch.Tensor) -> torch.Tensor:
+        """The same without a product, which a GPU would round to TF32."""
+        window = self.spectrum[:, 0]  # the cosine of bin 0 is 1
+        bins = torch.fft.rfft(frames * window, self.spectrum.shape[1])
+        return torch.view_as_real(bins[..., :-1]).square().sum(dim=-1)
 
     def pad(
         self, waveforms: Sequence[torch.Tensor]
@@ -193,6 +205,46 @@ class KaldiFbank(torch.nn.Module):
         frames = (wavs.shape[1] + self.hop // 2) // self.hop
         stop = start + (frames - 1) * self.hop + self.window
         return wavs[:, mirrored(start, stop, wavs.shape[1], wavs.device)]
+
+
+class HostFbank(Fbank):
+    """SpeechBrain's ``Fbank``, whose window and bands move with the module.
+
+    The original copies both to the device in every call, and a copy from
+    ordinary memory waits for the device.
+    """
+
+    def __init__(self, n_mels: int, sample_rate: int, n_fft: int) -> None:
+        super().__init__(n_mels=n_mels, sample_rate=sample_rate, n_fft=n_fft)
+        stft, bank = self.compute_STFT, self.compute_fbanks
+        window = stft.window
+        del stft.window
+        stft.register_buffer("window", window, persistent=False)
+        bins = len(bank.all_freqs_mat[0])
+        bands = bank._create_fbank_matrix(
+            bank.f_central.repeat(bins, 1).transpose(0, 1),
+            bank.band.repeat(bins, 1).transpose(0, 1),
+        )
+        self.register_buffer("bands", bands, persistent=False)
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward(self, wavs: torch.Tensor) -> torch.Tensor:
+        """Waveforms [B, samples] to decibels [B, frames, n_mels]."""
+        power = spectral_magnitude(self.compute_STFT(wavs))
+        energies = in_bands(power, self.bands)
+        return self.compute_fbanks._amplitude_to_DB(energies)
+
+
+def in_bands(power: torch.Tensor, bands: torch.Tensor) -> torch.Tensor:
+    """Sum power [B, T, bins] in bands [bins, n_mels].
+
+    On a GPU in float64: ``import speechbrain`` lets products of float32 be
+    rounded to TF32's 10 bits. Turning that off here would turn it off, for a
+    moment, for other threads too, and would break a compiled graph.
+    """
+    if power.is_cuda:
+        return (power.double() @ bands.double()).float()
+    return power @ bands
 
 
 def mirrored(
@@ -241,7 +293,7 @@ def make_front_end(
     torch.Size([2, 101, 80])
     """
     if name == "fbank":
-        return Fbank(n_mels=n_mels, sample_rate=sample_rate, n_fft=FBANK_N_FFT)
+        return HostFbank(n_mels, sample_rate, FBANK_N_FFT)
     if name == "kaldi":
         return KaldiFbank(n_mels=n_mels, sample_rate=sample_rate)
     raise ValueError(

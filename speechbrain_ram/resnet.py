@@ -196,6 +196,8 @@ class ResNet34(nn.Module):
             x = x * mask
         x = self.relu(self.norm(self.conv(x)))
         if mask is not None:
+            # The convolution's type: float32 would make all after it float32.
+            mask = mask.to(x.dtype)
             x = x * mask
         for stage, stride in zip(self.stages, STRIDES, strict=True):
             if frames is not None and stride > 1:
@@ -270,12 +272,13 @@ class StatisticsPooling(torch.nn.Module):
             return torch.cat([mean, variance.clamp(min=self.eps).sqrt()], 1)
 
 
-# -- A trained ResNet34 for computing embeddings only, on a CPU ---------------
+# -- A trained ResNet34 for computing embeddings only -------------------------
 #
 # At inference a batch normalisation is a fixed scale and offset a channel: it
 # goes into the weights of the convolution before it. Together with the memory
-# layout that CPUs prefer this is what makes the copy faster; it is a ResNet34
-# like any other, and its embeddings are those of the original to rounding.
+# layout that CPUs prefer, and tensor cores too, this is what makes the copy
+# faster; it is a ResNet34 like any other, and its embeddings are those of the
+# original to rounding.
 
 
 def folded(encoder: ResNet34) -> ResNet34:

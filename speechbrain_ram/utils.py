@@ -155,13 +155,14 @@ Result = TypeVar("Result")
 def n_threads(device: str | torch.device, asked: int | None = None) -> int:
     """How many threads should compute.
 
-    By default as many as PyTorch uses for one operation on a CPU, elsewhere 1.
+    By default as many as PyTorch uses for one operation on a CPU, elsewhere 2:
+    one prepares and sends while the other waits for the device.
     """
     if asked is None:
         import torch
 
         on_cpu = torch.device(device).type == "cpu"
-        return torch.get_num_threads() if on_cpu else 1
+        return torch.get_num_threads() if on_cpu else 2
     if asked < 1:
         raise ValueError(f"threads is {asked}, allowed is 1 or more.")
     return asked

@@ -170,7 +170,7 @@ def let_random_numbers_matter():
 
     def noisy(self, batch, stage):
         if self.modules.training:
-            waveforms = batch.sig.data
+            waveforms = batch.to("cpu").sig.data
             waveforms += 1e-3 * torch.randn_like(waveforms)
         return forward(self, batch, stage)
 

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import bench_step
+import harness
 from compare import moved
 from harness import Apart, Table, alternate, summary
 
@@ -92,3 +95,44 @@ def test_a_case_in_a_process_of_its_own():
     broken = Apart(Case, "broken")
     with pytest.raises(EOFError):  # its traceback is on stderr
         broken()
+
+
+@pytest.mark.parametrize("device, most", [("cpu", 6), ("cuda", 1)])
+def test_on_a_gpu_one_training_step_is_held_at_a_time(
+    monkeypatch, tmp_path, device, most
+):
+    """Six of them do not fit into its memory."""
+    held, most_held = set(), []
+
+    class Held:
+        def __init__(self, build, channels, batch, on, **options):
+            assert on == device
+            held.add(self)
+            most_held.append(len(held))
+
+        def __call__(self):
+            return 0.5
+
+        def ask(self, what):
+            if what == "operations":
+                return 1e9
+            return dict.fromkeys(bench_step.Step.STAGES, 0.1)
+
+        def close(self):
+            held.remove(self)
+
+    monkeypatch.setattr(bench_step, "Apart", Held)
+    monkeypatch.setattr(harness, "Apart", Held)
+    monkeypatch.setattr(bench_step, "matrix_product", lambda *_: 1e12)
+    monkeypatch.setattr(
+        torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"
+    )
+    command = ["bench_step.py", "--device", device, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--sizes", "full:512"])
+    bench_step.main()
+    assert max(most_held) == most and len(most_held) == 6 and not held
+    suffix = "" if device == "cpu" else "-cuda"
+    table = (tmp_path / f"step{suffix}.md").read_text(encoding="utf-8")
+    assert table.count("| full | 512 |") == 6
+    profile = (tmp_path / f"step_profile{suffix}.md").read_text("utf-8")
+    assert profile.count("| full | 512 |") == 2

@@ -115,7 +115,7 @@ def test_what_is_missing_is_named_with_its_extra():
 
 
 def test_threads():
-    assert n_threads("cuda:0") == 1
+    assert n_threads("cuda:0") == 2
     assert n_threads("cpu", 3) == 3
     with pytest.raises(ValueError, match="threads is 0, allowed is 1 or more"):
         n_threads("cpu", 0)

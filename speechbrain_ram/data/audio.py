@@ -93,16 +93,28 @@ class Audio:
             return check_promise(path, info, file.size)
 
     def read(
-        self, path: str | os.PathLike, start: int = 0, stop: int | None = None
+        self,
+        path: str | os.PathLike,
+        start: int = 0,
+        stop: int | None = None,
+        as_stored: bool = False,
     ) -> torch.Tensor:
         """Read a checked mono waveform, float32 [samples], or a piece of one.
 
         `start` and `stop` are samples at the file's own rate, end exclusive;
         `None`, or what lies beyond the end, is the end. The AudioError says
         what is wrong with the file, its rate, its channels or its samples.
+        `as_stored` allows int16, of which :func:`as_floats` makes the same.
         """
+        waveform = self._read(path, start, stop)
+        return waveform if as_stored else as_floats(waveform)
+
+    def _read(
+        self, path: str | os.PathLike, start: int, stop: int | None
+    ) -> torch.Tensor:
+        """What :meth:`read` gives, int16 where the file holds just that."""
         if is_packed(path):
-            return read_packed(path, start, stop)
+            return _read_packed(path, start, stop)
         with opened(path) as file:
             if containers.is_container(file.head):
                 return self._read_container(path, file, start, stop)
@@ -138,7 +150,7 @@ class Audio:
                     stop=round(info.frames * ratio),
                     least=round(seconds * self.sample_rate),
                 ):
-                    yield _from_16_bit(samples)
+                    yield as_floats(_owned(samples))
                 return
             samples = find_samples(path, file.number, file.size, file.head)
             with decoder_of(file, samples) as (decoder, _):
@@ -264,7 +276,7 @@ class Audio:
         )
         if len(data) < 2 * (stop - start):
             return None  # cut short at this moment: libsndfile will tell
-        return _from_16_bit(np.frombuffer(data, "<i2"))
+        return _owned(np.frombuffer(data, "<i2"))
 
     def _read_container(
         self,
@@ -281,7 +293,7 @@ class Audio:
         samples = containers.decode(
             path, self.sample_rate, round(start * ratio), round(stop * ratio)
         )
-        return _from_16_bit(samples)
+        return _owned(samples)
 
 
 def audio_info(path: str | os.PathLike) -> AudioInfo:
@@ -361,11 +373,15 @@ def _decoded(
     return samples
 
 
-def _from_16_bit(samples: np.ndarray) -> torch.Tensor:
-    """16-bit samples as float32 in [-1, 1), as libsndfile makes them."""
-    floats = samples.astype(np.float32)
-    floats /= 32768
-    return torch.from_numpy(floats)
+def as_floats(waveform: torch.Tensor) -> torch.Tensor:
+    """int16 as float32 in [-1, 1), as libsndfile makes it; others as is."""
+    is_16_bit = waveform.dtype == torch.int16
+    return waveform.float().div_(32768) if is_16_bit else waveform
+
+
+def _owned(samples: np.ndarray) -> torch.Tensor:
+    """16-bit samples that may lie in a buffer of somebody else."""
+    return torch.from_numpy(samples.astype(np.int16))
 
 
 def _within(
@@ -398,6 +414,10 @@ def is_packed(path: str | os.PathLike) -> bool:
 
 def read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
     """Read samples of a packed utterance, as :meth:`Audio.read` does."""
+    return as_floats(_read_packed(path, start, stop))
+
+
+def _read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
     shard, _, offset = path.rpartition("#")
     try:
         place = whole_number(offset)
@@ -420,7 +440,7 @@ def read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
             "interrupted?"
         )
     data = os.pread(file, 2 * (stop - start), place + 2 * start)
-    return _from_16_bit(np.frombuffer(data, "<i2"))
+    return _owned(np.frombuffer(data, "<i2"))
 
 
 @cache

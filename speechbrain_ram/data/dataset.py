@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
 import torchaudio
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from speechbrain_ram.data.audio import Audio, is_packed
+from speechbrain_ram.data.audio import Audio, as_floats, is_packed
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -107,7 +110,7 @@ class CropDataset(DynamicItemDataset):
         self.random_crops = random_crops
         self.seed = seed
         self.augment = augment if random_crops else None
-        paths = [row.path(data_root) for row in rows]
+        self._as_stored = False
         try:
             self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         except RuntimeError as error:
@@ -115,22 +118,13 @@ class CropDataset(DynamicItemDataset):
                 f"/dev/shm is full: {error}. Free some of it, or give it more "
                 "room (docker run --shm-size 8g)."
             ) from error
-        items = {
-            at_speed(row.id, speed): {
-                "path": path,
-                "start": row.start,
-                "stop": row.stop,
-                "speed": speed,
-                "spk_id": at_speed(row.spk_id, speed),
-            }
-            for speed in speeds
-            for row, path in zip(rows, paths, strict=True)
-        }
+        data = Columns(rows, data_root, speeds)
         labels = {
             speaker: label_encoder.encode_label_torch(speaker).reshape(1)
-            for speaker in {item["spk_id"] for item in items.values()}
+            for speaker in data.speakers
         }
-        super().__init__(items)
+        super().__init__({"": data.item(0)})  # which learns the keys from it
+        self.data, self.data_ids = data, data.ids
         self.add_dynamic_item(
             self._read_crop,
             ["id", "path", "start", "stop", "speed"],
@@ -138,6 +132,23 @@ class CropDataset(DynamicItemDataset):
         )
         self.add_dynamic_item(labels.__getitem__, "spk_id", "spk_id_encoded")
         self.set_output_keys(OUTPUT_KEYS)
+
+    def __getitem__(self, index: int) -> dict:
+        # The host's looks the ID up.
+        item = {"id": self.data_ids[index], **self.data.item(index)}
+        return self.pipeline.compute_outputs(item)
+
+    def as_stored(self, index: int) -> dict:
+        """An item whose `sig` is int16 where its file holds just that.
+
+        Half the bytes for a loader's worker to hand over, and for a GPU to be
+        sent. :func:`.audio.as_floats` makes the `sig` of the item of it.
+        """
+        self._as_stored = True
+        try:
+            return self[index]
+        finally:
+            self._as_stored = False
 
     @property
     def epoch(self) -> int:
@@ -166,7 +177,9 @@ class CropDataset(DynamicItemDataset):
             share = self._position(utterance_id) if self.random_crops else 0.5
             start += int(share * (spare + 1))
             stop = start + wanted
-        waveform = self.audio.read(path, start, stop)
+        waveform = self.audio.read(path, start, stop, True)
+        if speed != 1 or self.augment is not None or not self._as_stored:
+            waveform = as_floats(waveform)
         if speed != 1:
             waveform = torchaudio.functional.resample(
                 waveform, round(speed * self.sample_rate), self.sample_rate
@@ -192,6 +205,82 @@ class CropDataset(DynamicItemDataset):
         key = self._key(utterance_id).encode()
         digest = hashlib.blake2b(key, digest_size=6).digest()
         return int.from_bytes(digest, "big") / 2**48
+
+
+# -- A million utterances in a few objects -------------------------------------
+#
+# Python counts, in each object, who uses it, so that a forked worker that only
+# looks at a million of them writes to all of them, and gets its own copy of the
+# memory. Arrays and one long string are shared by all workers.
+
+
+class Texts(Sequence):
+    """Strings, in one buffer."""
+
+    def __init__(self, texts: Iterable[str]):
+        buffer, ends = bytearray(), array("q", [0])
+        for text in texts:
+            buffer += text.encode("utf-8", "surrogatepass")
+            ends.append(len(buffer))
+        self._bytes, self._ends = bytes(buffer), np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        text = self._bytes[self._ends[i] : self._ends[i + 1]]
+        return text.decode("utf-8", "surrogatepass")
+
+
+class Columns(Mapping):
+    """Utterances at each speed, ID to item; what is in an item is a column."""
+
+    def __init__(
+        self,
+        rows: Sequence[Utterance],
+        data_root: str | os.PathLike,
+        speeds: Sequence[float],
+    ):
+        self._speeds = list(speeds)
+        self._paths = Texts(row.path(data_root) for row in rows)
+        self._starts = np.array([row.start for row in rows], np.int64)
+        self._stops = np.array([row.stop for row in rows], np.int64)
+        names = sorted({row.spk_id for row in rows})
+        number = {name: i for i, name in enumerate(names)}
+        self._speakers = np.array([number[row.spk_id] for row in rows])
+        self.speakers = [at_speed(n, speed) for speed in speeds for n in names]
+        self.ids = Texts(
+            at_speed(row.id, speed) for speed in speeds for row in rows
+        )
+
+    def item(self, index: int) -> dict:
+        """What is known of an utterance at a speed, by position."""
+        speed, row = divmod(range(len(self))[index], len(self._paths))
+        n_speakers = len(self.speakers) // len(self._speeds)
+        return {
+            "path": self._paths[row],
+            "start": int(self._starts[row]),
+            "stop": int(self._stops[row]),
+            "speed": self._speeds[speed],
+            "spk_id": self.speakers[speed * n_speakers + self._speakers[row]],
+        }
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        """By ID: only for those who ask so, as the host's filters do."""
+        return {name: i for i, name in enumerate(self.ids)}
+
+    def __getitem__(self, name: str) -> dict:
+        return self.item(self._positions[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def _check_speeds(speeds: Sequence[float]) -> None:

@@ -50,9 +50,7 @@ class LoadedEncoder:
                 f"the device '{device}' cannot be used: {reason} Try 'cpu'."
             ) from error
         # What computes; not what is exported or looked into.
-        self._network = self.modules["embedding_model"]
-        if torch.device(device).type == "cpu":
-            self._network = folded(self._network)
+        self._network = folded(self.modules["embedding_model"])
         self._try(folder.place)
 
     def _try(self, place: str) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.data.audio import AudioError
+from speechbrain_ram.data.audio import AudioError, as_floats
 from speechbrain_ram.training.checkpoints import CheckpointError, is_full_disk
 from speechbrain_ram.utils import atomic_writer, first_ten, n_processes
 
@@ -58,12 +58,14 @@ class SkipUnreadable(torch.utils.data.Dataset):
     """A dataset whose unreadable items are :class:`Fault` objects.
 
     Unreadable is what raises AudioError or OSError in every try; `waits` are
-    the seconds before each further one.
+    the seconds before each further one. What a file stores as 16-bit samples
+    goes to :class:`Batch` so.
     """
 
     def __init__(self, dataset, waits: Sequence[float] = WAITS):
         self.dataset = dataset
         self.waits = waits
+        self.item = getattr(dataset, "as_stored", dataset.__getitem__)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,12 +73,25 @@ class SkipUnreadable(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         for wait in (*self.waits, None):
             try:
-                return self.dataset[index]
+                return self.item(index)
             except (AudioError, OSError) as error:
                 message = str(error)
             if wait is not None:
                 time.sleep(wait)
         return Fault(self.dataset.data_ids[index], message)
+
+
+class Padded(PaddedBatch):
+    """SpeechBrain's, whose 16-bit samples become float32 on the device."""
+
+    def to(self, *args, **kwargs) -> Padded:
+        """Move, then convert."""
+        super().to(*args, **kwargs)
+        for name, value in vars(self).items():
+            if isinstance(value, PaddedData):
+                floats = value._replace(data=as_floats(value.data))
+                setattr(self, name, floats)
+        return self
 
 
 class Batch:
@@ -85,7 +100,7 @@ class Batch:
     def __init__(self, items: list):
         self.faults = [item for item in items if isinstance(item, Fault)]
         good = [item for item in items if not isinstance(item, Fault)]
-        self.data = PaddedBatch(good, padding_func=stack) if good else None
+        self.data = Padded(good, padding_func=stack) if good else None
 
     def pin_memory(self) -> Batch:
         """For the loader's `pin_memory`."""
@@ -96,6 +111,8 @@ class Batch:
 
 def stack(values: Sequence[torch.Tensor], **padding):
     """SpeechBrain's ``batch_pad_right``, 10 times faster for equal lengths."""
+    if len({value.dtype for value in values}) > 1:
+        values = [as_floats(value) for value in values]
     if len({value.shape for value in values}) > 1:
         batch, lengths = batch_pad_right(values, **padding)
     else:

@@ -8,6 +8,7 @@ relative lengths.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -32,8 +33,10 @@ from speechbrain_ram.utils import ahead, in_threads, n_threads
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Padding = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 
-_THREADS = 4  # decode while the encoder computes
-_CPU_SECONDS, _DEVICE_SECONDS = 2.0, 60.0  # of a batch
+_THREADS = 4  # decode while the encoder computes; a GPU wants all cores
+# Of a batch. Two batches are on a GPU, one computed and one on its way; they
+# take the memory of the longest recording.
+_CPU_SECONDS, _DEVICE_SECONDS = 2.0, WHOLE / 2
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Embedder:
     A recording longer than 240 s (:data:`.recordings.WHOLE`) is cut into
     equal windows, whose embeddings are averaged; silent windows are left out.
     A batch holds at most `batch_seconds` of audio, padding included, or one
-    longer recording. By default these are 60 s on a GPU, and 2 s on a CPU,
+    longer recording. By default these are 120 s on a GPU, and 2 s on a CPU,
     whose caches a larger batch does not fit. `threads` batches are encoded at
-    once: by default, on a CPU as many as PyTorch has threads, on a GPU one.
+    once: by default, on a CPU as many as PyTorch has threads, on a GPU two, one
+    of which is padded and copied there while the other is computed.
     """
 
     encode: Encoder  # of waveforms [B, T] and relative lengths [B]: [B, E]
@@ -67,14 +71,17 @@ class Embedder:
         """Group recordings, given by position, of so many samples each."""
         seconds = self.batch_seconds
         if seconds is None:
-            on_cpu = torch.device(self.device).type == "cpu"
-            seconds = _CPU_SECONDS if on_cpu else _DEVICE_SECONDS
+            seconds = _CPU_SECONDS if self._on_cpu else _DEVICE_SECONDS
         most = int(seconds * self.sample_rate)
         place = list(samples)
         return [
             [place[i] for i in batch]
             for batch in length_batches(list(samples.values()), most)
         ]
+
+    @property
+    def _on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
 
     @contextmanager
     def embedding(
@@ -120,9 +127,12 @@ class Embedder:
                     errors[i] = str(error)
             return Embedded(batch, rows, errors)
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        readers = _THREADS
+        if not self._on_cpu:
+            readers = max(readers, os.cpu_count() or 1)
+        with ThreadPoolExecutor(readers) as pool:
             batches = list(batches)
-            loaded = ahead(pool, load, batches, depth=threads + 3)
+            loaded = ahead(pool, load, batches, depth=threads + readers - 1)
             work = zip(batches, loaded, strict=True)
             with (
                 closing(loaded),
@@ -142,13 +152,25 @@ class Embedder:
         pad = self.pad or partial(pad_waveforms, hop=self.sample_rate // 100)
         padded, lens = pad(waveforms)
         with torch.inference_mode():
-            out = self.encode(padded.to(self.device), lens.to(self.device))
+            out = self.encode(
+                sent_to(self.device, padded), sent_to(self.device, lens)
+            )
         if out.ndim != 2 or len(out) != len(waveforms):
             raise ValueError(
                 f"encode must return [{len(waveforms)}, E] for this batch, "
                 f"got {tuple(out.shape)}."
             )
         return out.float().cpu().numpy()
+
+
+def sent_to(device: str | torch.device, values: torch.Tensor) -> torch.Tensor:
+    """Values on a device; a GPU copies them while the CPU goes on.
+
+    That takes memory that stays where it is: from any other, the CPU waits.
+    """
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class _Room:

@@ -1,5 +1,7 @@
 """Crops: what is read, from where, and that nothing else matters."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,6 +11,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_ram.data.audio import Audio, AudioError, read_audio
 from speechbrain_ram.data.dataset import (
+    Columns,
     CropDataset,
     original_speakers,
     speaker_datasets,
@@ -18,6 +21,7 @@ from speechbrain_ram.data.manifest import (
     Utterance,
     write_manifest,
 )
+from speechbrain_ram.training.faults import Batch, SkipUnreadable
 
 RATE = 16000
 
@@ -156,9 +160,9 @@ def test_only_the_crop_is_read(corpus, monkeypatch):
     asked = []
     original = Audio.read
 
-    def spy(audio, path, start, stop):
+    def spy(audio, path, start, stop, as_stored):
         asked.append(stop - start)
-        return original(audio, path, start, stop)
+        return original(audio, path, start, stop, as_stored)
 
     monkeypatch.setattr(Audio, "read", spy)
     list(datasets(corpus)[0])
@@ -312,3 +316,116 @@ def test_augmentation_of_training_crops_alone(corpus):
     assert seen == [(3200, "1986/5/a/6.wav/augment")]
     assert valid[6]["sig"].max() > 0
     assert len(seen) == 1
+
+
+def test_columns_hold_what_a_dict_of_dicts_would(tmp_path):
+    names = ["b/é.wav", "a/\udcff.wav", "c/long" * 9]  # of any bytes
+    rows = [
+        Utterance(name, 1.0, f"$data_root/{name}", i, i + 9, name[0])
+        for i, name in enumerate(names)
+    ]
+    data = Columns(rows, tmp_path, [1.0, 0.9])
+    assert dict(data) == {
+        f"{name}{mark}": {
+            "path": f"{tmp_path}/{name}",
+            "start": i,
+            "stop": i + 9,
+            "speed": speed,
+            "spk_id": f"{name[0]}{mark}",
+        }
+        for speed, mark in ((1.0, ""), (0.9, "@0.9"))
+        for i, name in enumerate(names)
+    }
+    ids = [*names, *(f"{name}@0.9" for name in names)]
+    assert list(data) == list(data.ids) == data.ids[:] == ids
+    assert data.ids[-1] == ids[-1] and data.ids[1:4] == ids[1:4]
+    assert data.speakers == ["a", "b", "c", "a@0.9", "b@0.9", "c@0.9"]
+    for beyond in (6, -7):
+        with pytest.raises(IndexError):
+            data.ids[beyond]
+        with pytest.raises(IndexError):
+            data.item(beyond)
+    with pytest.raises(KeyError):
+        data["d/1.wav"]
+
+
+def test_the_hosts_filters_work_on_columns(corpus):
+    train = datasets(corpus)[0]
+    long = train.filtered_sorted(key_min_value={"stop": 3201}, sort_key="stop")
+    long.set_output_keys(["id", "stop"])
+    assert [item["stop"] for item in long] == [3201, 16000, 80000]
+    assert [item["id"] for item in long] == ["a/4.wav", "b/5.wav", "a/6.wav"]
+    assert len(train.overfit_test(2, 5)) == 5
+
+
+def test_columns_cost_few_bytes_an_utterance(tmp_path):
+    n = 20_000
+    rows = [
+        Utterance(
+            f"id{i % 99:05d}/{i:07d}.wav",
+            4.0,
+            f"$data_root/{i}",
+            0,
+            9,
+            f"{i % 99}",
+        )
+        for i in range(n)
+    ]
+    tracemalloc.start()
+    data = Columns(rows, "/corpus", [1.0, 0.9, 1.1])
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data) == 3 * n
+    assert taken / len(data) < 70  # a dict for each took 500
+
+
+def _all_16_bits(tmp_path, **options):
+    """Every 16-bit value, in a WAV file: a dataset of it."""
+    samples = np.arange(-(2**15), 2**15, dtype=np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, RATE)
+    soundfile.write(tmp_path / "b.flac", samples, RATE)
+    rows = [
+        Utterance(name, 4.096, f"$data_root/{name}", 0, len(samples), "s")
+        for name in ("a.wav", "b.flac")
+    ]
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(["s", "s@0.9"])
+    encoder.expect_len(2)
+    return CropDataset(rows, tmp_path, encoder, crop_seconds=4.096, **options)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_16_bits_travel_as_they_are_stored(tmp_path, n_workers):
+    data = _all_16_bits(tmp_path)
+    stored = data.as_stored(0)["sig"]
+    assert stored.dtype == torch.int16 and len(stored.unique()) == 2**16
+    expected, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    assert np.array_equal(data[0]["sig"], expected)  # float32, as promised
+    loader = torch.utils.data.DataLoader(
+        SkipUnreadable(data), 1, collate_fn=Batch, num_workers=n_workers
+    )
+    wav, flac = (batch.data for batch in loader)
+    assert wav.sig.data.dtype == torch.int16
+    assert flac.sig.data.dtype == torch.float32  # decoded by libsndfile
+    for batch in (wav, flac):
+        batch = batch.to("cpu")
+        assert batch.sig.data.dtype == torch.float32
+        assert np.array_equal(batch.sig.data[0], expected)
+        assert batch.spk_id_encoded.data.dtype == torch.int64
+
+
+def test_a_batch_of_both_is_of_floats(tmp_path):
+    data = SkipUnreadable(_all_16_bits(tmp_path))
+    batch = Batch([data[0], data[1]]).data
+    assert batch.sig.data.dtype == torch.float32
+    assert torch.equal(batch.sig.data[0], batch.sig.data[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"speeds": [0.9]}, {"augment": lambda crop, key: crop * 0.5}]
+)
+def test_changed_samples_travel_as_floats(tmp_path, change):
+    data = _all_16_bits(tmp_path, **change)
+    stored = data.as_stored(0)["sig"]
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, data[0]["sig"])
