@@ -179,12 +179,12 @@ class JointBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.n_items, generator=generator).tolist()
+        order = torch.randperm(self.n_items, generator=generator)
         for step in range(self.length):
             begin = step * self.joint_size
             last = step == self.length - 1
             end = None if last else begin + self.joint_size
-            yield order[begin:end][self.rank :: self.world]
+            yield order[begin:end][self.rank :: self.world].tolist()
 
 
 def shared_batches(
