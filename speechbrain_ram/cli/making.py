@@ -253,3 +253,35 @@ def pack(manifest, data_root, output_dir, **settings):
 
     packed = pack_shards(manifest, data_root, output_dir, **settings)
     return {"manifest": str(packed)}, str(packed)
+
+
+@click.command("import")
+@click.argument("toolkit")
+@click.argument("model_dir", type=click.Path())
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FOLDER",
+    help="Exported folder to write.",
+)
+@command
+def import_(toolkit, model_dir, output):
+    """Turn an encoder of another toolkit into an exported folder.
+
+    \b
+    speechbrain-ram import wespeaker MODEL_DIR -o FOLDER
+
+    TOOLKIT is wespeaker. MODEL_DIR holds avg_model.pt or final_model.pt and
+    config.yaml of its ResNet34 or ResNet18, and mean_vec.npy where a mean is
+    taken off embeddings. Nothing in it is executed.
+    """
+    from speechbrain_ram.export.importers import import_encoder
+
+    facts = import_encoder(toolkit, model_dir, output)
+    text = (
+        f"{output}: {facts['model']} from {facts['weights']}, "
+        f"{facts['parameters']:,} parameters, {facts['embedding_dim']} numbers "
+        f"an embedding\nMean taken off embeddings: {facts['mean'] or 'none'}"
+    )
+    return facts, text
