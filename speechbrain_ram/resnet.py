@@ -290,8 +290,8 @@ class StatisticsPooling(torch.nn.Module):
             if frames is None:
                 mean = x.mean(dim=-1)
                 variance = (x - mean.unsqueeze(-1)).square().mean(dim=-1)
-                count = x.shape[-1]
-                less = max(count - 1, 1)
+                # a tensor, since an exported graph has any number of frames
+                count = torch.ones_like(x[:1, :1]).sum(dim=-1)
             else:
                 mask = (
                     torch.arange(x.shape[-1], device=x.device) < frames[:, None]
@@ -301,9 +301,9 @@ class StatisticsPooling(torch.nn.Module):
                 mean = (x * mask).sum(dim=-1) / count
                 deviation = (x - mean.unsqueeze(-1)) * mask
                 variance = deviation.square().sum(dim=-1) / count
-                less = (count - 1).clamp(min=1)
             if self.deviation == "sample":
-                variance = variance * (count / less) + self.eps
+                variance = variance * count / (count - 1).clamp(min=1)
+                variance = variance + self.eps
             else:
                 variance = variance.clamp(min=self.eps)
             return torch.cat([mean, variance.sqrt()], 1)

@@ -20,6 +20,9 @@ from speechbrain_ram.cli.common import (
 # Of an exported graph, in float32: about 1e-6 is usual.
 _LARGEST_DIFFERENCE = 1e-3
 
+# Cosine from which on a client's features are those of the encoder.
+_SAME_FEATURES = 0.9999
+
 # What follows the command goes on to a parser of its own.
 _PASSED_ON = {"allow_interspersed_args": False}
 
@@ -155,6 +158,18 @@ def export(folder, output, client, examples):
         "On 1 and 3 s of noise it differs from PyTorch by "
         f"{error:.1e} at most.",
     ]
+    if client == "sherpa-onnx":
+        theirs = onnx_export.client_front_end(encoder)
+        _, near = onnx_export.agreement(encoder, output, probes, theirs)
+        facts["client_cosine"] = near
+        if near < _SAME_FEATURES:
+            text.append(
+                "sherpa-onnx computes the features with a Povey window from "
+                "20 to 7600 Hz, this encoder knows others: the client's "
+                "embeddings have a cosine of "
+                f"{near:.4f} or more with the encoder's on this noise. Find "
+                "thresholds with the client."
+            )
     if examples:
         found = list(recordings([examples], ".").values())
         some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
