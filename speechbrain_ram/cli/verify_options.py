@@ -78,6 +78,8 @@ def parse(
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
     add("--encoder", help="exported folder, run, or checkpoint")
+    text = "take any folder of SpeechBrain's EncoderClassifier; executes YAML"
+    add("--trust_yaml", **_SWITCH, help=text)
     add("--trials", nargs="+", default=[], metavar="LIST")
     add("--data_root", help="folder that the names in the lists start from")
     add("--output", help="folder for scores, reports and embeddings")
