@@ -156,6 +156,11 @@ def in_yaml(parser, path: str) -> list[str]:
         parser.error(f"'{path}' cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"'{path}' cannot be read: it has no OPTION: VALUE.")
+    if "trust_yaml" in values:
+        parser.error(
+            f"'{path}' has trust_yaml, which a file cannot give: it may be "
+            "somebody else's. Type --trust_yaml."
+        )
     known = set(vars(parser.parse_args([]))) - {"hparams"}
     unknown = set(values) - known
     if unknown:

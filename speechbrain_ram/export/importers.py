@@ -120,31 +120,13 @@ def import_encoder(
             "another name after --output."
         )
     weights = _weights_file(source)
-    place = source / CONFIGURATION
-    try:
-        told = read_configuration(read_yaml(place), str(place))
-    except OSError as error:
-        raise EncoderError(
-            f"'{place}' cannot be read: {error.strerror}. WeSpeaker writes it "
-            "beside the weights."
-        ) from error
-    state = read_state(weights, under=("state_dict", "model"))
-    channels = _channels(state, str(weights))
-    architecture = _architecture(told, channels)
-    check_architecture(architecture, f"'{weights}'")
-    state = renamed(state, told, architecture, str(weights))
-    check_weights(architecture, state, f"'{weights}'")
-    mean = read_mean(source / MEAN, told.embedding_dim)
-    if mean is not None:
-        state["linear.bias"] = state["linear.bias"] - mean
-    name = fingerprint(architecture, state)
-    encoder = LoadedEncoder(
-        EncoderFolder(architecture, state, name, None, {}, f"'{weights}'")
-    )
+    told, read = _read(source, weights)
+    encoder = LoadedEncoder(read)  # which tries it
+    mean = source / MEAN if (source / MEAN).exists() else None
     network = encoder.modules["embedding_model"]
     export_inference(
         folder,
-        write_architecture(architecture),
+        write_architecture(read.architecture),
         network,
         # WeSpeaker keeps no names for the rows of its projection.
         Classifier(told.embedding_dim, out_neurons=0),
@@ -154,14 +136,37 @@ def import_encoder(
     )
     return {
         "output": str(folder),
-        "fingerprint": name,
+        "fingerprint": read.fingerprint,
         "model": told.model,
         "weights": str(weights),
         "parameters": sum(each.numel() for each in network.parameters()),
-        "channels": channels,
+        "channels": list(network.channels),
         "embedding_dim": told.embedding_dim,
-        "mean": None if mean is None else str(source / MEAN),
+        "mean": None if mean is None else str(mean),
     }
+
+
+def _read(source: Path, weights: Path) -> tuple[Configuration, EncoderFolder]:
+    """A model folder as ours would be read."""
+    place = source / CONFIGURATION
+    try:
+        told = read_configuration(read_yaml(place), str(place))
+    except OSError as error:
+        raise EncoderError(
+            f"'{place}' cannot be read: {error.strerror}. WeSpeaker writes it "
+            "beside the weights."
+        ) from error
+    state = read_state(weights, under=("state_dict", "model"))
+    architecture = _architecture(told, _channels(state, str(weights)))
+    name = f"'{weights}'"
+    check_architecture(architecture, name)
+    state = renamed(state, told, architecture, str(weights))
+    check_weights(architecture, state, name)
+    mean = read_mean(source / MEAN, told.embedding_dim)
+    if mean is not None:
+        state["linear.bias"] = state["linear.bias"] - mean
+    found = fingerprint(architecture, state)
+    return told, EncoderFolder(architecture, state, found, None, {}, name)
 
 
 def _refusal(toolkit: str) -> str:
@@ -226,7 +231,7 @@ def read_configuration(config: Any, name: str) -> Configuration:
     _only(bank, "frame_length", (25, 25.0), name, "other frames")
     _only(bank, "frame_shift", (10, 10.0), name, "other frames")
     bands = _value(bank, "num_mel_bins", 80, name, whole(1, 256))
-    taken = _value(arguments, "feat_dim", 40, name, whole(1, 256))
+    taken = _value(arguments, "feat_dim", None, name, whole(1, 256))
     if taken != bands:
         raise EncoderError(
             f"'{name}': feat_dim is {taken}, num_mel_bins {bands}; they must "
@@ -236,7 +241,7 @@ def read_configuration(config: Any, name: str) -> Configuration:
     return Configuration(
         model,
         bands,
-        _value(arguments, "embed_dim", 128, name, whole(1, 8_192)),
+        _value(arguments, "embed_dim", None, name, whole(1, 8_192)),
         _value(data, "resample_rate", 16_000, name, rate),
         _objective(config),
     )

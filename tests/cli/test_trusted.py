@@ -143,6 +143,14 @@ def test_without_the_flag_nothing_is_executed(world, ecapa, tmp_path):
     assert trace.exists()  # so the warning is true
 
 
+def test_a_yaml_of_options_cannot_trust_another(ecapa, tmp_path, capsys):
+    file = tmp_path / "verify.yaml"
+    file.write_text(f"encoder: {ecapa}\ntrust_yaml: True\n")
+    with pytest.raises(SystemExit):
+        verify.main([str(file), "--output", str(tmp_path / "out")], "verify")
+    assert "trust_yaml, which a file cannot give" in capsys.readouterr().err
+
+
 def test_batches_where_padding_changes_nothing(tmp_path, world, ecapa):
     """Such as the folders of ours, as SpeechBrain loads them."""
     folder = export_small(tmp_path / "ours", "fbank")

@@ -162,6 +162,7 @@ def refused(source, output, match, toolkit="wespeaker"):
         ),
         ("length: 25", "length: 20", "frame_length is 20; 25 is imported"),
         ("shift: 10", "shift: 5", "frame_shift is 5; 10 is imported"),
+        ("  feat_dim: 80\n", "", "feat_dim is None, allowed is a whole number"),
         ("bins: 80", "bins: 64", "feat_dim is 80, num_mel_bins 64"),
         ("feat_dim: 80", "feat_dim: 0", "feat_dim is 0, allowed is a whole"),
         ("rate: 16000", "rate: 5", "resample_rate is 5, allowed is a whole"),
