@@ -36,7 +36,7 @@ from speechbrain_ram.export.limits import (
 )
 from speechbrain_ram.export.weights import first_line, form_of, read_state
 from speechbrain_ram.resnet import ResNet34
-from speechbrain_ram.utils import first_ten
+from speechbrain_ram.utils import first_ten, one_line
 
 #: Files with the weights, the best first.
 WEIGHTS = ("avg_model.pt", "final_model.pt")
@@ -150,12 +150,15 @@ def _read(source: Path, weights: Path) -> tuple[Configuration, EncoderFolder]:
     """A model folder as ours would be read."""
     place = source / CONFIGURATION
     try:
-        told = read_configuration(read_yaml(place), str(place))
+        config = read_yaml(place)
     except OSError as error:
         raise EncoderError(
-            f"'{place}' cannot be read: {error.strerror}. WeSpeaker writes it "
-            "beside the weights."
+            f"{one_line(error)}. WeSpeaker writes {CONFIGURATION} beside the "
+            "weights."
         ) from error
+    except ValueError as error:
+        raise EncoderError(str(error)) from error
+    told = read_configuration(config, str(place))
     state = read_state(weights, under=("state_dict", "model"))
     architecture = _architecture(told, _channels(state, str(weights)))
     name = f"'{weights}'"
@@ -439,7 +442,7 @@ def read_mean(path: Path, size: int) -> torch.Tensor | None:
             )
         if not np.isfinite(mean).all():
             raise ValueError("it holds NaN or infinite values")
-    except (OSError, ValueError, MemoryError) as error:
+    except Exception as error:  # whatever the bytes bring about
         raise EncoderError(
             f"'{path}' is not the mean of embeddings: {first_line(error)}. "
             "Was it copied whole, and is it of this model?"

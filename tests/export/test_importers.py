@@ -275,7 +275,7 @@ def test_files(tmp_path, state):
     refused(source, output, "no final_model.pt, WeSpeaker's weights. Is it")
     write_model(source, state)
     (source / "config.yaml").unlink()
-    refused(source, output, "config.yaml' cannot be read: No such file")
+    refused(source, output, "config.yaml': No such file or directory. WeSp")
 
 
 def test_the_command_says_what_it_wrote(tmp_path, state, folder):
