@@ -27,12 +27,20 @@ FBANK_N_FFT = 512
 #: Kaldi never takes the logarithm of less than float32's machine epsilon.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
 
+_float64 = {"periodic": False, "dtype": torch.float64}
+
+#: Windows by name, each from a number of samples.
+WINDOWS = {
+    "povey": lambda size: torch.hann_window(size, **_float64).pow(0.85),
+    "hamming": lambda size: torch.hamming_window(size, **_float64),
+}
+
 
 class KaldiFbank(torch.nn.Module):
     """Log-Mel filterbank energies as Kaldi computes them, without dither.
 
     A frame loses its mean, is pre-emphasised (x[t] - 0.97 x[t-1]), windowed
-    (Povey: a Hann window to the power 0.85), zero-padded to a power of two;
+    (Povey's: a Hann window to the power 0.85), zero-padded to a power of two;
     its power spectrum is summed in triangles that are equally wide on the
     scale mel(f) = 1127 ln(1 + f / 700), floored and put through ln.
 
@@ -63,6 +71,13 @@ class KaldiFbank(torch.nn.Module):
         scale (WeSpeaker's models), 1 leaves [-1, 1] (3D-Speaker's). It is a
         constant that mean normalisation removes, except where the energy
         floor is reached: on the scale of 1 that is already quiet noise.
+    window_type : str
+        "povey", or "hamming" (WeSpeaker's models).
+
+    Raises
+    ------
+    ValueError
+        Another window, or bands that do not fit the sample rate.
 
     Example
     -------
@@ -84,8 +99,14 @@ class KaldiFbank(torch.nn.Module):
         snip_edges: bool = False,
         preemphasis: float = 0.97,
         scale: float = 32768.0,
+        window_type: str = "povey",
     ) -> None:
         super().__init__()
+        if window_type not in WINDOWS:
+            raise ValueError(
+                f"window_type is {window_type!r}, allowed are "
+                f"{' and '.join(map(repr, WINDOWS))}. Is it misspelt?"
+            )
         self.n_mels = n_mels
         self.sample_rate = sample_rate
         self.window = int(sample_rate * win_length / 1000)
@@ -95,11 +116,15 @@ class KaldiFbank(torch.nn.Module):
         self.snip_edges = snip_edges
         self.preemphasis = preemphasis
         self.scale = scale
+        self.window_type = window_type
 
         n_fft = 1 << (self.window - 1).bit_length()
+        spectrum = windowed_dft(self.window, n_fft, window_type)
         # Not part of a checkpoint: the arguments above say it all.
         self.register_buffer(
-            "spectrum", windowed_dft(self.window, n_fft)[1:], persistent=False
+            "spectrum",
+            spectrum[1:] if window_type == "povey" else spectrum,
+            persistent=False,
         )
         self.register_buffer(
             "bands",
@@ -151,9 +176,13 @@ class KaldiFbank(torch.nn.Module):
 
         frames = frames * self.scale
         frames = frames - frames.mean(dim=-1, keepdim=True)
-        # What comes before the first sample does not matter: the window is 0
-        # there, and the matrix starts at the second.
+        first = frames[..., :1]
         frames = frames[..., 1:] - self.preemphasis * frames[..., :-1]
+        # Kaldi repeats the first sample before itself. Povey's window is 0
+        # there, so that its matrix starts at the second.
+        if self.window_type != "povey":
+            first = first - self.preemphasis * first
+            frames = torch.cat([first, frames], dim=-1)
 
         power = self._power_by_fft if frames.is_cuda else self._power
         energies = in_bands(power(frames), self.bands)
@@ -271,7 +300,9 @@ def make_front_end(
     name : str
         "fbank": SpeechBrain's, decibels from 25 ms Hamming windows every
         10 ms. "kaldi": :class:`KaldiFbank`, for clients that compute the
-        features themselves.
+        features themselves. "wespeaker": the same as WeSpeaker's models have
+        it, with a Hamming window, up to half the sample rate, of frames that
+        lie inside the recording.
     n_mels : int
         Number of bands.
     sample_rate : int
@@ -296,19 +327,29 @@ def make_front_end(
         return HostFbank(n_mels, sample_rate, FBANK_N_FFT)
     if name == "kaldi":
         return KaldiFbank(n_mels=n_mels, sample_rate=sample_rate)
+    if name == "wespeaker":
+        return KaldiFbank(
+            n_mels=n_mels,
+            sample_rate=sample_rate,
+            high_freq=0.0,
+            snip_edges=True,
+            window_type="hamming",
+        )
     raise ValueError(
-        f"The front-end is {name!r}, 'fbank' or 'kaldi' is allowed. Is it "
-        "misspelt in the YAML or after --frontend?"
+        f"The front-end is {name!r}, 'fbank', 'kaldi' or 'wespeaker' is "
+        "allowed. Is it misspelt in the YAML or after --frontend?"
     )
 
 
-def windowed_dft(window: int, n_fft: int) -> torch.Tensor:
-    """Povey window and discrete Fourier transform as one matrix.
+def windowed_dft(
+    window: int, n_fft: int, window_type: str = "povey"
+) -> torch.Tensor:
+    """Window and discrete Fourier transform as one matrix.
 
     [window, n_fft], float32: cosines of bins 0 to n_fft / 2 - 1, then their
     sines. The Nyquist bin is left out: Kaldi's triangles never reach it.
     """
-    taper = torch.hann_window(window, periodic=False, dtype=torch.float64)
+    taper = WINDOWS[window_type](window)
     time = torch.arange(window, dtype=torch.float64)
     angles = (
         2
@@ -317,7 +358,7 @@ def windowed_dft(window: int, n_fft: int) -> torch.Tensor:
         * torch.outer(time, time.new_tensor(range(n_fft // 2)))
     )
     matrix = torch.cat([angles.cos(), angles.sin()], dim=1)
-    return (taper.pow(0.85).unsqueeze(1) * matrix).float()
+    return (taper.unsqueeze(1) * matrix).float()
 
 
 def mel_triangles(

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-BLOCKS = (3, 4, 6, 3)  # 2 x 16 convolutions + the first + the linear = 34
+#: Blocks in each stage by depth: 2 x 16 convolutions + first + linear = 34.
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 STRIDES = (1, 2, 2, 2)
 _STEP = 8  # frames of the input a frame of the output: the strides' product
 _TILE = 4000  # frames, a multiple of the step
-_REACH = 112  # frames of the input on each side that an output frame sees
+_REACH = 112  # frames of the input on each side that an output sees, at most
 
 
 class BasicBlock(nn.Module):
@@ -70,11 +71,19 @@ class ResNet34(nn.Module):
         Channels of the four stages.
     embedding_dim : int
         Size of the embedding.
+    depth : int
+        34, or 18: a ResNet18 of the same blocks.
+    deviation : str
+        Of the pooling, "population" or "sample", see
+        :class:`StatisticsPooling`.
+    norm_embedding : bool
+        Whether a batch normalisation follows the linear layer. Encoders that
+        were trained without one, such as WeSpeaker's, stay without.
 
     Raises
     ------
     ValueError
-        Not four stages, or a size below 1.
+        Not four stages, a size below 1, another depth or deviation.
 
     Example
     -------
@@ -93,9 +102,18 @@ class ResNet34(nn.Module):
         n_mels: int = 80,
         channels: Sequence[int] = (32, 64, 128, 256),
         embedding_dim: int = 512,
+        depth: int = 34,
+        deviation: str = "population",
+        norm_embedding: bool = True,
     ):
         super().__init__()
-        if len(channels) != len(BLOCKS) or min(channels) < 1:
+        if depth not in BLOCKS:
+            raise ValueError(
+                f"depth is {depth!r}, allowed are "
+                f"{' and '.join(map(str, BLOCKS))}. Is it a network of other "
+                "blocks?"
+            )
+        if len(channels) != len(STRIDES) or min(channels) < 1:
             raise ValueError(
                 f"channels is {tuple(channels)}, four sizes of 1 or more are "
                 "needed, one a stage."
@@ -116,15 +134,19 @@ class ResNet34(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.stages = nn.ModuleList()
         before, bands = channels[0], n_mels
-        for width, depth, stride in zip(channels, BLOCKS, STRIDES, strict=True):
+        for width, count, stride in zip(
+            channels, BLOCKS[depth], STRIDES, strict=True
+        ):
             blocks = [BasicBlock(before, width, stride)]
-            blocks += [BasicBlock(width, width) for _ in range(depth - 1)]
+            blocks += [BasicBlock(width, width) for _ in range(count - 1)]
             self.stages.append(nn.ModuleList(blocks))
             before = width
             bands = (bands + stride - 1) // stride
-        self.pooling = StatisticsPooling()
+        self.pooling = StatisticsPooling(deviation=deviation)
         self.linear = nn.Linear(2 * before * bands, embedding_dim)
-        self.norm_emb = nn.BatchNorm1d(embedding_dim)
+        self.norm_emb = nn.Identity()
+        if norm_embedding:
+            self.norm_emb = nn.BatchNorm1d(embedding_dim)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -239,14 +261,24 @@ def valid_frames(lengths: torch.Tensor, n_frames: int) -> torch.Tensor:
 class StatisticsPooling(torch.nn.Module):
     """Mean and standard deviation over the valid frames of each utterance.
 
-    The deviation is the population's, sqrt(max(mean((x - mu)^2), eps)), so
-    that one frame gives a number and a constant signal a finite gradient.
-    Computed in float32 under autocast.
+    With S the sum of (x - mu)^2 over n frames, the `deviation` is
+
+    - "population": sqrt(max(S / n, eps)),
+    - "sample": sqrt(S / (n - 1) + eps), as WeSpeaker's encoders have it.
+
+    Either way one frame gives a number and a constant signal a finite
+    gradient. Computed in float32 under autocast.
     """
 
-    def __init__(self, eps: float = 1e-7):
+    def __init__(self, eps: float = 1e-7, deviation: str = "population"):
         super().__init__()
+        if deviation not in ("population", "sample"):
+            raise ValueError(
+                f"deviation is {deviation!r}, 'population' or 'sample' is "
+                "allowed. Is it misspelt?"
+            )
         self.eps = eps
+        self.deviation = deviation
 
     def forward(
         self, x: torch.Tensor, frames: torch.Tensor | None = None
@@ -260,6 +292,8 @@ class StatisticsPooling(torch.nn.Module):
             if frames is None:
                 mean = x.mean(dim=-1)
                 variance = (x - mean.unsqueeze(-1)).square().mean(dim=-1)
+                # a tensor, since an exported graph has any number of frames
+                count = torch.ones_like(x[:1, :1]).sum(dim=-1)
             else:
                 mask = (
                     torch.arange(x.shape[-1], device=x.device) < frames[:, None]
@@ -269,7 +303,12 @@ class StatisticsPooling(torch.nn.Module):
                 mean = (x * mask).sum(dim=-1) / count
                 deviation = (x - mean.unsqueeze(-1)) * mask
                 variance = deviation.square().sum(dim=-1) / count
-            return torch.cat([mean, variance.clamp(min=self.eps).sqrt()], 1)
+            if self.deviation == "sample":
+                variance = variance * count / (count - 1).clamp(min=1)
+                variance = variance + self.eps
+            else:
+                variance = variance.clamp(min=self.eps)
+            return torch.cat([mean, variance.sqrt()], 1)
 
 
 # -- A trained ResNet34 for computing embeddings only -------------------------

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 from functools import partial
 from hashlib import blake2b
 
@@ -23,11 +24,13 @@ from speechbrain.utils.checkpoints import (
     register_checkpoint_hooks,
 )
 from speechbrain.utils.epoch_loop import EpochCounter
+from wespeaker_model import CONFIG, make_state, write_model
 
 from speechbrain_ram.data.plain import parse_yaml
 from speechbrain_ram.data.record import checksum, seal
 from speechbrain_ram.export.architecture import fingerprint
 from speechbrain_ram.export.folder import start_from
+from speechbrain_ram.export.importers import import_encoder
 from speechbrain_ram.inference import EncoderError, SpeakerEncoder
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
@@ -52,6 +55,7 @@ def encoders(folder):
     """Everything that holds or continues an encoder."""
     return {
         **_exported(folder),
+        **_imported(folder / "imported"),
         **_checkpoints(folder / "run"),
         **_runs(folder / "trained"),
         **_embeddings(folder),
@@ -102,6 +106,34 @@ def _exported(folder):
             start, "label_encoder.ckpt", labels, 3_000, begin
         ),
     }
+
+
+def _imported(folder):
+    """A model of WeSpeaker's, which becomes a folder of ours."""
+    config = CONFIG.replace("model: ResNet34", "model: ResNet18")
+    source = write_model(
+        folder / "model", make_state("ResNet18", width=1), config
+    )
+    np.save(source / "mean_vec.npy", np.ones(24))
+    output = folder / "encoder"
+
+    def read(_):
+        try:
+            import_encoder("wespeaker", source, output)
+            used(SpeakerEncoder.from_folder(output))
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+
+    found = {}
+    for name, changes, many in (
+        ("config.yaml", formats.yaml_values, 3_000),
+        ("avg_model.pt", formats.state, 2_000),
+        ("mean_vec.npy", formats.columns, 2_000),
+    ):
+        place = source / name
+        good = place.read_bytes()
+        found[name] = Target(read, EncoderError, good, place, changes, many)
+    return found
 
 
 def labels(good):

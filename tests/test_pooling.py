@@ -16,16 +16,42 @@ def test_equals_a_loop_over_the_utterances():
         assert torch.allclose(out, expected, atol=1e-6)
 
 
-def test_no_frames_given_means_all():
+def test_the_deviation_of_a_sample():
+    """As torch.var counts, with the constant under the root."""
+    x = torch.randn(4, 7, 40, dtype=torch.float64)
+    frames = torch.tensor([2, 13, 39, 40])
+    pooled = StatisticsPooling(1e-2, "sample")(x, frames)
+    for row, n, out in zip(x, frames, pooled, strict=True):
+        alone = row[:, :n]
+        deviation = (alone.var(1) + 1e-2).sqrt()
+        expected = torch.cat([alone.mean(1), deviation])
+        assert torch.allclose(out, expected, rtol=1e-12)
+        whole = StatisticsPooling(1e-2, "sample")(alone[None])[0]
+        assert torch.allclose(whole, expected, rtol=1e-12)
+
+
+def test_another_deviation():
+    with pytest.raises(ValueError, match="deviation is 'biased', 'popul"):
+        StatisticsPooling(deviation="biased")
+
+
+DEVIATIONS = pytest.mark.parametrize("deviation", ["population", "sample"])
+
+
+@DEVIATIONS
+def test_no_frames_given_means_all(deviation):
     x = torch.randn(3, 4, 11)
-    whole = StatisticsPooling()(x)
-    assert torch.allclose(whole, StatisticsPooling()(x, torch.full((3,), 11)))
+    pooling = StatisticsPooling(deviation=deviation)
+    assert torch.allclose(pooling(x), pooling(x, torch.full((3,), 11)))
 
 
+@DEVIATIONS
+@pytest.mark.parametrize("size", [6, 1])
 @pytest.mark.parametrize("frames", [None, torch.tensor([6, 1])])
-def test_constant_input_has_finite_gradients(frames):
-    x = torch.ones(2, 3, 6, requires_grad=True)
-    StatisticsPooling()(x, frames).sum().backward()
+def test_constant_input_has_finite_gradients(frames, size, deviation):
+    x = torch.ones(2, 3, size, requires_grad=True)
+    frames = frames if frames is None else frames.clamp(max=size)
+    StatisticsPooling(deviation=deviation)(x, frames).sum().backward()
     assert torch.isfinite(x.grad).all()
 
 

@@ -30,15 +30,16 @@ def test_parameter_count_is_the_documented_one(channels, count):
     assert f"{count:,}" in ResNet34.__doc__
 
 
-def test_thirty_four_weight_layers():
-    model = ResNet34()
+@pytest.mark.parametrize("depth", [18, 34])
+def test_weight_layers(depth):
+    model = ResNet34(depth=depth)
     main = [
         name
         for name, m in model.named_modules()
         if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
         and "shortcut" not in name
     ]
-    assert len(main) == 34
+    assert len(main) == depth
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 7, 21, 200, 333])
@@ -49,9 +50,15 @@ def test_shape_and_finiteness(n_frames):
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("n_mels, embedding_dim", [(80, 512), (23, 7)])
-def test_padding_changes_nothing(n_mels, embedding_dim):
-    model = ResNet34(n_mels, NARROW, embedding_dim)
+@pytest.mark.parametrize(
+    "n_mels, embedding_dim, options",
+    [
+        (80, 512, {}),
+        (23, 7, {"depth": 18, "deviation": "sample", "norm_embedding": False}),
+    ],
+)
+def test_padding_changes_nothing(n_mels, embedding_dim, options):
+    model = ResNet34(n_mels, NARROW, embedding_dim, **options)
     trained_looking(model)
     generator = torch.Generator().manual_seed(4)
     counts = torch.randint(20, 2001, (6,), generator=generator)
@@ -155,7 +162,24 @@ def test_compiles_with_inductor():
     assert (compiled(feats) - model(feats)).abs().max() < 1e-4
 
 
+def test_without_a_norm_training_embeds_as_evaluation_does():
+    """No statistics of a batch replace those that an encoder came with."""
+    model = trained_looking(ResNet34(channels=NARROW, norm_embedding=False))
+    assert not [key for key in model.state_dict() if "norm_emb" in key]
+    x = torch.randn(2, 40, 80)
+    expected = model(x)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert torch.equal(model(x), expected)
+
+
 def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="depth is 50, allowed are 18 and 34"):
+        ResNet34(depth=50)
+    with pytest.raises(ValueError, match="deviation is 'biased'"):
+        ResNet34(deviation="biased")
     with pytest.raises(ValueError, match="four sizes of 1 or more"):
         ResNet34(channels=(32, 64))
     with pytest.raises(ValueError, match="n_mels is 0"):

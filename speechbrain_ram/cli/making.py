@@ -20,6 +20,9 @@ from speechbrain_ram.cli.common import (
 # Of an exported graph, in float32: about 1e-6 is usual.
 _LARGEST_DIFFERENCE = 1e-3
 
+# Cosine from which on a client's features are those of the encoder.
+_SAME_FEATURES = 0.9999
+
 # What follows the command goes on to a parser of its own.
 _PASSED_ON = {"allow_interspersed_args": False}
 
@@ -155,6 +158,18 @@ def export(folder, output, client, examples):
         "On 1 and 3 s of noise it differs from PyTorch by "
         f"{error:.1e} at most.",
     ]
+    if client == "sherpa-onnx":
+        theirs = onnx_export.client_front_end(encoder)
+        _, near = onnx_export.agreement(encoder, output, probes, theirs)
+        facts["client_cosine"] = near
+        if near < _SAME_FEATURES:
+            text.append(
+                "sherpa-onnx computes the features with a Povey window from "
+                "20 to 7600 Hz, this encoder knows others: the client's "
+                "embeddings have a cosine of "
+                f"{near:.4f} or more with the encoder's on this noise. Find "
+                "thresholds with the client."
+            )
     if examples:
         found = list(recordings([examples], ".").values())
         some = found[:: -(-len(found) // 100)]  # at most 100, of all folders
@@ -253,3 +268,35 @@ def pack(manifest, data_root, output_dir, **settings):
 
     packed = pack_shards(manifest, data_root, output_dir, **settings)
     return {"manifest": str(packed)}, str(packed)
+
+
+@click.command("import")
+@click.argument("toolkit")
+@click.argument("model_dir", type=click.Path())
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FOLDER",
+    help="Exported folder to write.",
+)
+@command
+def import_(toolkit, model_dir, output):
+    """Turn an encoder of another toolkit into an exported folder.
+
+    \b
+    speechbrain-ram import wespeaker MODEL_DIR -o FOLDER
+
+    TOOLKIT is wespeaker. MODEL_DIR holds avg_model.pt or final_model.pt and
+    config.yaml of its ResNet34 or ResNet18, and mean_vec.npy where a mean is
+    taken off embeddings. Nothing in it is executed.
+    """
+    from speechbrain_ram.export.importers import import_encoder
+
+    facts = import_encoder(toolkit, model_dir, output)
+    text = (
+        f"{output}: {facts['model']} from {facts['weights']}, "
+        f"{facts['parameters']:,} parameters, {facts['embedding_dim']} numbers "
+        f"an embedding\nMean taken off embeddings: {facts['mean'] or 'none'}"
+    )
+    return facts, text

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
@@ -25,7 +26,13 @@ from speechbrain_ram.data.dataset import (
     speaker_labels,
 )
 from speechbrain_ram.data.manifest import embedding_names, read_manifest
-from speechbrain_ram.export.folder import read_folder, start_from
+from speechbrain_ram.export.architecture import read_hyperparams
+from speechbrain_ram.export.folder import (
+    read_folder,
+    recipe_options,
+    start_from,
+)
+from speechbrain_ram.export.limits import check_architecture
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.training.advice import session_note, verdict
 from speechbrain_ram.training.brain import SpeakerBrain
@@ -47,6 +54,7 @@ from speechbrain_ram.training.run import (
 from speechbrain_ram.training.settings import (
     learned_settings,
     output_folder_of,
+    resolved_recipe,
 )
 from speechbrain_ram.utils import (
     keep_freed_memory,
@@ -74,6 +82,7 @@ from speechbrain_ram.verification.trials import (
 
 def train(hparams_file, run_opts, overrides):
     """Everything from the YAML to OUTPUT/inference."""
+    overrides = with_encoder_of_pretrained(hparams_file, overrides)
     # First on every process, since loading the YAML makes folders already.
     output = output_folder_of(hparams_file, overrides)
     alone = sole_owner(output) if if_main_process() else nullcontext()
@@ -81,6 +90,28 @@ def train(hparams_file, run_opts, overrides):
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
         _train(hparams_file, hparams, run_opts, overrides)
+
+
+def with_encoder_of_pretrained(hparams_file, overrides):
+    """The overrides, and the options of the encoder that a run starts from.
+
+    What the command line says stands; :func:`start_from` compares.
+    """
+    recipe = resolved_recipe(hparams_file, overrides)
+    start = recipe.get("pretrained")
+    if not start:
+        return overrides
+    kept = Path(recipe["output_folder"]) / "hyperparams.yaml"
+    if kept.exists() and not Path(start).exists():  # a run that goes on
+        architecture = read_hyperparams(kept)
+    else:
+        found = read_folder(start)
+        architecture = found.architecture
+        check_architecture(architecture, found.place)
+    if isinstance(overrides, str):
+        overrides = ruamel.yaml.YAML().load(overrides) or {}
+    options = recipe_options(architecture)
+    return {k: v for k, v in options.items() if k in recipe} | overrides
 
 
 def _train(hparams_file, hparams, run_opts, overrides):

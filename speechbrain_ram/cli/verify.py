@@ -19,6 +19,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from speechbrain_ram.cli.trusted import TrustedEncoder, open_encoder
 from speechbrain_ram.cli.verify_options import REPLICATES, parse
 from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.manifest import (
@@ -27,7 +28,6 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
 )
 from speechbrain_ram.data.names import missing_hint
-from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.options import check_device
 from speechbrain_ram.utils import (
     atomic_writer,
@@ -103,13 +103,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         return result[0]
     output.mkdir(parents=True, exist_ok=True)
     given = read_inputs(options)
-    encoder = SpeakerEncoder.from_folder(
-        options.encoder,
-        own_device(options.device),
-        resample=options.resample,
-        mixdown=options.mixdown,
-        batch_seconds=options.max_frames and options.max_frames / 100,
-    )
+    encoder = open_encoder(options, own_device(options.device))
     embeddings = embed(
         options,
         encoder,
@@ -146,8 +140,9 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         results[name] = metrics[options.name]
         intervals[name] = spread[options.name]
     table = results_table(results, intervals)
+    which = f"{encoder}\n\n" if isinstance(encoder, TrustedEncoder) else ""
     with atomic_writer(output / "results.md") as file:
-        file.write(f"# {options.name}\n\n{table}")
+        file.write(f"# {options.name}\n\n{which}{table}")
     print(printable(table))
     return results
 

@@ -78,6 +78,8 @@ def parse(
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
     add("--encoder", help="exported folder, run, or checkpoint")
+    text = "take any folder of SpeechBrain's EncoderClassifier; executes YAML"
+    add("--trust_yaml", **_SWITCH, help=text)
     add("--trials", nargs="+", default=[], metavar="LIST")
     add("--data_root", help="folder that the names in the lists start from")
     add("--output", help="folder for scores, reports and embeddings")
@@ -154,6 +156,11 @@ def in_yaml(parser, path: str) -> list[str]:
         parser.error(f"'{path}' cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"'{path}' cannot be read: it has no OPTION: VALUE.")
+    if "trust_yaml" in values:
+        parser.error(
+            f"'{path}' has trust_yaml, which a file cannot give: it may be "
+            "somebody else's. Type --trust_yaml."
+        )
     known = set(vars(parser.parse_args([]))) - {"hparams"}
     unknown = set(values) - known
     if unknown:

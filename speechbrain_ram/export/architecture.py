@@ -145,7 +145,9 @@ def fingerprint(
     """
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for key in sorted(weights):
-        tensor = weights[key].detach().cpu().contiguous()
+        # Not contiguous(), which leaves odd strides where a size is 1.
+        tensor = weights[key].detach().cpu()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -209,6 +209,27 @@ def _cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 logger = get_logger(__name__)
 
 
+def recipe_options(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by which a recipe gets an encoder of this architecture.
+
+    What hparams/encoder.yaml does not state goes to its objects as arguments.
+    """
+    network = dict(architecture["embedding_model"]["arguments"])
+    options = {
+        "channels": network.pop("channels", None),
+        "embedding_dim": network.pop("embedding_dim", None),
+        "frontend": architecture["compute_features"]["arguments"].get("name"),
+        "std_norm": architecture["mean_var_norm"]["arguments"].get("std_norm"),
+    }
+    options = {key: v for key, v in options.items() if v is not None}
+    inner = {
+        "sample_rate": architecture["sample_rate"],
+        "n_mels": network.pop("n_mels", None),
+        "embedding_model": network,
+    }
+    return {**options, "encoder": {k: v for k, v in inner.items() if v}}
+
+
 def start_from(
     folder: str | os.PathLike,
     encoder_yaml: str,

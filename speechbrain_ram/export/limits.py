@@ -13,7 +13,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from speechbrain_ram.features import FBANK_N_FFT
+from speechbrain_ram.features import FBANK_N_FFT, WINDOWS
+from speechbrain_ram.resnet import BLOCKS
 
 
 class EncoderError(ValueError):
@@ -115,9 +116,10 @@ LIMITS: dict[str, dict[str, dict[str, Rule]]] = {
             "snip_edges": _YES_NO,
             "preemphasis": number(0, 1),
             "scale": number(1e-6, 1e6),
+            "window_type": one_of(*WINDOWS),
         },
         "speechbrain_ram.features.make_front_end": {
-            "name": one_of("fbank", "kaldi"),
+            "name": one_of("fbank", "kaldi", "wespeaker"),
             "n_mels": _BANK["n_mels"],
             "sample_rate": _RATE,
         },
@@ -140,6 +142,9 @@ LIMITS: dict[str, dict[str, dict[str, Rule]]] = {
             "n_mels": _BANK["n_mels"],
             "channels": list_of(4, whole(1, 1_024)),
             "embedding_dim": _DIM,
+            "depth": one_of(*BLOCKS),
+            "deviation": one_of("population", "sample"),
+            "norm_embedding": _YES_NO,
         },
     },
 }
@@ -218,7 +223,7 @@ def check_architecture(architecture: Mapping[str, Any], name: str) -> None:
     ):
         check(here, one_of(there), f"{field} of one part", name)
     window = round(front.get("win_length", 25) * rate / 1000)
-    kaldi = "low_freq" in front or front.get("name") == "kaldi"
+    kaldi = "low_freq" in front or front.get("name", "fbank") != "fbank"
     n_fft = _N_FFT if kaldi else front.get("n_fft", FBANK_N_FFT)
     check(window, whole(2, n_fft), "win_length in samples", name)
     if "f_min" in front:

@@ -72,17 +72,18 @@ def export_sherpa(
 ) -> Path:
     """Write features -> embedding, for sherpa-onnx's extractor.
 
-    The encoder must be trained on :class:`speechbrain_ram.features.KaldiFbank`
-    with its defaults, which are those of the client. `language` tells people
-    what the speakers speak; it changes nothing.
+    The encoder must be trained on :class:`speechbrain_ram.features.KaldiFbank`.
+    Its defaults are those of the client; with another window, other ends of
+    the bands or of the recording (WeSpeaker's), the client's embeddings are
+    near the encoder's but not equal: :func:`agreement` with
+    :func:`client_front_end` says how near. `language` tells people what the
+    speakers speak; it changes nothing.
     """
     front_end = encoder.modules["compute_features"]
-    reference = KaldiFbank(sample_rate=encoder.sample_rate)
-    settings = ("n_mels", "window", "hop", "low_freq", "high_freq")
-    settings += ("snip_edges", "preemphasis")
+    reference = client_front_end(encoder)
     same = isinstance(front_end, KaldiFbank) and all(
         getattr(front_end, name) == getattr(reference, name)
-        for name in settings
+        for name in ("n_mels", "window", "hop", "preemphasis")
     )
     if not same or front_end.scale not in (1.0, 32768.0):
         raise EncoderError(
@@ -105,6 +106,12 @@ def export_sherpa(
     )
     shape = (2, 200, front_end.n_mels)
     return _export(chain, shape, ("features", "frames"), metadata, path)
+
+
+def client_front_end(encoder: LoadedEncoder) -> KaldiFbank:
+    """The filterbank that sherpa-onnx computes for an encoder."""
+    scale = getattr(encoder.modules["compute_features"], "scale", 32768.0)
+    return KaldiFbank(sample_rate=encoder.sample_rate, scale=scale)
 
 
 def quantise(
@@ -155,16 +162,18 @@ def graph_inputs(
     encoder: LoadedEncoder,
     path: str | os.PathLike,
     waveforms: Iterable[np.ndarray],
+    front_end: torch.nn.Module | None = None,
 ) -> Iterator[np.ndarray]:
     """What an exported graph is fed for waveforms [samples], one a batch.
 
-    [1, samples], or [1, frames, bands] where the client computes the features.
+    [1, samples], or [1, frames, bands] where the client computes the features,
+    by the encoder's `front_end` if no other one is given.
     """
+    front_end = front_end or encoder.modules["compute_features"]
     takes_features = _session(path).get_inputs()[0].name == "features"
     for waveform in waveforms:
         batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)
         if takes_features:
-            front_end = encoder.modules["compute_features"]
             batch = front_end(batch.to(encoder.device)).cpu()
         yield batch.numpy()
 
@@ -173,6 +182,7 @@ def agreement(
     encoder: LoadedEncoder,
     path: str | os.PathLike,
     waveforms: Iterable[np.ndarray],
+    front_end: torch.nn.Module | None = None,
 ) -> tuple[float, float]:
     """Run an exported graph in onnxruntime and compare it with PyTorch.
 
@@ -185,7 +195,9 @@ def agreement(
     name = session.get_inputs()[0].name
     worst, cosine = 0.0, 1.0
     for waveform, fed in zip(
-        waveforms, graph_inputs(encoder, path, waveforms), strict=True
+        waveforms,
+        graph_inputs(encoder, path, waveforms, front_end),
+        strict=True,
     ):
         (theirs,) = session.run(None, {name: fed})
         batch = torch.as_tensor(waveform, dtype=torch.float32).unsqueeze(0)

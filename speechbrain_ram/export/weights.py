@@ -32,11 +32,14 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_state(
+    path: str | os.PathLike, under: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
     """The tensors of a ``*.ckpt``, as torch.save writes the state of a module.
 
     Its pickle may call nothing (weights_only), and the file is mapped: what it
-    holds compressed, or promises and does not hold, is never allocated.
+    holds compressed, or promises and does not hold, is never allocated. They
+    may stand under one of the keys `under`, beside other things.
     """
     try:
         with open(path, "rb", opener=_open_regular) as file:
@@ -44,6 +47,11 @@ def read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
         )
+        for key in under:
+            if isinstance(state, Mapping) and isinstance(
+                state.get(key), Mapping
+            ):
+                state = state[key]
         if not isinstance(state, Mapping) or not all(
             isinstance(key, str)
             and isinstance(each, torch.Tensor)
@@ -66,11 +74,11 @@ def check_state(
 ) -> None:
     """Raise an EncoderError unless tensors have these forms and are finite."""
     for key in sorted(wanted.keys() | weights.keys()):
-        if _form(wanted, key) != _form(weights, key):
+        if form_of(wanted, key) != form_of(weights, key):
             raise EncoderError(
                 f"{name}: the weights do not fit the architecture: for "
-                f"{key[:100]!r} it has {_form(wanted, key)}, they have "
-                f"{_form(weights, key)}. Was the run continued with other "
+                f"{key[:100]!r} it has {form_of(wanted, key)}, they have "
+                f"{form_of(weights, key)}. Was the run continued with other "
                 "settings?"
             )
         if not torch.isfinite(weights[key]).all():
@@ -80,7 +88,8 @@ def check_state(
             )
 
 
-def _form(tensors: Mapping[str, torch.Tensor], key: str) -> str:
+def form_of(tensors: Mapping[str, torch.Tensor], key: str) -> str:
+    """Type and shape of a tensor in words, "nothing" where there is none."""
     if key not in tensors:
         return "nothing"
     shape = ", ".join(map(str, tensors[key].shape[:8]))

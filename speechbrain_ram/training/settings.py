@@ -69,7 +69,7 @@ def learned_settings(
     for key in _ADDED & set(recipe):
         if recipe[key] is not None:
             neutral[key] = "given"
-    resolved = _resolved(hparams_file, {**overrides, **neutral})
+    resolved = resolved_recipe(hparams_file, {**overrides, **neutral})
     settings: dict[str, Any] = {}
     for key, node in resolved.items():
         if not (key in FREE or key in _NOT_LEARNED or key.startswith("__")):
@@ -84,7 +84,7 @@ def output_folder_of(
 
     Refuses (ManifestError) what would write within the corpus that is read.
     """
-    recipe = _resolved(hparams_file, overrides)
+    recipe = resolved_recipe(hparams_file, overrides)
     output = Path(recipe["output_folder"])
     if recipe.get("make_corpus") is None:  # else it lies where it is made
         corpus = str(recipe.get("corpus"))
@@ -104,10 +104,10 @@ def output_folder_of(
     return output
 
 
-def _resolved(
+def resolved_recipe(
     hparams_file: str | os.PathLike, overrides: str | Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """A recipe with its overrides and without references."""
+    """A recipe with its overrides and without references; nothing is built."""
     with open(hparams_file, encoding="utf-8") as file:
         return ruamel.yaml.YAML().load(resolve_references(file, overrides))
 

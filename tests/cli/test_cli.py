@@ -12,10 +12,12 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 from small_encoder import DIM, export_small, voice
+from wespeaker_model import write_model
 
 from speechbrain_ram.cli import common as cli_common
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.cli.recipes import recipe_file
+from speechbrain_ram.export.importers import import_encoder
 from speechbrain_ram.inference import Segment, SpeakerEncoder
 
 
@@ -325,6 +327,14 @@ def test_export(run, voices, tmp_path):
     result = run("export", other, "--for", "sherpa-onnx", code=2)
     assert "Train one with --frontend kaldi" in result.stderr
     assert not other.exists()
+    kaldi = export_small(tmp_path / "kaldi", "kaldi")
+    done = run("export", other, "--for", "sherpa-onnx", "-e", kaldi, "--json")
+    assert answer(done)["client_cosine"] > 0.9999
+    source = write_model(tmp_path / "model")
+    import_encoder("wespeaker", source, tmp_path / "imported")
+    words = ("--for", "sherpa-onnx", "-e", tmp_path / "imported")
+    done = run("export", other, *words)
+    assert "the client's embeddings have a cosine of 0." in done.stdout
 
 
 def test_an_export_that_computes_something_else_is_refused(

@@ -449,7 +449,7 @@ def test_missing_recordings_stop_it_before_any_work(
     (tmp_path / "list.txt").write_text(
         "1 s0/0.wav s0/1.wav\n0 s0/0.wav s0/9.wav\n"
     )
-    monkeypatch.setattr(verify, "SpeakerEncoder", None)  # would fail if used
+    monkeypatch.setattr(verify, "open_encoder", None)  # would fail if used
     with pytest.raises(ValueError, match="1 of 3 recordings are missing"):
         verify.main(
             [*arguments(world, tmp_path), "--trials", f"{tmp_path}/list.txt"]

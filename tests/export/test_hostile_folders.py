@@ -92,6 +92,9 @@ WRONG = [True, None, "80", [80], {"a": 1}, 80.0, math.nan, HUGE, -1, 0]
             ("embedding_model", "channels", v)
             for v in [4, None, [], [4] * 3, [4] * 5, [4, 4, 4, True], [1e9] * 4]
         ),
+        *(("embedding_model", "depth", v) for v in [*WRONG, 50, 10**6]),
+        *(("embedding_model", "deviation", v) for v in [True, None, "biased"]),
+        *(("embedding_model", "norm_embedding", v) for v in [None, 1, "True"]),
         ("embedding_model", "channels", [[4], 4, 4, 4]),
         ("embedding_model", "channels", [HUGE, 4, 4, 4]),
     ],
@@ -122,6 +125,7 @@ def test_arguments_out_of_range(copy, part, key, value, bounded):
         *((KALDI, "low_freq", v) for v in [8000, -1, HUGE]),
         *((KALDI, "high_freq", v) for v in [8001, -8000, "0"]),
         (KALDI, "snip_edges", "yes"),
+        *((KALDI, "window_type", v) for v in ["hann", None, 7]),
         (KALDI, "scale", 0),
         (KALDI, "preemphasis", 2),
         (KALDI, "bands", 80),

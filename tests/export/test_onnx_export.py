@@ -8,9 +8,13 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from small_encoder import DIM, export_small, voice
+from wespeaker_model import write_model
 
 from speechbrain_ram.export.architecture import EncoderError
+from speechbrain_ram.export.importers import import_encoder
 from speechbrain_ram.export.onnx import (
+    agreement,
+    client_front_end,
     export_sherpa,
     export_waveform,
     quantise,
@@ -103,6 +107,37 @@ def client(path):
         return np.array(extractor.compute(stream))
 
     return sherpa_onnx, extractor, embed
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """An encoder of WeSpeaker's."""
+    home = tmp_path_factory.mktemp("imported")
+    torch.manual_seed(4)
+    import_encoder("wespeaker", write_model(home / "model"), home / "e")
+    return SpeakerEncoder.from_folder(home / "e")
+
+
+@pytest.mark.parametrize("samples", [1600, 1700, 48000])
+def test_an_imported_encoder(imported, tmp_path, samples):
+    """One pooled frame, too, of which a sample has no deviation."""
+    path = export_waveform(imported, tmp_path / "e.onnx")
+    wav = voice(samples / 16000)[None]
+    ours = alone(imported, wav)
+    assert np.abs(ours - run(path, wav)).max() < 1e-4 * np.abs(ours).max()
+
+
+def test_an_imported_encoder_for_a_client(imported, tmp_path):
+    """Its own features are others than the client's; how far is told."""
+    path = export_sherpa(imported, tmp_path / "s.onnx")
+    _, _, embed = client(path)
+    wav = voice(2.0)
+    theirs = embed(wav)
+    _, near = agreement(imported, path, [wav], client_front_end(imported))
+    assert near < 0.9999
+    assert cosine(theirs, imported.embed(wav)[0]) == pytest.approx(near, 1e-4)
+    error, same = agreement(imported, path, [wav])
+    assert error < 1e-4 and same > 0.999999
 
 
 @pytest.mark.parametrize("seconds", [0.33, 1.0, 2.345])

@@ -10,6 +10,7 @@ from conftest import run_recipe
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from wespeaker_model import make_state, write_model
 
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
 from speechbrain_ram.export.architecture import EncoderError
@@ -18,6 +19,7 @@ from speechbrain_ram.export.folder import (
     read_folder,
     start_from,
 )
+from speechbrain_ram.export.importers import import_encoder
 
 
 def labels(*names):
@@ -125,6 +127,53 @@ def test_fine_tuning_with_other_speakers(tiny_corpus, tiny_run, tmp_path):
     assert min(apart) > 1e-3
     rows = torch.load(tuned / "inference" / "classifier.ckpt")["weight"]
     assert len(rows) == 3
+
+
+def imported(folder, **options):
+    """An encoder of WeSpeaker's, as the tests of importing make it."""
+    torch.manual_seed(3)
+    state = make_state(width=16, **options)
+    import_encoder(
+        "wespeaker", write_model(folder / "model", state), folder / "e"
+    )
+    return folder / "e"
+
+
+def test_fine_tuning_an_imported_encoder(tiny_corpus, tmp_path):
+    """Its folder says what the encoder is, no option need repeat it."""
+    start = imported(tmp_path)
+    settings = {
+        "pretrained": str(start),
+        "channels": [16, 32, 64, 128],
+        "number_of_epochs": 1,
+        "lr": 1e-9,
+        "final_lr": 1e-9,
+    }
+    tuned = run_recipe(tiny_corpus, tmp_path / "tuned", **settings)
+    before, after = read_folder(start), read_folder(tuned / "inference")
+    assert after.architecture == before.architecture
+    for name, tensor in before.weights.items():
+        if "running" not in name and tensor.is_floating_point():
+            moved = (after.weights[name] - tensor).abs().max()
+            assert moved < 1e-5, name
+    # The same command goes on, wherever the first encoder is by then.
+    start.rename(tmp_path / "moved")
+    run_recipe(
+        tiny_corpus, tmp_path / "tuned", **{**settings, "number_of_epochs": 2}
+    )
+    log = (tuned / "train_log.txt").read_text()
+    assert "epoch: 2" in log and "epoch: 3" not in log
+
+
+def test_options_that_contradict_the_folder(tiny_corpus, tmp_path):
+    with pytest.raises(EncoderError, match="'name': 'wespeaker'.* 'fbank'"):
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            pretrained=str(imported(tmp_path)),
+            channels=[16, 32, 64, 128],
+            frontend="fbank",
+        )
 
 
 def test_folders_that_do_not_fit(tiny_corpus, tiny_run, tmp_path):
