@@ -371,7 +371,8 @@ def _stored(made_with, good):
 
     def written(arrays):
         sums = seal(made_with, *_parts(arrays))
-        return save(arrays, metadata={"record": sums})
+        whole = {name: np.asarray(each) for name, each in arrays.items()}
+        return save(whole, metadata={"record": sums})
 
     def named(change):
         names = np.frombuffer(change(), np.uint8)

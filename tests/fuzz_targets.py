@@ -119,6 +119,8 @@ def try_inputs(target: Target, inputs) -> Outcome:
             for data in inputs:
                 if outcome.inputs % 100 == 0:  # what signals cannot end
                     faulthandler.dump_traceback_later(900, exit=True)
+                    # what all before have left in the heap is not its own
+                    before = _forget_peak()
                 signal.alarm(3 * SECONDS)
                 began = time.process_time()
                 try:
@@ -138,7 +140,7 @@ def try_inputs(target: Target, inputs) -> Outcome:
                 if grown > MEGABYTES:
                     size = f"{round(grown, -2):.0f} MB"
                     outcome.failed("too large", size, data)
-                    before = max(before, _forget_peak())
+                    before = _forget_peak()
     finally:
         faulthandler.cancel_dump_traceback_later()
         target.place.write_bytes(target.seal(target.good))

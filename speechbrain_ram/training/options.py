@@ -185,7 +185,7 @@ def check_settings(
         _check_names(recipe, given, where)
         try:
             resolved = resolve_references(file, overrides).read()
-        except (ValueError, OSError):
+        except OSError:
             raise
         except Exception as error:  # of expressions, whatever they compute
             raise ValueError(

@@ -272,7 +272,11 @@ class EnrolmentDatabase:
                 f"may be writing for over {self.timeout:g} s, or the file or "
                 "its folder is read-only, or the file is damaged."
             ) from error
-        except (sqlite3.DatabaseError, MemoryError) as error:
+        except (
+            sqlite3.DatabaseError,
+            MemoryError,
+            UnicodeDecodeError,  # of a name in SQLite's own message
+        ) as error:
             raise EnrolmentError(
                 f"'{self.path}' is not an enrolment database, or is damaged: "
                 f"{error}."
