@@ -80,6 +80,7 @@ setup(
             "faiss-cpu",
             "hypothesis",
             "kaldi-native-fbank",
+            "mypy",
             "pytest",
             "ruff",
             "selenium",
@@ -88,6 +89,7 @@ setup(
             "webdataset",
             "yamllint",
         ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
