@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench gpu clean
+.PHONY: demo test test-slow lint types docs bench gpu clean
 
 # Reinstalled when the dependencies change.
 $(INSTALLED): setup.py constraints.txt
@@ -27,6 +27,24 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/yamllint -s hparams recipes
+	$(MAKE) types
+
+# The public names: what py.typed promises.
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# The pages as a site, build/site. A broken link is an error.
+PAGES = README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md
+PAGES += docs hparams recipes research
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	rm -rf build/pages
+	mkdir -p build/pages
+	ln -s $(PAGES:%=$(CURDIR)/%) build/pages
+	$(BIN)/python -m mkdocs build --strict
 
 # What moved since the committed tables; fails nothing.
 bench: $(INSTALLED)
@@ -37,4 +55,5 @@ gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) results .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) results build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .hypothesis

@@ -29,16 +29,8 @@ RECIPES = {
 }
 
 setup(
-    name="speechbrain-ram",
     version=VERSION,
-    description=(
-        "Real additive margins, ResNet34 x-vectors and exact speaker "
-        "verification for SpeechBrain"
-    ),
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
     packages=[
         *find_packages(include=["speechbrain_ram", "speechbrain_ram.*"]),
         *RECIPES,
@@ -80,6 +72,7 @@ setup(
             "faiss-cpu",
             "hypothesis",
             "kaldi-native-fbank",
+            "mypy",
             "pytest",
             "ruff",
             "selenium",
@@ -88,10 +81,6 @@ setup(
             "webdataset",
             "yamllint",
         ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
-    classifiers=[
-        "License :: OSI Approved :: Apache Software License",
-        "Programming Language :: Python :: 3",
-        "Topic :: Multimedia :: Sound/Audio :: Speech",
-    ],
 )

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from speechbrain_ram.utils import one_line_errors
 
@@ -39,6 +40,18 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
             color="black",
             label=name.replace("valid", "validation"),
         )
+    floors = [
+        e["train loss"] - e["train above_floor"]
+        for e in epochs
+        if "train above_floor" in e
+    ]
+    if floors:  # ln C for equation 12, next to 0 for the other objectives
+        above.axhline(
+            floors[-1],
+            color="0.5",
+            linestyle=":",
+            label=f"least possible loss, {floors[-1]:.2f}",
+        )
     above.set_ylabel("loss (nats)")
     above.legend()
     for name, marker in (("valid error", ""), ("valid EER", "o")):
@@ -53,7 +66,9 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
             }[name],
         )
     below.set_yscale("log")
+    below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     below.yaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_minor_formatter(NullFormatter())
     below.set_ylabel("%")
     below.set_xlabel("epoch")
     below.grid(True, which="both", alpha=0.3)

@@ -88,6 +88,9 @@ class KaldiFbank(torch.nn.Module):
     100
     """
 
+    spectrum: torch.Tensor
+    bands: torch.Tensor
+
     def __init__(
         self,
         n_mels: int = 80,
@@ -385,7 +388,8 @@ def mel_triangles(
         return 1127.0 * torch.log1p(frequency / 700.0)
 
     limits = mel(torch.tensor([low_freq, top], dtype=torch.float64))
-    edges = torch.linspace(*limits.tolist(), n_mels + 2, dtype=torch.float64)
+    first, last = limits.tolist()
+    edges = torch.linspace(first, last, n_mels + 2, dtype=torch.float64)
     bins = torch.arange(n_fft // 2, dtype=torch.float64)
     bins = mel(bins * sample_rate / n_fft).unsqueeze(1)  # [n_fft / 2, 1]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])

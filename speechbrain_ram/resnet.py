@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
         )
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
@@ -226,7 +226,7 @@ class ResNet34(nn.Module):
                 frames = (frames + stride - 1) // stride
                 n_frames = (x.shape[-1] + stride - 1) // stride
                 mask = _time_mask(frames, x[..., :n_frames])
-            for block in stage:
+            for block in stage:  # type: ignore[attr-defined]
                 x = block(x, mask)
         return x, frames
 
@@ -354,15 +354,15 @@ def folded(encoder: ResNet34) -> ResNet34:
     network = copy.deepcopy(encoder)
     identity = torch.nn.Identity()
     network.conv = fuse_conv_bn_eval(network.conv, network.norm)
-    network.norm = identity
+    network.norm = identity  # type: ignore[assignment]
     for block in network.modules():
         if isinstance(block, BasicBlock):
             block.conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
             block.conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
-            block.norm1 = block.norm2 = identity
+            block.norm1 = block.norm2 = identity  # type: ignore[assignment]
             if isinstance(block.shortcut, torch.nn.Sequential):
                 block.shortcut = fuse_conv_bn_eval(*block.shortcut)
     # Computing gradients in this layout is another matter, see brain.py.
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore
     network.tile = _TILE
     return network.requires_grad_(False)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -280,6 +281,13 @@ def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
         sys.exit(status)
 
 
+def install_command(extra: str) -> str:
+    """For pip: an installed package goes by its name, a clone by its folder."""
+    installed = any(distributions(name="speechbrain-ram"))
+    where = "speechbrain-ram" if installed else Path(__file__).parent.parent
+    return f'pip install "{where}[{extra}]"'
+
+
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
     """Imports of packages that one of our extras brings.
@@ -290,8 +298,7 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ImportError(
-            f"{what} needs more ({error}): "
-            f'pip install "speechbrain-ram[{extra}]"',
+            f"{what} needs more ({error}): {install_command(extra)}",
             name=error.name,
         ) from error
 

@@ -26,6 +26,7 @@ from speechbrain_ram.training.schedules import MarginRise
 from speechbrain_ram.verification.scores import read_scores
 
 sys.path.insert(0, str(REPOSITORY / "recipes"))
+import plot_training
 import sweep
 
 VOICES = miniature.voices(8, 6)
@@ -575,3 +576,26 @@ def test_commands_of_the_pages_are_understood(line, monkeypatch, capsys):
         file, _, overrides = sb.parse_arguments(words[2:])
         with open(file, encoding="utf-8") as stream:
             resolve_references(stream, overrides, overrides_must_match=True)
+
+
+def test_a_learning_curve_has_its_floor_and_readable_ticks(tmp_path):
+    """Equation 12, 20 classes: the loss never goes below ln 20 = 3.00."""
+    log = tmp_path / "train_log.txt"
+    log.write_text(
+        "".join(
+            f"epoch: {i}, lr: 1.00e-02 - train loss: {9 - i}, "
+            f"train above_floor: {6.004 - i} - valid loss: {9.5 - i}, "
+            f"valid error: {60 - 9 * i}, valid EER: {30 - 5 * i}\n"
+            for i in (1, 2, 3, 4)
+        )
+    )
+    plot_training.plot(plot_training.read_log(log), tmp_path / "curve.png")
+    figure = plot_training.plt.gcf()
+    above, below = figure.axes
+    texts = [text.get_text() for text in above.get_legend().get_texts()]
+    assert "least possible loss, 3.00" in texts
+    low, high = below.get_ylim()
+    ticks = [y for y in below.get_yticks() if low <= y <= high]
+    assert {10.0, 20.0, 50.0} <= set(ticks)
+    plot_training.plt.close(figure)
+    assert (tmp_path / "curve.png").stat().st_size > 1000

@@ -1,7 +1,9 @@
 """What all parts use: whole files, numbers in text, threads, processes."""
 
 import os
+import shlex
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from speechbrain_ram.utils import (
     first_ten,
     gathered,
     in_threads,
+    install_command,
     json_text,
     leave_group,
     n_processes,
@@ -112,6 +115,15 @@ def test_what_is_missing_is_named_with_its_extra():
         needs_extra("A plot", "report"),
     ):
         raise ImportError("No module named 'matplotlib'")
+
+
+def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(
+        "speechbrain_ram.utils.distributions", lambda name: iter(())
+    )
+    words = shlex.split(install_command("m4a"))
+    assert words[:2] == ["pip", "install"] and words[2].endswith("[m4a]")
+    assert (Path(words[2].removesuffix("[m4a]")) / "setup.py").is_file()
 
 
 def test_threads():

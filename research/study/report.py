@@ -24,6 +24,9 @@ from speechbrain_ram.utils import atomic_path
 # Told apart without colour.
 MARKERS = "os^vDP*X"
 DASHES = ("-", "--", "-.", ":")
+# Of Okabe and Ito, apart for all kinds of colour vision.
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+COLOURS += ("#56b4e9", "#7f7f7f")
 
 
 def curve(grid: Grid, records: Mapping[Run, Mapping], system: str):
@@ -52,7 +55,7 @@ def draw_curve(axes, x, values, number: int, label: str) -> None:
         mean,
         [low, high],
         label=label,
-        color=str(0.15 * (number % 4)),
+        color=COLOURS[number % 8],
         ls=DASHES[number % 4],
         marker=MARKERS[number % 8],
         ms=5,
@@ -66,7 +69,7 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     figure, panels = plt.subplots(
         1, 2, figsize=(8.5, 4.2), sharey=True, layout="constrained"
     )
-    for system, settings in grid.systems.items():
+    for number, (system, settings) in enumerate(grid.systems.items()):
         x, values = curve(grid, records, system)
         if settings["objective"] == "softmax":
             level = values[0].mean()
@@ -74,9 +77,8 @@ def margins_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
                 axes.axhline(level, color="0.5", ls=":", label=system)
             continue
         axes = panels[int("aam" in settings["objective"])]
-        number = len(axes.containers)  # drawn before
         # Bars at the same margin stand side by side.
-        beside = x + 0.008 * (number - 1.5)
+        beside = x + 0.008 * (len(axes.containers) - 1.5)
         draw_curve(axes, beside, values, number, system)
     for axes, unit in zip(panels, ("cosine", "radians"), strict=True):
         axes.set_yscale("log")

@@ -16,6 +16,7 @@ from itertools import chain
 import numpy as np
 
 from speechbrain_ram.data.lengths import AudioError, AudioInfo
+from speechbrain_ram.utils import install_command
 
 #: Their usual file name endings; the reader goes by the first bytes.
 VIDEO_EXTENSIONS = (
@@ -143,7 +144,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     except ImportError as error:
         raise AudioError(
             f"'{path}' is a video, or sound in a container like one. Reading "
-            'it needs PyAV: pip install "speechbrain-ram[m4a]"'
+            f"it needs PyAV: {install_command('m4a')}"
         ) from error
     try:
         # A title that is not UTF-8 does not matter here.

@@ -302,7 +302,9 @@ def evaluate(
         Whether the scores are calibrated, that is natural logarithms of
         likelihood ratios: adds Cllr and the actual DCF.
 
-    Returns ------- Metrics
+    Returns
+    -------
+    Metrics
 
     Raises
     ------

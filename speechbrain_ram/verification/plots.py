@@ -176,7 +176,12 @@ def _draw_curve(axes, i: int, name: str, curve: ErrorCurve) -> None:
     few[:-1] |= few[1:]
     few[1:] |= ~enough[:-1]
     axes.plot(
-        np.where(few, x, np.nan), y, color=colour, alpha=0.4, linewidth=0.7
+        np.where(few, x, np.nan),
+        y,
+        linestyle=style,
+        color=colour,
+        alpha=0.4,
+        linewidth=0.7,
     )
     axes.plot(
         np.where(enough, x, np.nan),

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import re
 import shutil
 import socket
 import threading
@@ -25,7 +26,8 @@ pytest.importorskip("multipart")
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "encoder"
-    facts = {"corpus": "voices <script>alert(1)</script>"}
+    corpus = "voices <script>alert(1)</script>"
+    facts = {"corpus": corpus, "speakers": 125}
     return SpeakerEncoder.from_folder(export_small(folder, facts=facts))
 
 
@@ -342,7 +344,13 @@ def test_the_page_in_a_browser(address, browser, tmp_path):
     wait_for(lambda: text("verdict"))
     assert text("verdict") in ("The same speaker", "Different speakers")
     assert "threshold" in text("details")
-    assert "score" in browser.find_element("id", "plot").text
+    threshold = re.search(r"threshold (\d\.\d{3})", text("details"))[0]
+    plot = browser.find_element("id", "plot").text
+    assert "score" in plot and threshold in plot and "2 %" in plot, plot
+    assert "trained on 125 speakers. That is few" in text("doubt")
+    ask = "return doubt({corpus: arguments[0], speakers: arguments[1]})"
+    assert "synthetic" in browser.execute_script(ask, "synthetic voices", 9999)
+    assert browser.execute_script(ask, "VoxCeleb2", 5994) == ""
     drawn = (
         "const c = document.getElementById('wave-a');"
         "return c.getContext('2d').getImageData(0, 0, c.width, c.height)"
@@ -372,6 +380,12 @@ def test_the_page_in_a_browser(address, browser, tmp_path):
     compare.click()
     wait_for(lambda: "'notes.txt' cannot be read" in text("error"))
     assert not text("verdict")
+    player = browser.find_element("css selector", "#side-b audio")
+    wait_for(lambda: not player.is_displayed())
+    good = str(tmp_path / "a.wav")
+    browser.find_element("id", "file-b").send_keys(good)
+    wait_for(player.is_displayed)
+    assert not text("error")
     severe = [
         entry["message"]
         for entry in browser.get_log("browser")

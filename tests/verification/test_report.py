@@ -271,6 +271,19 @@ def test_names_stand_in_the_legend_as_they_are(drawn, name):
     assert len(texts) == 3  # the system, two minDCF
 
 
+def test_a_dashed_curve_is_dashed_where_it_is_pale(drawn):
+    trials, scores = scored_list()
+    det_plot("det", dict.fromkeys("ab", (scores, trials.labels)))
+    curves = [
+        line
+        for line in drawn[0].axes[0].get_lines()
+        if len(line.get_xdata()) > 10
+    ]
+    pale = [line.get_linestyle() for line in curves if line.get_alpha()]
+    full = [line.get_linestyle() for line in curves if not line.get_alpha()]
+    assert pale == full and len(set(pale)) == 2
+
+
 def test_curves_are_thinned_but_not_moved(drawn):
     """Points are left out where nobody can see it."""
     rng = np.random.default_rng(0)
