@@ -27,12 +27,14 @@ FBANK_N_FFT = 512
 #: Kaldi never takes the logarithm of less than float32's machine epsilon.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
 
-_float64 = {"periodic": False, "dtype": torch.float64}
-
 #: Windows by name, each from a number of samples.
 WINDOWS = {
-    "povey": lambda size: torch.hann_window(size, **_float64).pow(0.85),
-    "hamming": lambda size: torch.hamming_window(size, **_float64),
+    "povey": lambda size: torch.hann_window(
+        size, periodic=False, dtype=torch.float64
+    ).pow(0.85),
+    "hamming": lambda size: torch.hamming_window(
+        size, periodic=False, dtype=torch.float64
+    ),
 }
 
 

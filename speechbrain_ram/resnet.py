@@ -144,7 +144,7 @@ class ResNet34(nn.Module):
             bands = (bands + stride - 1) // stride
         self.pooling = StatisticsPooling(deviation=deviation)
         self.linear = nn.Linear(2 * before * bands, embedding_dim)
-        self.norm_emb = nn.Identity()
+        self.norm_emb: nn.Module = nn.Identity()
         if norm_embedding:
             self.norm_emb = nn.BatchNorm1d(embedding_dim)
 
