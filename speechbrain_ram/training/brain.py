@@ -17,6 +17,7 @@ from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
 from speechbrain_ram.training.distributed import unwrapped
 from speechbrain_ram.training.fused import FusedMarginClassifier
+from speechbrain_ram.training.layout import precision_warning, set_layout
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
 from speechbrain_ram.utils import first_ten, gathered, one_line
@@ -117,8 +118,8 @@ class SpeakerBrain(RobustBrain):
                 "whose margin the schedule changes. Give both the same "
                 "!ref <loss_fn> in the YAML, or use --fused_loss False."
             )
-        if getattr(self.hparams, "channels_last", False):
-            self._use_channels_last()
+        wanted = getattr(self.hparams, "channels_last", False)
+        set_layout(self.modules[ENCODER], self.device_type, wanted)
         self.loggers = [self.hparams.train_logger]
         if getattr(self.hparams, "tensorboard", False) and if_main_process():
             self.loggers.append(
@@ -126,16 +127,6 @@ class SpeakerBrain(RobustBrain):
                     f"{self.hparams.output_folder}/tensorboard"
                 )
             )
-
-    def _use_channels_last(self):
-        encoder = self.modules[ENCODER]
-        if self.device_type == "cpu" and encoder.channels[0] < 16:
-            raise ValueError(
-                f"channels_last with {encoder.channels[0]} channels in the "
-                "first stage crashes torch's CPU backward pass. Use 16 or "
-                "more, or --channels_last False."
-            )
-        encoder.to(memory_format=torch.channels_last)
 
     def _compile(self):
         """With --compile or --jit, the encoder alone, unless keys are named.
@@ -241,7 +232,10 @@ class SpeakerBrain(RobustBrain):
         )
         for note in notes:
             logger.info(note)
-        for warning in warnings:
+        slow = precision_warning(
+            self.device_type, self.precision, self.modules[ENCODER].channels[0]
+        )
+        for warning in [*warnings, *filter(None, [slow])]:
             logger.warning(warning)
         try:
             super().on_fit_start()

@@ -149,8 +149,8 @@ RULES = {
 }
 
 _NULLABLE = """
-average_checkpoints fused_loss join_below lists_folder max_hours musan
-pretrained rirs sitw sitw_overlap trials trials_root
+average_checkpoints channels_last fused_loss join_below lists_folder max_hours
+musan pretrained rirs sitw sitw_overlap trials trials_root
 """
 
 #: Those that may be null.

@@ -188,6 +188,8 @@ class RobustBrain(SkippingBrain):
             kw["timeout"] = _LOADER_TIMEOUT
             kw["persistent_workers"] = True
         kw["pin_memory"] = self.device_type == "cuda"
+        # Of its own: workers that live on draw once, new ones each epoch.
+        kw["generator"] = torch.Generator()
         return super().make_dataloader(
             SkipUnreadable(dataset), stage, ckpt_prefix, collate_fn=Batch, **kw
         )

@@ -147,7 +147,7 @@ def test_a_bad_step_leaves_nothing_on_the_device(
         if self.step == 3:
             bad.add(what)
         if "features" in bad:
-            batch.data.sig.data[0] = float("nan")
+            batch.data.to("cpu").sig.data[0] = float("nan")
         loss = fit(self, batch)
         optimizer = self.optimizer.state_dict()["state"]
         states.append(

@@ -330,7 +330,12 @@ def test_unknown_settings(tiny_corpus, tmp_path):
 
 def test_channels_that_crash_torch_are_refused(tiny_corpus, tmp_path):
     with pytest.raises(ValueError, match="crashes torch's CPU backward"):
-        run_recipe(tiny_corpus, tmp_path / "run", channels=[8, 16, 16, 16])
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            channels=[8, 16, 16, 16],
+            channels_last=True,
+        )
 
 
 def linear_encoder(self, feats, lengths=None):

@@ -1,0 +1,69 @@
+"""Which memory layout and which type of number training pays for."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+# From so many channels in the first stage on, a CPU is faster in the default
+# layout (docs/speed.md); below 16, torch's CPU backward pass crashes in the
+# other one.
+_WIDE, _NARROWEST = 32, 16
+
+
+def set_layout(
+    encoder: torch.nn.Module, device_type: str, channels_last: bool | None
+) -> bool:
+    """Give an encoder a memory layout, and say whether it is channels_last.
+
+    None chooses: channels_last on a GPU, and on a CPU for a first stage of 16
+    to 31 channels. A function of width and device alone, because the layout
+    changes the last bits of a run.
+    """
+    width = encoder.channels[0]
+    on_cpu = device_type == "cpu"
+    if channels_last is None:
+        channels_last = not on_cpu or _NARROWEST <= width < _WIDE
+    if channels_last and on_cpu and width < _NARROWEST:
+        raise ValueError(
+            f"channels_last with {width} channels in the first stage crashes "
+            f"torch's CPU backward pass. Use {_NARROWEST} or more, or "
+            "--channels_last False."
+        )
+    if channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    return channels_last
+
+
+def precision_warning(
+    device_type: str, precision: str, width: int
+) -> str | None:
+    """What a CPU would gain from float32, measured for a fifth of a second.
+
+    Flags do not tell: with avx512_bf16 and without AMX, bfloat16 was slower.
+    """
+    if device_type != "cpu" or precision not in ("bf16", "fp16"):
+        return None
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    ratio = _seconds_of(half, width) / _seconds_of(torch.float32, width)
+    if ratio < 1:
+        return None
+    return (
+        f"A convolution with --precision {precision} takes {ratio:.1f} times "
+        "as long as in float32 on this CPU. --precision fp32 is faster here."
+    )
+
+
+def _seconds_of(dtype: torch.dtype, width: int, rounds: int = 5) -> float:
+    """Median time of a convolution of the first stage, both ways."""
+    layer = torch.nn.Conv2d(width, width, 3, padding=1, dtype=dtype)
+    shape = 2, width, 100, 80
+    images = torch.ones(shape, dtype=dtype, requires_grad=True)
+    seconds = []
+    for _ in range(rounds + 1):  # the first one warms up
+        began = time.perf_counter()
+        layer(images).sum().backward()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,48 @@
+"""The memory layout that is chosen, and a type of number that does not pay."""
+
+import pytest
+import torch
+
+from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.training import layout
+from speechbrain_ram.training.layout import precision_warning, set_layout
+
+
+@pytest.mark.parametrize(
+    "width, device_type, wanted, chosen",
+    [
+        (8, "cpu", None, False),
+        (16, "cpu", None, True),
+        (32, "cpu", None, False),
+        (32, "cpu", True, True),
+        (16, "cpu", False, False),
+        (8, "cuda", None, True),
+        (32, "cuda", None, True),
+        (32, "cuda", False, False),
+    ],
+)
+def test_layouts(width, device_type, wanted, chosen):
+    encoder = ResNet34(channels=(width, 16, 16, 16))
+    assert set_layout(encoder, device_type, wanted) == chosen
+    weight = encoder.stages[0][0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == chosen
+
+
+def test_the_layout_that_crashes_torch():
+    with pytest.raises(ValueError, match="8 channels.*--channels_last False"):
+        set_layout(ResNet34(channels=(8, 16, 16, 16)), "cpu", True)
+
+
+def test_slow_precision_is_said(monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.7, torch.float16: 0.5}
+    monkeypatch.setattr(layout, "_seconds_of", lambda kind, _: seconds[kind])
+    warning = precision_warning("cpu", "bf16", 16)
+    assert "--precision bf16 takes 1.7 times as long" in warning
+    assert precision_warning("cpu", "fp16", 16) is None  # it pays
+    assert precision_warning("cpu", "fp32", 16) is None
+    assert precision_warning("cuda", "bf16", 16) is None
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_precision_can_be_measured(kind):
+    assert layout._seconds_of(kind, 8, rounds=1) > 0
