@@ -6,8 +6,9 @@
 The step is front-end, ResNet34, classifier of 5,994 speakers, loss, backward,
 Adam, on crops of 2 s. Stock: SpeechBrain's Fbank, default memory layout,
 Classifier, one-hot LogSoftmaxWrapper. The other rows say what they change. The
-recipes train with channels_last, memory that is kept and the stock loss; what
-they reach end to end, ``bench_training.py`` measures. Each row is a process of
+recipes train with the faster layout, memory that is kept and, below 10,000
+speakers, the stock loss; what they reach end to end, ``bench_training.py``
+measures. Each row is a process of
 its own, because how memory is kept is a process's. On a CPU the rows run by
 turns, since other programs do too; on a GPU one after the other, since all of
 them do not fit into its memory. A second table says where the time of the first

@@ -49,6 +49,7 @@ from speechbrain_ram.data.manifest import read_manifest
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.training.faults import Batch, SkipUnreadable
+from speechbrain_ram.training.layout import set_layout
 from speechbrain_ram.utils import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,7 +273,7 @@ def train_bare(manifests, args, width, batch):
         encoder, head = wespeaker(args.wespeaker, width, len(labels))
     else:
         encoder = ResNet34(channels=WIDTHS[width])
-        encoder.to(memory_format=torch.channels_last)
+        set_layout(encoder, args.device, None)  # as the recipe does
         head = Head(Classifier(512, out_neurons=len(labels)))
     encoder.to(device).train()
     head.to(device)
