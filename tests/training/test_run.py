@@ -309,7 +309,12 @@ def test_your_corpus_names_its_folder_and_card(tiny_corpus, tmp_path):
 
 def test_a_first_command_that_failed_may_be_corrected(tiny_corpus, tmp_path):
     with pytest.raises(ValueError, match="crashes torch"):
-        run_recipe(tiny_corpus, tmp_path / "run", channels=[8, 16, 16, 16])
+        run_recipe(
+            tiny_corpus,
+            tmp_path / "run",
+            channels=[8, 16, 16, 16],
+            channels_last=True,
+        )
     run = run_recipe(tiny_corpus, tmp_path / "run", number_of_epochs=1)
     assert json.loads((run / RUN_FILE).read_text())["settings"]["channels"] == [
         *(16, 16, 16, 16)
