@@ -93,11 +93,19 @@ def fused_on_cuda(opt_class: Callable) -> Callable:
     def make(parameters):
         parameters = list(parameters)
         try:
-            return opt_class(parameters, fused=True)
+            optimizer = opt_class(parameters, fused=True)
         except (TypeError, RuntimeError):  # it has no such kind, or not here
             return opt_class(parameters)
+        optimizer.register_load_state_dict_pre_hook(_as_fused)
+        return optimizer
 
     return make
+
+
+def _as_fused(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """A checkpoint of the other kind, such as one from a CPU."""
+    groups = [{**group, "fused": True} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def skips_on_the_device(optimizer: torch.optim.Optimizer | None) -> bool:

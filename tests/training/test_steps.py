@@ -1,5 +1,6 @@
 """A step asks the device for nothing, and a bad one leaves nothing there."""
 
+import copy
 import functools
 import re
 from collections import Counter
@@ -201,3 +202,28 @@ def test_optimisers_that_cannot_skip_are_used_as_they_are():
         assert optimizer.param_groups[0]["params"] == weights
     assert not skips_on_the_device(torch.optim.SGD(weights))
     assert not skips_on_the_device(None)
+
+
+@pytest.mark.parametrize("opt_class", [torch.optim.SGD, torch.optim.Adam])
+def test_a_checkpoint_from_a_cpu_goes_on_where_steps_can_be_skipped(opt_class):
+    make = functools.partial(opt_class, lr=0.1)
+    if opt_class is torch.optim.SGD:
+        make = functools.partial(make, momentum=0.9)
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    plain, fused = make(weights[:1]), fused_on_cuda(make)(weights[1:])
+
+    def step(optimizer, weight, value):
+        weight.grad = torch.full((3,), value)
+        optimizer.step()
+
+    step(plain, weights[0], 1.0)
+    weights[1].data.copy_(weights[0])
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert fused.param_groups[0]["fused"]
+    fused.found_inf = torch.tensor(1.0)
+    step(fused, weights[1], 2.0)
+    assert torch.equal(weights[1], weights[0])
+    fused.found_inf = torch.tensor(0.0)
+    for optimizer, weight in zip((plain, fused), weights, strict=True):
+        step(optimizer, weight, 2.0)
+    assert torch.allclose(weights[0], weights[1], rtol=1e-6)
