@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -114,13 +115,17 @@ def write_corpus(folder: Path, size: int) -> None:
         return
     source = Path(os.environ["SPEECHOCEAN762"]) / "train"
     left = size * 10 // 9  # the recipe holds a tenth out
-    for speaker in sorted(source.glob("*")):
-        for path in sorted(speaker.glob("*.ogg")):
-            if left and soundfile.info(str(path)).frames > CROP + RATE // 10:
-                target = folder / speaker.name / f"{path.stem}.wav"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(target, read_audio(path).numpy(), RATE)
-                left -= 1
+    pairs = [
+        (n // 2, path)  # two of each speaker, then two more
+        for speaker in source.iterdir()
+        for n, path in enumerate(sorted(speaker.glob("*.ogg")))
+    ]
+    for _, path in sorted(pairs):
+        if left and soundfile.info(str(path)).frames > CROP + RATE // 10:
+            target = folder / path.parent.name / f"{path.stem}.wav"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(target, read_audio(path).numpy(), RATE)
+            left -= 1
 
 
 def measure(row, corpus, width, batch, precision, args) -> list[float]:
@@ -340,7 +345,10 @@ class TheirHead(torch.nn.Module):
 
 def wespeaker(checkout, width, n_speakers):
     """WeSpeaker's ResNet34 of this width, and AM-Softmax."""
-    sys.path.insert(0, checkout)
+    # Its __init__ imports what only its command line needs.
+    package = types.ModuleType("wespeaker")
+    package.__path__ = [f"{checkout}/wespeaker"]
+    sys.modules["wespeaker"] = package
     from wespeaker.models import projections, resnet
 
     encoder = resnet.ResNet(
