@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from speechbrain.nnet.losses import (
@@ -127,7 +128,7 @@ class RealMargin(torch.nn.Module):
                 "margin. Does RealMargin stand around LogSoftmaxWrapper, "
                 "instead of inside it?"
             )
-        self.loss_fn = loss_fn
+        self.loss_fn: Any = loss_fn  # may have a margin, or not
         self.form = form
 
     @property
