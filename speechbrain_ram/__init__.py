@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RealAdditiveAngularMargin as RealAdditiveAngularMargin,
     )
     from speechbrain_ram.losses import RealAdditiveMargin as RealAdditiveMargin
+    from speechbrain_ram.losses import RealMargin as RealMargin
     from speechbrain_ram.resnet import ResNet34 as ResNet34
     from speechbrain_ram.training.brain import SpeakerBrain as SpeakerBrain
 
@@ -29,6 +30,7 @@ except PackageNotFoundError:  # a clone that was put on the path, not installed
 _HOMES = {
     "RealAdditiveMargin": "losses",
     "RealAdditiveAngularMargin": "losses",
+    "RealMargin": "losses",
     "ResNet34": "resnet",
     "SpeakerBrain": "training.brain",
     "SpeakerEncoder": "inference",

@@ -29,9 +29,15 @@ here maps cosines and one-hot targets to logits, which is what SpeechBrain's
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
+from speechbrain.nnet.losses import (
+    AdditiveAngularMargin,
+    AngularMargin,
+    LogSoftmaxWrapper,
+)
 
 #: The three ways to write a real margin, the paper's first.
 FORMS = ("paper", "released", "hinge")
@@ -70,7 +76,127 @@ def real_margin_logits(
     return torch.where(one_hot > 0, logits, target + weight)
 
 
-class RealAdditiveMargin(torch.nn.Module):
+class RealMargin(torch.nn.Module):
+    """The real margin of any margin loss: its max(0, .).
+
+    Takes the logits of `loss_fn` as s c_j and a, and returns logits whose
+    softmax cross-entropy is the loss of the named form. The paper's conclusion
+    proposes this for AAM-Softmax and others. Computed in float32 under
+    autocast (bfloat16 logits near 30 are 0.125 apart); float64 reaches
+    `loss_fn` as it is.
+
+    Arguments
+    ---------
+    loss_fn : callable
+        Maps cosines [N, C] and one-hot targets [N, C] to logits [N, C], as
+        SpeechBrain's ``AngularMargin`` and ``AdditiveAngularMargin`` do. Its
+        `margin` and `scale`, where it has them, are attributes of this too.
+    form : str
+        'paper' (equation 12), 'released' (the authors' toolkit) or 'hinge'
+        (exactly 0 when separated).
+
+    Raises
+    ------
+    TypeError
+        A loss_fn that cannot be called, that returns a loss (a
+        ``LogSoftmaxWrapper``), or that has a real margin already.
+    ValueError
+        An unknown form, or, in ``forward``, tensors of unequal or wrong shape.
+
+    Example
+    -------
+    >>> loss_fn = RealMargin(AdditiveAngularMargin(margin=0.2, scale=30))
+    >>> cosines = torch.tensor([[0.5, 0.1]])
+    >>> loss_fn(cosines, torch.tensor([[1.0, 0.0]]))
+    tensor([[9.5394, 9.5394]])
+    >>> loss_fn.scale
+    30
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        form: str = "paper",
+    ):
+        super().__init__()
+        check_form(form)
+        wrapped = isinstance(loss_fn, (LogSoftmaxWrapper, RealMargin))
+        if wrapped or not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn is {type(loss_fn).__name__}, allowed is what maps "
+                "cosines and one_hot [N, C] to logits [N, C] without a real "
+                "margin. Does RealMargin stand around LogSoftmaxWrapper, "
+                "instead of inside it?"
+            )
+        self.loss_fn: Any = loss_fn  # may have a margin, or not
+        self.form = form
+
+    @property
+    def margin(self) -> float:
+        """That of `loss_fn`."""
+        return self.loss_fn.margin
+
+    @margin.setter
+    def margin(self, value: float):
+        self.loss_fn.margin = value
+
+    @property
+    def scale(self) -> float:
+        """That of `loss_fn`."""
+        return self.loss_fn.scale
+
+    @scale.setter
+    def scale(self, value: float):
+        self.loss_fn.scale = value
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(model)``."""
+        return f"form={self.form!r}"
+
+    def forward(
+        self, cosines: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits whose cross-entropy is the real-margin loss.
+
+        Arguments
+        ---------
+        cosines : torch.Tensor
+            Shape [N, C], in [-1, 1] (not checked: that would wait for the
+            device in every step).
+        one_hot : torch.Tensor
+            Shape [N, C], 1 at the target and 0 elsewhere.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape [N, C], float32 or wider.
+        """
+        if cosines.ndim != 2 or cosines.shape != one_hot.shape:
+            raise ValueError(
+                "cosines and one_hot must both have shape [N, C], got "
+                f"{tuple(cosines.shape)} and {tuple(one_hot.shape)}. Is a "
+                "singleton time axis left to squeeze?"
+            )
+        with torch.autocast(cosines.device.type, enabled=False):
+            if cosines.dtype != torch.float64:
+                cosines = cosines.float()
+            logits = self.loss_fn(cosines, one_hot.to(cosines.dtype))
+            if logits.shape != cosines.shape:
+                raise ValueError(
+                    f"loss_fn returned shape {tuple(logits.shape)}, logits of "
+                    f"shape {tuple(cosines.shape)}, [N, C], are needed. Does "
+                    "it return a loss?"
+                )
+            return self.beyond_margin(logits, one_hot.to(logits.dtype))
+
+    def beyond_margin(
+        self, logits: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """What `form` makes of logits with a trivial margin, all [N, C]."""
+        return real_margin_logits(logits, one_hot, self.form)
+
+
+class RealAdditiveMargin(RealMargin):
     """RAM-Softmax: the additive cosine margin, with its max(0, .).
 
     With a = s (c_y - m) and z_j = s c_j - a, the loss of one sample is
@@ -110,6 +236,7 @@ class RealAdditiveMargin(torch.nn.Module):
     """
 
     _largest_margin = 2.0  # cosines lie in [-1, 1]
+    _trivial = AngularMargin
 
     @property
     def largest_lead(self) -> float:
@@ -117,59 +244,33 @@ class RealAdditiveMargin(torch.nn.Module):
         return self.margin
 
     def __init__(self, margin: float, scale: float, form: str = "paper"):
-        super().__init__()
         check_margin(margin, scale, self._largest_margin)
-        check_form(form)
-        self.margin = float(margin)
-        self.scale = float(scale)
-        self.form = form
+        super().__init__(self._trivial(float(margin), float(scale)), form)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         return f"margin={self.margin}, scale={self.scale}, form={self.form!r}"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class WideAngularMargin(AngularMargin):
+    """SpeechBrain's AdditiveAngularMargin; float64 stays float64."""
+
     def forward(
-        self, cosines: torch.Tensor, one_hot: torch.Tensor
+        self, outputs: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Logits whose cross-entropy is the real-margin loss.
-
-        Arguments
-        ---------
-        cosines : torch.Tensor
-            Shape [N, C], in [-1, 1] (not checked: that would wait for the
-            device in every step).
-        one_hot : torch.Tensor
-            Shape [N, C], 1 at the target and 0 elsewhere.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [N, C], float32 or wider.
-        """
-        if cosines.ndim != 2 or cosines.shape != one_hot.shape:
-            raise ValueError(
-                "cosines and one_hot must both have shape [N, C], got "
-                f"{tuple(cosines.shape)} and {tuple(one_hot.shape)}. Is a "
-                "singleton time axis left to squeeze?"
-            )
-        with torch.autocast(cosines.device.type, enabled=False):
-            if cosines.dtype != torch.float64:
-                cosines = cosines.float()
-            one_hot = one_hot.to(cosines.dtype)
-            logits = self.margin_logits(cosines, one_hot)
-            return self.beyond_margin(logits, one_hot)
-
-    def beyond_margin(
-        self, logits: torch.Tensor, one_hot: torch.Tensor
-    ) -> torch.Tensor:
-        """What `form` makes of logits with a trivial margin, all [N, C]."""
-        return real_margin_logits(logits, one_hot, self.form)
-
-    def margin_logits(
-        self, cosines: torch.Tensor, one_hot: torch.Tensor
-    ) -> torch.Tensor:
-        """The trivial margin: s c_j, and s (c_y - m) at the target."""
-        return self.scale * (cosines - self.margin * one_hot)
+        """The trivial margin: s c_j, and s cos(theta_y + m) at the target."""
+        # The clamp keeps the square root's derivative finite at |c| = 1.
+        cosines = outputs.clamp(-1 + 1e-7, 1 - 1e-7)
+        sines = (1.0 - cosines.pow(2)).sqrt()
+        turned = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
+        beyond = cosines - math.sin(math.pi - self.margin) * self.margin
+        target = torch.where(
+            cosines > math.cos(math.pi - self.margin), turned, beyond
+        )
+        return self.scale * (targets * target + (1.0 - targets) * cosines)
 
 
 class RealAdditiveAngularMargin(RealAdditiveMargin):
@@ -204,25 +305,12 @@ class RealAdditiveAngularMargin(RealAdditiveMargin):
     """
 
     _largest_margin = math.pi / 2
+    _trivial = WideAngularMargin
 
     @property
     def largest_lead(self) -> float:
         """2 sin(m / 2), near a right angle: cos(theta) - cos(theta + m)."""
         return 2 * math.sin(self.margin / 2)
-
-    def margin_logits(
-        self, cosines: torch.Tensor, one_hot: torch.Tensor
-    ) -> torch.Tensor:
-        """The trivial margin: s c_j, and s cos(theta_y + m) at the target."""
-        # The clamp keeps the square root's derivative finite at |c| = 1.
-        cosines = cosines.clamp(-1 + 1e-7, 1 - 1e-7)
-        sines = (1.0 - cosines.pow(2)).sqrt()
-        turned = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
-        beyond = cosines - math.sin(math.pi - self.margin) * self.margin
-        target = torch.where(
-            cosines > math.cos(math.pi - self.margin), turned, beyond
-        )
-        return self.scale * (one_hot * target + (1.0 - one_hot) * cosines)
 
 
 def make_objective(

@@ -18,6 +18,7 @@ from speechbrain_ram.losses import (
     equivalent_am_margin,
     make_objective,
     paper_margin_for,
+    real_margin_logits,
 )
 
 CLASSES = {"additive": RealAdditiveMargin, "angular": RealAdditiveAngularMargin}
@@ -242,6 +243,74 @@ def test_bfloat16_autocast_keeps_float32(kind, form):
     assert torch.isfinite(loss) and torch.isfinite(cosines.grad).all()
     plain = wrapped(loss_fn, cosines.detach().double(), targets)
     assert float(loss.detach()) == pytest.approx(float(plain), rel=1e-4)
+
+
+def one_formula(cosines, one_hot, margin, scale, form, kind):
+    """Both named losses in one expression, without a class or a module."""
+    with torch.autocast("cpu", enabled=False):
+        if cosines.dtype != torch.float64:
+            cosines = cosines.float()
+        one_hot = one_hot.to(cosines.dtype)
+        if kind == "additive":
+            logits = scale * (cosines - margin * one_hot)
+        else:
+            cosines = cosines.clamp(-1 + 1e-7, 1 - 1e-7)
+            sines = (1.0 - cosines.pow(2)).sqrt()
+            turned = cosines * math.cos(margin) - sines * math.sin(margin)
+            beyond = cosines - math.sin(math.pi - margin) * margin
+            target = torch.where(
+                cosines > math.cos(math.pi - margin), turned, beyond
+            )
+            logits = scale * (one_hot * target + (1.0 - one_hot) * cosines)
+        return real_margin_logits(logits, one_hot, form)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16]
+)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("margin", [0, 0.3, 1.2])
+def test_bits_are_those_of_one_formula(kind, form, dtype, autocast, margin):
+    cosines, targets = batch(40, 31, seed=2)
+    cosines[0], cosines[1] = 1.0, -1.0
+    cosines[2, targets[2]] = -0.99  # beyond the turn of an angular margin
+    one_hot = F.one_hot(targets, 31)
+    loss_fn = CLASSES[kind](margin, 30, form)
+    found = []
+    for function in (
+        loss_fn,
+        lambda x, y: one_formula(x, y, float(margin), 30.0, form, kind),
+    ):
+        x = cosines.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = function(x, one_hot)
+            loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        found.append((logits.detach(), x.grad))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found[0][0].dtype == wide
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_the_margin_of_a_named_loss_can_change(cls):
+    cosines, targets = batch(12, 9, seed=4)
+    one_hot = F.one_hot(targets, 9)
+    expected = cls(0.4, 20, "hinge")(cosines, one_hot)
+    by_value = cls(0.1, 20, "hinge")
+    before = by_value(cosines, one_hot)
+    by_value.margin = 0.4
+    by_schedule = cls(0.1, 30, "hinge")  # as the training Brain does it
+    by_schedule.__dict__.update(cls(0.4, 20, "hinge").__dict__)
+    for loss_fn in (by_value, by_schedule):
+        assert torch.equal(loss_fn(cosines, one_hot), expected)
+        assert not torch.equal(before, expected)
+        assert repr(loss_fn) == (
+            f"{cls.__name__}(margin=0.4, scale=20.0, form='hinge')"
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0, 1000.0])

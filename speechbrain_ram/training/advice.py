@@ -15,6 +15,7 @@ import torch
 from speechbrain_ram.data.names import part_of, session_of
 from speechbrain_ram.losses import (
     RealAdditiveAngularMargin,
+    RealAdditiveMargin,
     equivalent_am_margin,
     paper_margin_for,
 )
@@ -50,11 +51,13 @@ def advice(
 def margin_worth(loss_fn: torch.nn.Module, n_classes: int) -> float | None:
     """What the margin of form ``paper`` is worth to AM-Softmax, else None.
 
-    An angular margin counts as the greatest lead in cosine that it asks,
-    2 sin(m / 2), so its worth is an upper bound. See
+    None also where a RealMargin stands around another loss, whose margin may
+    mean anything. An angular margin counts as the greatest lead in cosine
+    that it asks, 2 sin(m / 2), so its worth is an upper bound. See
     :func:`speechbrain_ram.losses.equivalent_am_margin`.
     """
-    if getattr(loss_fn, "form", None) != "paper":
+    known = isinstance(loss_fn, RealAdditiveMargin)
+    if not known or loss_fn.form != "paper":
         return None
     return equivalent_am_margin(loss_fn.largest_lead, loss_fn.scale, n_classes)
 
@@ -108,9 +111,10 @@ def at_the_end(
     loss_fn: torch.nn.Module, schedule: object | None
 ) -> torch.nn.Module:
     """The objective with the margin that a :class:`MarginRise` ends at."""
-    if not isinstance(schedule, MarginRise) or not hasattr(loss_fn, "form"):
+    known = isinstance(loss_fn, RealAdditiveMargin)
+    if not known or not isinstance(schedule, MarginRise):
         return loss_fn
-    loss_fn = copy.copy(loss_fn)
+    loss_fn = copy.deepcopy(loss_fn)
     loss_fn.margin = float(schedule.final)
     return loss_fn
 

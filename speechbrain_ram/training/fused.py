@@ -31,10 +31,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
-from speechbrain.nnet.losses import AngularMargin
+from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
 from torch.autograd.function import once_differentiable
 
-from speechbrain_ram.losses import RealAdditiveMargin
+from speechbrain_ram.losses import (
+    RealAdditiveAngularMargin,
+    RealAdditiveMargin,
+    RealMargin,
+    WideAngularMargin,
+)
 from speechbrain_ram.training.chunks import (
     excess,
     fill_own,
@@ -57,6 +62,11 @@ _DENSE = 0.5
 
 # On a GPU, to gather is to wait for the number of classes to visit.
 _WORTH_A_WAIT = 100_000
+
+# Losses whose other logits are s c_j and whose a depends on c_y alone. A class
+# derived from one may compute something else, which nothing here would notice.
+_TRIVIAL = (AngularMargin, AdditiveAngularMargin, WideAngularMargin)
+_REAL = (RealMargin, RealAdditiveMargin, RealAdditiveAngularMargin)
 
 _NORM_FLOOR = 1e-12  # F.normalize's, so that a zero row means the same here
 
@@ -125,7 +135,8 @@ class FusedMarginClassifier(torch.nn.Module):
     loss_fn : torch.nn.Module
         What ``LogSoftmaxWrapper`` would take: SpeechBrain's
         ``AngularMargin``, ``AdditiveAngularMargin``, or this package's
-        ``RealAdditiveMargin``, ``RealAdditiveAngularMargin``.
+        ``RealAdditiveMargin``, ``RealAdditiveAngularMargin``, and
+        ``RealMargin`` around the first two; no class derived from these.
     chunk_size : int
         Classes at a time; by default, as many as make 8 MB of cosines.
 
@@ -387,20 +398,24 @@ def _target_logit(loss_fn, cosine):
 
 
 def _form(loss_fn):
-    return (
-        loss_fn.form if isinstance(loss_fn, RealAdditiveMargin) else "trivial"
-    )
+    return loss_fn.form if isinstance(loss_fn, RealMargin) else "trivial"
 
 
 def _is_known(loss_fn):
-    return isinstance(loss_fn, (AngularMargin, RealAdditiveMargin))
+    if type(loss_fn) in _REAL:
+        loss_fn = loss_fn.loss_fn
+    return type(loss_fn) in _TRIVIAL
 
 
 def _check_loss_fn(loss_fn):
     if not _is_known(loss_fn):
+        around = ""
+        if type(loss_fn) is RealMargin:
+            around = f" around {type(loss_fn.loss_fn).__name__}"
         raise TypeError(
-            f"loss_fn is {type(loss_fn).__name__}, allowed are SpeechBrain's "
-            "AngularMargin and AdditiveAngularMargin, RealAdditiveMargin and "
+            f"loss_fn is {type(loss_fn).__name__}{around}, allowed are "
+            "SpeechBrain's AngularMargin and AdditiveAngularMargin, RealMargin "
+            "around one of them, RealAdditiveMargin and "
             "RealAdditiveAngularMargin. Is it already wrapped in "
             "LogSoftmaxWrapper? A loss_fn of your own trains with "
             "--fused_loss False."

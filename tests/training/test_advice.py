@@ -7,8 +7,14 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_recipe
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.nnet.losses import AngularMargin
 
-from speechbrain_ram.losses import FORMS, RealAdditiveMargin, make_objective
+from speechbrain_ram.losses import (
+    FORMS,
+    RealAdditiveMargin,
+    RealMargin,
+    make_objective,
+)
 from speechbrain_ram.training import advice
 from speechbrain_ram.training.advice import (
     at_the_end,
@@ -130,6 +136,13 @@ def test_a_rising_margin_counts_as_what_it_becomes():
     later = at_the_end(now, MarginRise(0.5, 1, 2))
     assert (now.margin, later.margin) == (0.1, 0.5)
     assert at_the_end(now, None) is now
+
+
+def test_of_a_margin_around_any_loss_only_the_floor_is_known():
+    loss_fn = RealMargin(AngularMargin(0.2, 30))
+    assert at_the_end(loss_fn, MarginRise(0.5, 1, 2)) is loss_fn
+    assert margin_note(loss_fn, 7205).endswith("cannot go below 8.88.")
+    assert margin_warning(loss_fn, 7205) is None
 
 
 @pytest.mark.parametrize(

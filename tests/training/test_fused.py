@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
-from speechbrain.nnet.losses import LogSoftmaxWrapper
+from speechbrain.nnet.losses import AngularMargin, LogSoftmaxWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speechbrain_ram.losses import FORMS, OBJECTIVES, make_objective
+from speechbrain_ram.losses import (
+    FORMS,
+    OBJECTIVES,
+    RealMargin,
+    make_objective,
+)
 from speechbrain_ram.training import fused as fused_torch
 from speechbrain_ram.training.diagnostics import (
     effective_classes,
@@ -28,10 +33,19 @@ from speechbrain_ram.training.fused import (
     make_classifier,
 )
 
-CASES = [(name, "paper") for name in OBJECTIVES[:3]] + [
-    (name, form) for name in OBJECTIVES[3:] for form in FORMS
-]
+# SpeechBrain's AAM computes in float32 whatever comes in.
+IN_FLOAT32 = ("aam", "real aam")
+
+REAL = (*OBJECTIVES[3:], "real am", "real aam")
+CASES = [(name, "paper") for name in OBJECTIVES[:3]]
+CASES += [(name, form) for name in REAL for form in FORMS]
 each_objective = pytest.mark.parametrize("name, form", CASES)
+
+
+def objective(name, *args):
+    """As make_objective; "real am" is RealMargin around "am"."""
+    loss_fn = make_objective(name.removeprefix("real "), *args)
+    return RealMargin(loss_fn, args[-1]) if "real " in name else loss_fn
 
 
 def batch(n, n_classes, dim, dtype=torch.float32, near=0.0, seed=0):
@@ -87,15 +101,14 @@ def assert_close(ours, theirs, rtol):
 @each_objective
 @pytest.mark.parametrize("chunk", [1, 10, 37, None])
 def test_equals_the_formulas_in_float64(name, form, chunk):
-    loss_fn = make_objective(name, 0.2, 15.0, form)
+    loss_fn = objective(name, 0.2, 15.0, form)
     x, weight, labels = batch(9, 37, 8, torch.float64, near=0.4)
     labels[:4] = torch.tensor([0, 9, 10, 36])  # borders of chunks of 10
     ours = gradients(
         lambda x, w: fused_margin_loss(x, w, labels, loss_fn, chunk), x, weight
     )
     naive = gradients(lambda x, w: naive_loss(x, w, labels, loss_fn), x, weight)
-    # SpeechBrain's AAM computes in float32 whatever comes in.
-    assert_close(ours, naive, 2e-6 if name == "aam" else 1e-11)
+    assert_close(ours, naive, 2e-6 if name in IN_FLOAT32 else 1e-11)
 
 
 @each_objective
@@ -104,7 +117,7 @@ def test_equals_the_formulas_in_float64(name, form, chunk):
     [(1, 2, None), (1, 2, 1), (3, 2, 5), (5, 1000, 128), (70, 129, 64)],
 )
 def test_equals_speechbrains_path_in_float32(name, form, n, n_classes, chunk):
-    loss_fn = make_objective(name, 0.3, 30.0, form)
+    loss_fn = objective(name, 0.3, 30.0, form)
     x, weight, labels = batch(n, n_classes, 16, near=0.3)
     ours = FusedMarginClassifier(16, n_classes, loss_fn, chunk)
     theirs = Classifier(16, out_neurons=n_classes)
@@ -130,9 +143,9 @@ def test_equals_speechbrains_path_in_float32(name, form, n, n_classes, chunk):
 
 @each_objective
 def test_gradcheck(name, form):
-    if name == "aam":
+    if name in IN_FLOAT32:
         pytest.skip("SpeechBrain's AAM computes in float32; raam shares its a")
-    loss_fn = make_objective(name, 0.2, 5.0, form)
+    loss_fn = objective(name, 0.2, 5.0, form)
     x, weight, labels = batch(4, 7, 5, torch.float64, seed=3)
     inputs = x.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(
@@ -143,7 +156,7 @@ def test_gradcheck(name, form):
 @each_objective
 def test_large_scales_stay_finite_and_right(name, form):
     # z reaches 64 (2 + 0.3), and e^z would leave float32 at 88.
-    loss_fn = make_objective(name, 0.3, 64.0, form)
+    loss_fn = objective(name, 0.3, 64.0, form)
     x, weight, labels = batch(8, 30, 4)
     x[0] = -weight[labels[0]]  # opposite to its own class
     x[1] = weight[labels[1]] * 1e3  # on top of it
@@ -157,7 +170,7 @@ def test_large_scales_stay_finite_and_right(name, form):
         weight.double(),
     )
     # At |c| = 1 the angle's derivative is ill-conditioned: leave row 1 out.
-    angular = name in ("aam", "raam")
+    angular = name in ("raam", *IN_FLOAT32)
     parts = slice(0, 1) if angular else slice(0, 3)
     for a, b in list(zip(single, double, strict=True))[parts]:
         assert torch.allclose(a.double(), b, rtol=2e-5, atol=2e-5)
@@ -252,7 +265,7 @@ def test_no_large_matrix_beside_the_weight_gradient(name, form):
     x, weight, labels = batch(32, 20_000, 16)
     x.requires_grad_(), weight.requires_grad_()
     with LargestTensors() as made:
-        loss_fn = make_objective(name, 0.2, 30.0, form)
+        loss_fn = objective(name, 0.2, 30.0, form)
         fused_margin_loss(x, weight, labels, loss_fn, 500).backward()
     weight_bytes = weight.untyped_storage().nbytes()
     known = {weight.data_ptr(), x.data_ptr(), weight.grad.data_ptr()}
@@ -265,7 +278,7 @@ def test_no_large_matrix_beside_the_weight_gradient(name, form):
 @pytest.mark.parametrize("chunk", [1, 7, None])
 @pytest.mark.parametrize("near", [0.0, 0.6, 4.0])
 def test_margins_are_those_of_the_cosines(name, form, chunk, near):
-    loss_fn = make_objective(name, 0.3, 30.0, form)
+    loss_fn = objective(name, 0.3, 30.0, form)
     x, weight, labels = batch(9, 23, 16, near=near)
     classifier = FusedMarginClassifier(16, 23, loss_fn, chunk)
     classifier.weight.data.copy_(weight)
@@ -308,7 +321,7 @@ def test_a_device_is_not_waited_for(name, form, monkeypatch):
         torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()
     )
     with torch.device("meta"):
-        loss_fn = make_objective(name, 0.2, 30.0, form)
+        loss_fn = objective(name, 0.2, 30.0, form)
         classifier = FusedMarginClassifier(16, 300, loss_fn, 100)
         x = torch.randn(4, 16, requires_grad=True)
         labels = torch.zeros(4, dtype=torch.long)
@@ -369,10 +382,25 @@ def test_chosen_by_the_number_of_classes():
     assert type(make_classifier(8, many, loss_fn)) is FusedMarginClassifier
     assert type(make_classifier(8, many, loss_fn, False)) is Classifier
     assert type(make_classifier(8, 2, loss_fn, True)) is FusedMarginClassifier
-    own = torch.nn.Identity()  # a loss_fn that it does not know
-    assert type(make_classifier(8, many, own)) is Classifier
-    with pytest.raises(TypeError, match="Identity.*--fused_loss False"):
-        make_classifier(8, 2, own, True)
+
+
+class Own(AngularMargin):
+    """Of a known kind, but it may compute anything."""
+
+
+@pytest.mark.parametrize(
+    "loss_fn, name",
+    [
+        (torch.nn.Identity(), "Identity"),
+        (Own(), "Own"),
+        (RealMargin(Own()), "RealMargin around Own"),
+        (RealMargin(torch.nn.Identity()), "RealMargin around Identity"),
+    ],
+)
+def test_a_loss_that_may_compute_something_else_is_not_fused(loss_fn, name):
+    assert type(make_classifier(8, FUSED_FROM, loss_fn)) is Classifier
+    with pytest.raises(TypeError, match=f"is {name}, all.*--fused_loss Fal"):
+        make_classifier(8, 2, loss_fn, True)
 
 
 def test_yaml_drop_in():
