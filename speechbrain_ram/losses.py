@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 
 import torch
-from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
 
 #: The three ways to write a real margin, the paper's first.
 FORMS = ("paper", "released", "hinge")
@@ -263,6 +262,9 @@ def make_objective(
         return RealAdditiveMargin(margin, scale, form)
     if objective == "raam":
         return RealAdditiveAngularMargin(margin, scale, form)
+    # SpeechBrain takes a second to import, and no real margin needs it.
+    from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
+
     if objective == "softmax":
         check_margin(0.0, scale, 0.0)
         return AngularMargin(margin=0.0, scale=float(scale))
