@@ -8,8 +8,8 @@ INSTALLED = $(VENV)/.installed
 
 # Reinstalled when the dependencies change.
 $(INSTALLED): setup.py constraints.txt
-	@echo "Installing into $(VENV): 5.5 GiB, most of it PyTorch for GPUs (3 GiB"
-	@echo "less without: docs/install.md). pip says nothing for minutes."
+	@echo "Installing into $(VENV): 5.5 GiB, most of it PyTorch for GPUs"
+	@echo "(1.8 GiB without: docs/install.md). pip says nothing for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
