@@ -8,12 +8,16 @@ INSTALLED = $(VENV)/.installed
 
 # Reinstalled when the dependencies change.
 $(INSTALLED): setup.py constraints.txt
+	@echo "Installing into $(VENV): 5.5 GiB, most of it PyTorch for GPUs"
+	@echo "(1.8 GiB without: docs/install.md). pip says nothing for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Train RAM-ResNet34 on a synthetic corpus, verify, report, export.
 demo: $(INSTALLED)
+	@echo "Making voices and training 12 epochs on them, three minutes on two"
+	@echo "cores; the first bar appears when Python has loaded PyTorch."
 	$(BIN)/python train_speaker_embeddings.py hparams/ram_resnet34.yaml
 
 test: $(INSTALLED)
@@ -31,12 +35,14 @@ lint: $(INSTALLED)
 
 # The public names: what py.typed promises.
 types: $(INSTALLED)
+	@echo "Checking types; mypy says nothing until it is done."
 	$(BIN)/mypy
 
 # The pages as a site, build/site. A broken link is an error.
 PAGES = README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md SECURITY.md
 PAGES += docs hparams recipes research
 $(VENV)/.docs: $(INSTALLED)
+	@echo "Installing MkDocs into $(VENV); pip says nothing meanwhile."
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	touch $@
 

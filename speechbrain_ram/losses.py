@@ -33,11 +33,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from speechbrain.nnet.losses import (
-    AdditiveAngularMargin,
-    AngularMargin,
-    LogSoftmaxWrapper,
-)
 
 #: The three ways to write a real margin, the paper's first.
 FORMS = ("paper", "released", "hinge")
@@ -105,6 +100,7 @@ class RealMargin(torch.nn.Module):
 
     Example
     -------
+    >>> from speechbrain.nnet.losses import AdditiveAngularMargin
     >>> loss_fn = RealMargin(AdditiveAngularMargin(margin=0.2, scale=30))
     >>> cosines = torch.tensor([[0.5, 0.1]])
     >>> loss_fn(cosines, torch.tensor([[1.0, 0.0]]))
@@ -120,6 +116,9 @@ class RealMargin(torch.nn.Module):
     ):
         super().__init__()
         check_form(form)
+        # Here, as SpeechBrain takes a second or more to import.
+        from speechbrain.nnet.losses import LogSoftmaxWrapper
+
         wrapped = isinstance(loss_fn, (LogSoftmaxWrapper, RealMargin))
         if wrapped or not callable(loss_fn):
             raise TypeError(
@@ -156,20 +155,10 @@ class RealMargin(torch.nn.Module):
     def forward(
         self, cosines: torch.Tensor, one_hot: torch.Tensor
     ) -> torch.Tensor:
-        """Logits whose cross-entropy is the real-margin loss.
+        """Logits [N, C], whose cross-entropy is the real-margin loss.
 
-        Arguments
-        ---------
-        cosines : torch.Tensor
-            Shape [N, C], in [-1, 1] (not checked: that would wait for the
-            device in every step).
-        one_hot : torch.Tensor
-            Shape [N, C], 1 at the target and 0 elsewhere.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [N, C], float32 or wider.
+        From cosines in [-1, 1] (not checked: that would wait for the device in
+        every step) and one_hot, both [N, C]; float32 or wider.
         """
         if cosines.ndim != 2 or cosines.shape != one_hot.shape:
             raise ValueError(
@@ -236,7 +225,6 @@ class RealAdditiveMargin(RealMargin):
     """
 
     _largest_margin = 2.0  # cosines lie in [-1, 1]
-    _trivial = AngularMargin
 
     @property
     def largest_lead(self) -> float:
@@ -247,6 +235,12 @@ class RealAdditiveMargin(RealMargin):
         check_margin(margin, scale, self._largest_margin)
         super().__init__(self._trivial(float(margin), float(scale)), form)
 
+    @staticmethod
+    def _trivial(margin: float, scale: float) -> torch.nn.Module:
+        from speechbrain.nnet.losses import AngularMargin
+
+        return AngularMargin(margin, scale)
+
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         return f"margin={self.margin}, scale={self.scale}, form={self.form!r}"
@@ -255,8 +249,12 @@ class RealAdditiveMargin(RealMargin):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-class WideAngularMargin(AngularMargin):
+class WideAngularMargin(torch.nn.Module):
     """SpeechBrain's AdditiveAngularMargin; float64 stays float64."""
+
+    def __init__(self, margin: float, scale: float):
+        super().__init__()
+        self.margin, self.scale = margin, scale
 
     def forward(
         self, outputs: torch.Tensor, targets: torch.Tensor
@@ -351,6 +349,8 @@ def make_objective(
         return RealAdditiveMargin(margin, scale, form)
     if objective == "raam":
         return RealAdditiveAngularMargin(margin, scale, form)
+    from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
+
     if objective == "softmax":
         check_margin(0.0, scale, 0.0)
         return AngularMargin(margin=0.0, scale=float(scale))

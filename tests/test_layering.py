@@ -88,6 +88,24 @@ def test_the_public_names_are_cheap_to_import():
     assert "speechbrain_ram.inference" in said.stdout
 
 
+@pytest.mark.parametrize(
+    "module, heavy",
+    [
+        ("losses", "speechbrain, torchaudio, scipy, pandas, matplotlib"),
+        ("resnet", "speechbrain, torchaudio, scipy, pandas, matplotlib"),
+        ("verification.metrics", "torch, scipy, pandas, matplotlib"),
+    ],
+)
+def test_losses_and_metrics_import_only_what_they_are_made_of(module, heavy):
+    """The losses need PyTorch, the metrics NumPy, and nothing above them."""
+    code = f"import sys, speechbrain_ram.{module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert f"speechbrain_ram.{module}" in loaded
+    assert not set(heavy.split(", ")) & set(loaded)
+
+
 def test_what_is_imported_is_declared():
     """Nothing is used only because another package happens to need it."""
     setup = (PACKAGE.parent / "setup.py").read_text(encoding="utf-8")

@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import isotonic_regression
 
 #: Prior probabilities of a target that results are reported at.
 P_TARGETS = (0.01, 0.001, 0.05)
@@ -101,6 +100,9 @@ class ErrorCurve:
 
     def min_cllr(self) -> float:
         """Minimum Cllr in bits."""
+        # SciPy takes half a second to import, and only this number needs it.
+        from scipy.optimize import isotonic_regression
+
         # PAV on the corners alone is exact: the points left out lie on
         # straight pieces of the ROC, where its convex hull cannot bend.
         curve = self.corners()

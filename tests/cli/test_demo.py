@@ -351,6 +351,15 @@ def test_the_page_in_a_browser(address, browser, tmp_path):
     ask = "return doubt({corpus: arguments[0], speakers: arguments[1]})"
     assert "synthetic" in browser.execute_script(ask, "synthetic voices", 9999)
     assert browser.execute_script(ask, "VoxCeleb2", 5994) == ""
+    gap = (  # between the score's line and the threshold's label
+        "drawScores(arguments[0], .4);"
+        "const label = document.querySelector('#plot .key').getBBox();"
+        "const x = [...document.querySelectorAll('#plot line')].at(-1)"
+        ".x1.baseVal.value;"
+        "return Math.max(label.x - x, x - label.x - label.width)"
+    )
+    for score in (-0.5, 0.39, 0.41, 0.5, 0.6, 0.9):
+        assert browser.execute_script(gap, score) > 0, score
     drawn = (
         "const c = document.getElementById('wave-a');"
         "return c.getContext('2d').getImageData(0, 0, c.width, c.height)"
