@@ -23,8 +23,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-# Two to three hours; the real-speech part needs SPEECHOCEAN762.
 test-slow: $(INSTALLED)
+	@echo "Two to three hours; a dot a test, some of them take minutes. The"
+	@echo "tests on real speech need SPEECHOCEAN762."
 	$(BIN)/python -m pytest -m "slow or real"
 
 lint: $(INSTALLED)
