@@ -62,8 +62,10 @@ def parse_json(text: str | bytes, name: object) -> Any:
         value = json.loads(text, parse_constant=_no_number)
         if isinstance(text, bytes):
             text = text.decode("latin-1")
-        if _SURROGATE.search(text):  # half a character is not text
-            json.dumps(value, ensure_ascii=False).encode()
+        if _SURROGATE.search(text):
+            # Half a character is not text; a byte of a file's name may be.
+            names = json.dumps(value, ensure_ascii=False)
+            names.encode(errors="surrogateescape")
         return value
     except (ValueError, RecursionError, MemoryError) as error:
         raise PlainError(

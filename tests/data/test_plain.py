@@ -84,6 +84,8 @@ def test_a_character_of_two_halves():
     assert parse_json(r'"\ud83d\ude00"', "a.json") == "\U0001f600"
     assert parse_json(rb'{"\ud83d\ude00": 1}', "a.json") == {"\U0001f600": 1}
     assert parse_json(r'"\\ud83d"', "a.json") == r"\ud83d"
+    # A name with the byte FF, as Python reads it.
+    assert parse_json(r'"a\udcff.wav"', "a.json") == "a\udcff.wav"
     for half in (r'"\ud83d"', rb'{"a": ["\uDE00"]}', r'{"\udfff": 1}'):
         with pytest.raises(PlainError, match="surrogates not allowed"):
             parse_json(half, "a.json")
