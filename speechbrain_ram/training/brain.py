@@ -109,7 +109,7 @@ class SpeakerBrain(RobustBrain):
             loss_fn, "scale"
         ):
             self.diagnostics = MarginDiagnostics(loss_fn)
-        classifier = self.modules["classifier"]
+        classifier = dict(self.modules).get("classifier")  # not to embed only
         self.fused = isinstance(classifier, FusedMarginClassifier)
         self.n_classes = len(getattr(classifier, "weight", ()))
         if self.fused and classifier.loss_fn is not loss_fn:
@@ -232,9 +232,7 @@ class SpeakerBrain(RobustBrain):
         )
         for note in notes:
             logger.info(note)
-        slow = precision_warning(
-            self.device_type, self.precision, self.modules[ENCODER].channels[0]
-        )
+        slow = precision_warning(self.device_type, self.precision)
         for warning in [*warnings, *filter(None, [slow])]:
             logger.warning(warning)
         try:

@@ -22,7 +22,7 @@ def set_layout(
     to 31 channels. A function of width and device alone, because the layout
     changes the last bits of a run.
     """
-    width = encoder.channels[0]
+    width = getattr(encoder, "channels", [_WIDE])[0]  # or of another class
     on_cpu = device_type == "cpu"
     if channels_last is None:
         channels_last = not on_cpu or _NARROWEST <= width < _WIDE
@@ -37,9 +37,7 @@ def set_layout(
     return channels_last
 
 
-def precision_warning(
-    device_type: str, precision: str, width: int
-) -> str | None:
+def precision_warning(device_type: str, precision: str) -> str | None:
     """What a CPU would gain from float32, measured for a fifth of a second.
 
     Flags do not tell: with avx512_bf16 and without AMX, bfloat16 was slower.
@@ -47,7 +45,7 @@ def precision_warning(
     if device_type != "cpu" or precision not in ("bf16", "fp16"):
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ratio = _seconds_of(half, width) / _seconds_of(torch.float32, width)
+    ratio = _seconds_of(half) / _seconds_of(torch.float32)
     if ratio < 1:
         return None
     return (
@@ -56,11 +54,10 @@ def precision_warning(
     )
 
 
-def _seconds_of(dtype: torch.dtype, width: int, rounds: int = 5) -> float:
-    """Median time of a convolution of the first stage, both ways."""
-    layer = torch.nn.Conv2d(width, width, 3, padding=1, dtype=dtype)
-    shape = 2, width, 100, 80
-    images = torch.ones(shape, dtype=dtype, requires_grad=True)
+def _seconds_of(dtype: torch.dtype, rounds: int = 5) -> float:
+    """Median time of a convolution of ResNet34's first stage, both ways."""
+    layer = torch.nn.Conv2d(32, 32, 3, padding=1, dtype=dtype)
+    images = torch.ones((2, 32, 100, 80), dtype=dtype, requires_grad=True)
     seconds = []
     for _ in range(rounds + 1):  # the first one warms up
         began = time.perf_counter()
