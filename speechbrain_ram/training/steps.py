@@ -195,6 +195,14 @@ class SkippingBrain(sb.Brain):
                 self.n_scaled_down += 1
             elif outcome.stepped:
                 self._skip_step(outcome, loss)
+            else:  # the step that it is part of will be skipped
+                logger.warning(
+                    "batch %d has loss %s, so the step that accumulates it is "
+                    "skipped: %s",
+                    outcome.step,
+                    loss,
+                    ", ".join(outcome.ids),
+                )
 
     def _skip_step(self, outcome: Outcome, loss: float):
         """Count and name a bad step; stop if that is the rule now."""

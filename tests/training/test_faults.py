@@ -513,6 +513,34 @@ def test_accumulation_does_not_hide_bad_gradients(
         )
 
 
+def test_the_bad_part_of_an_accumulated_step_is_named(
+    tiny_corpus, tmp_path, monkeypatch, capsys
+):
+    """Its utterances, not those of the part that ends the step."""
+    spoil_steps(monkeypatch, {3: "nan"}, "loss")
+    seen, fit = [], SpeakerBrain.fit_batch
+
+    def fit_batch(self, batch):
+        seen.append(list(batch.data.id))
+        return fit(self, batch)
+
+    monkeypatch.setattr(SpeakerBrain, "fit_batch", fit_batch)
+    run = run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        *("--grad_accumulation_factor", "2"),
+        verify_untrained=False,
+        trials=None,
+        batch_size=4,
+        number_of_epochs=1,
+    )
+    said = "".join(capsys.readouterr()).splitlines()
+    (named,) = (line for line in said if "batch 3 has" in line)
+    assert "has loss nan" in named and named.endswith(", ".join(seen[2]))
+    log = (run / "train_log.txt").read_text()
+    assert "train skipped steps: 1" in log and "loss: nan" not in log
+
+
 # -- time --------------------------------------------------------------------
 
 
