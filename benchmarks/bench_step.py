@@ -204,7 +204,9 @@ class Step:
             wrapper = LogSoftmaxWrapper(loss_fn)
             self.loss = partial(self._stock, classifier, wrapper)
         self.optimizer = torch.optim.Adam(
-            [*self.encoder.parameters(), *classifier.parameters()], lr=1e-3
+            [*self.encoder.parameters(), *classifier.parameters()],
+            lr=1e-3,
+            fused=device == "cuda",  # as training has it there
         )
         self.context = nullcontext
         if bf16:

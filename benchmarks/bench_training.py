@@ -9,8 +9,8 @@ ours       the command of recipes/YourCorpus: files, loader, checks,
 plain      the same network in a plain SpeechBrain Brain, with the host's
            loader, Fbank, Classifier and LogSoftmaxWrapper, default layout
 bare       a loop of forward pass, loss, backward pass and step over our
-           loader, as ours lays tensors out: what our Brain adds is the
-           difference to ours
+           loader, whose worker lives on, as ours lays tensors out: what our
+           Brain adds is the difference to ours
 wespeaker  WeSpeaker's ResNet34 and AddMarginProduct in that bare loop, from
            a checkout of theirs
 
@@ -294,6 +294,8 @@ def train_bare(manifests, args, width, batch):
         batch_size=batch,
         shuffle=True,
         num_workers=1,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
         collate_fn=Batch,
     )
     for epoch in range(1, args.epochs + 1):
