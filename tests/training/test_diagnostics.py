@@ -12,11 +12,14 @@ from speechbrain_ram.losses import make_objective
 from speechbrain_ram.training.diagnostics import (
     QUANTITIES,
     MarginDiagnostics,
+    Margins,
     cosine_margins,
     effective_classes,
     loss_floor,
+    nearest_others,
     satisfied_below,
     satisfied_share,
+    target_cosines,
 )
 
 OBJECTIVES = [
@@ -229,6 +232,35 @@ def test_an_epoch_goes_on_from_its_state():
     assert second.summary(1.0) == whole.summary(1.0)
     second.restore(MarginDiagnostics(loss_fn).state())
     assert second.summary(1.0) == {}
+
+
+def test_an_epoch_goes_on_with_the_fused_loss():
+    """What both paths know is summed up; the angles to all others are not."""
+    loss_fn = make_objective("ram", MARGIN)
+    first, whole = MarginDiagnostics(loss_fn), MarginDiagnostics(loss_fn)
+    batches = [random_batch(seed=seed) for seed in (0, 1)]
+    for cosines, targets in batches:
+        whole.add(cosines, targets)
+        whole.add_gradient(gradient_of(loss_fn, cosines, targets), targets)
+    cosines, targets = batches[0]
+    first.add(cosines, targets)
+    first.add_gradient(gradient_of(loss_fn, cosines, targets), targets)
+    second = MarginDiagnostics(loss_fn)
+    second.restore(first.state())
+    cosines, targets = batches[1]
+    gradient = gradient_of(loss_fn, cosines, targets)
+    margins = Margins(
+        target_cosines(cosines, targets),
+        nearest_others(cosines, targets),
+        satisfied_share(
+            cosines, targets, satisfied_below(loss_fn, cosines, targets)
+        ),
+        effective_classes(gradient, targets),
+    )
+    second.add_margins(margins, cosines.shape[1])
+    expected = whole.summary(1.0)
+    del expected["angle_between"], expected["angle_between_std"]
+    assert second.summary(1.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_skipped_steps_leave_no_trace():
