@@ -20,6 +20,7 @@ from speechbrain_ram.training.fused import FusedMarginClassifier
 from speechbrain_ram.training.layout import precision_warning, set_layout
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
+from speechbrain_ram.training.steps import ENCODER
 from speechbrain_ram.utils import first_ten, gathered, one_line
 from speechbrain_ram.verification.embedder import Embedder, Padding
 from speechbrain_ram.verification.embeddings import extract
@@ -29,8 +30,6 @@ from speechbrain_ram.verification.store import EmbeddingSet
 from speechbrain_ram.verification.trials import TrialList
 
 logger = get_logger(__name__)
-
-ENCODER = "embedding_model"
 
 
 class SpeakerBrain(RobustBrain):
@@ -55,6 +54,8 @@ class SpeakerBrain(RobustBrain):
                          :class:`.schedules.MarginRise`; where it differs from
                          the objective's, ``objective``, ``scale`` and
                          ``form`` are read too
+    frozen_epochs        optional: of the start, in which the encoder stays
+    encoder_lr_factor    optional: the encoder's rate is this times the rate
     average_checkpoints  optional: the encoder of the end is the mean over so
                          many last epochs, not the best one's
     margin_diagnostics   False leaves them out of the log, see
@@ -97,6 +98,7 @@ class SpeakerBrain(RobustBrain):
         self.embedded_at: int | None = None  # epoch
         self.untrained: dict[str, float] = {}  # what the trials gave first
         self.rate: float | None = None  # of the last step
+        self.frozen = False  # in this step, the encoder
         self.steps_per_epoch = None
         self.train_set = None
         self.train_stats: dict[str, float] = {}
@@ -151,7 +153,10 @@ class SpeakerBrain(RobustBrain):
         waveforms, lengths = batch.sig
         feats = self.modules.compute_features(waveforms)
         feats = self.modules.mean_var_norm(feats, lengths)
-        embeddings = self.modules.embedding_model(feats).float()
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and not self.frozen
+        ):
+            embeddings = self.modules.embedding_model(feats).float()
         # A bfloat16 cosine near 0.5 is good to 0.004, 0.1 after the scale.
         with torch.autocast(self.device_type, enabled=False):
             if self.fused:
@@ -189,7 +194,10 @@ class SpeakerBrain(RobustBrain):
         if schedule is not None:
             self._set_margin(schedule(epochs_done))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.rate * group.get("lr_factor", 1.0)
+        self.frozen = epochs_done < getattr(self.hparams, "frozen_epochs", 0)
+        if self.frozen:  # its batch statistics too
+            self.modules[ENCODER].eval()
 
     def undo_unless(self, good, buffers):
         """Put back what a bad step has changed, and do not diagnose it."""

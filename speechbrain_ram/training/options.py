@@ -122,6 +122,8 @@ RULES = {
     "margin_end": _NOT_NEGATIVE,
     # Training
     "number_of_epochs": _whole(1),
+    "frozen_epochs": _NOT_NEGATIVE,
+    "encoder_lr_factor": _POSITIVE,
     "average_checkpoints": _whole(0),
     "lr": _POSITIVE,
     "final_lr": _POSITIVE,
@@ -201,6 +203,13 @@ def check_settings(
             _check_value(f"--{name}", settings[name], rule, name in NULLABLE)
         elif isinstance(inner, Mapping) and name in inner:
             _check_value(f"'encoder: {name}'", inner[name], rule, False)
+    frozen = settings.get("frozen_epochs", 0)
+    if 0 < settings.get("number_of_epochs", math.inf) <= frozen:
+        raise ValueError(
+            f"--frozen_epochs is {frozen} and --number_of_epochs "
+            f"{settings['number_of_epochs']}: the encoder would learn nothing. "
+            "Give fewer frozen epochs."
+        )
 
 
 def check_device(device: str) -> None:

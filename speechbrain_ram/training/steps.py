@@ -19,6 +19,8 @@ from speechbrain_ram.training.distributed import Tally
 
 logger = get_logger(__name__)
 
+ENCODER = "embedding_model"
+
 
 class NonFiniteError(RuntimeError):
     """Loss or gradients were NaN or infinite too often in a row."""
@@ -86,6 +88,25 @@ class Outcome:
         return bool(good), int(right), loss, norm
 
 
+def with_own_rate(
+    opt_class: Callable, part: torch.nn.Module, factor: float
+) -> Callable:
+    """Make an optimiser with two groups, `part` and the rest.
+
+    The first is marked with ``lr_factor``, by which its rate is multiplied.
+    """
+
+    @functools.wraps(opt_class, updated=())
+    def make(parameters, **options):
+        own = list(part.parameters())
+        of_part = set(map(id, own))
+        rest = [each for each in parameters if id(each) not in of_part]
+        groups = [{"params": own, "lr_factor": factor}, {"params": rest}]
+        return opt_class(groups, **options)
+
+    return make
+
+
 def fused_on_cuda(opt_class: Callable) -> Callable:
     """Make SGD, Adam and AdamW the kind that can skip a step on the device."""
 
@@ -129,7 +150,15 @@ class SkippingBrain(sb.Brain):
         self._known_loss = torch.tensor(float("nan"))
 
     def init_optimizers(self):
-        """SpeechBrain's, of a kind that needs no answer from a GPU."""
+        """SpeechBrain's, of a kind that needs no answer from a GPU.
+
+        With ``encoder_lr_factor`` in the YAML, of two groups.
+        """
+        factor = getattr(self.hparams, "encoder_lr_factor", 1.0)
+        if factor != 1.0:
+            self.opt_class = with_own_rate(
+                self.opt_class, self.modules[ENCODER], factor
+            )
         if self.device_type == "cuda" and self.opt_class is not None:
             self.opt_class = fused_on_cuda(self.opt_class)
         super().init_optimizers()

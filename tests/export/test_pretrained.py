@@ -10,6 +10,7 @@ from conftest import run_recipe
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from speechbrain.utils.checkpoints import Checkpointer
 from wespeaker_model import make_state, write_model
 
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
@@ -191,3 +192,39 @@ def test_folders_that_do_not_fit(tiny_corpus, tiny_run, tmp_path):
             channels=[16, 16, 16, 32],
         )
     assert not list((tmp_path / "b" / "save").glob("CKPT*"))
+
+
+@pytest.mark.parametrize("frozen_epochs", [1, 0.5])
+def test_the_encoder_waits_for_its_classifier(
+    frozen_epochs, tiny_corpus, tiny_run, tmp_path
+):
+    """Frozen, then at a rate of its own."""
+    start = tiny_run / "inference"
+    tuned = run_recipe(
+        tiny_corpus,
+        tmp_path / "tuned",
+        pretrained=str(start),
+        frozen_epochs=frozen_epochs,
+        encoder_lr_factor=1e-6,
+        lr_decay="step",
+        warmup_steps=0,
+        ckpt_interval_minutes=0,
+    )
+    at = {
+        found.meta["epoch"]: found.path
+        for found in Checkpointer(tuned / "save").find_checkpoints()
+        if found.meta["end-of-epoch"]
+    }
+    before = read_folder(start).weights
+    for epoch, names in ((1, list(before)), (2, ["linear.weight"])):
+        after = torch.load(at[epoch] / "embedding_model.ckpt")
+        same = [torch.equal(before[name], after[name]) for name in names]
+        # batch statistics are frozen too, and begin to move at once
+        assert all(same) is (epoch <= frozen_epochs)
+    near = (after["linear.weight"] - before["linear.weight"]).abs().max()
+    assert 0 < near < 1e-5
+    groups = torch.load(at[2] / "optimizer.ckpt")["param_groups"]
+    rates = [group["lr"] for group in groups]
+    assert rates[0] == pytest.approx(1e-6 * rates[1])
+    rows = [torch.load(at[n] / "classifier.ckpt")["weight"] for n in at]
+    assert not torch.equal(*rows)

@@ -40,6 +40,10 @@ def check(command_line, file=SYNTHETIC):
         ("--speeds []", "--speeds is []; a list of 1 or more numbers"),
         ("--batch_size 0", "--batch_size is 0; a whole number, 1 or more,"),
         ("--number_of_epochs 1.5", "--number_of_epochs is 1.5; a whole"),
+        (
+            "--frozen_epochs 9 --number_of_epochs 9",
+            "--frozen_epochs is 9 and --number_of_epochs 9: the encoder would",
+        ),
         ("--seed -1", "--seed is -1; a whole number from 0 to 4294967295"),
         ("--max_fault_share 5", "--max_fault_share is 5; a number from 0 to 1"),
         ("--resample", "--resample has no value; True or False is needed."),
