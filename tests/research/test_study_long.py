@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from test_study import (
     REPLICATES,
     STUDY,
@@ -24,6 +25,10 @@ sys.path.insert(0, str(STUDY))
 import study_watch
 import study_wear
 
+from speechbrain_ram.verification.metrics import eer
+from speechbrain_ram.verification.scores import score_trials, write_scores
+from speechbrain_ram.verification.trials import read_trials
+
 EPOCHS = (4, 8, 12)
 
 
@@ -39,8 +44,11 @@ def test_the_long_grids(tmp_path):
         run.seed for run in plan.final_runs(grids[0], all_records(grids[0]))
     ]
     assert seeds == sorted(seeds) and len(seeds) == 3 * len(grids[0].systems)
-    for grid in grids:
-        for system, (hparams, margin) in built_by(grid, tmp_path).items():
+    for grid, kind in zip(grids, ("rising", "5994"), strict=True):
+        systems = [name for name in grid.systems if kind in name]
+        assert systems
+        built = built_by(grid, tmp_path, systems)
+        for system, (hparams, margin) in built.items():
             assert hparams["checkpointer"].every == grid.watch_every
             assert set(hparams["checkpointer"].recoverables) == {
                 "embedding_model",
@@ -64,6 +72,66 @@ def test_a_watched_system_has_one_margin(tmp_path):
 # -- on the way -----------------------------------------------------------
 
 
+def test_encoders_of_watched_epochs_stay(tmp_path):
+    """The others go as ever, checkpoints within an epoch too."""
+    save = tmp_path / "save"
+    network = torch.nn.Linear(1, 1)
+    checkpointer = study_watch.SparingCheckpointer(2, save, {"net": network})
+    for epoch in range(1, 8):
+        for meta, at_end in (({"within": True}, False), ({}, True)):
+            checkpointer.save_and_keep_only(
+                {"epoch": epoch, **meta},
+                end_of_epoch=at_end,
+                ckpt_predicate=lambda c, at_end=at_end: (
+                    at_end or "within" in c.meta
+                ),
+                verbosity=0,
+            )
+    found = dict(study_watch.watched_checkpoints(tmp_path, 2))
+    assert list(found) == [2, 4, 6]
+    assert len(list(save.iterdir())) == 3 + 2  # and the newest two
+    assert dict(study_watch.watched_checkpoints(tmp_path, 1)).keys() == {
+        *found,
+        7,
+    }
+
+
+def test_lists_are_judged_as_the_last_epoch_is(data_folder, tmp_path):  # noqa: F811
+    """The same rates and replicates as of a training's scores."""
+    trials_file, also = tmp_path / "trials.txt", tmp_path / "others"
+    half_of = study.write_study_trials(data_folder, trials_file)
+    shutil.copytree(data_folder / "dev", also)
+    with pytest.raises(ValueError, match="--also is .* has no trials.txt"):
+        study_watch.lists_of(data_folder, trials_file, also)
+    shutil.copy(trials_file, also)
+    lists = study_watch.lists_of(data_folder, trials_file, also)
+    names = sorted(read_trials(trials_file).utterances)
+    matrix = np.random.default_rng(0).normal(size=(len(names), 4))
+
+    class Encoder:
+        def embed(self, paths):
+            return matrix[
+                [
+                    [str(path).endswith(n) for n in names].index(True)
+                    for path in paths
+                ]
+            ]
+
+    found = study_watch.look(Encoder(), lists, REPLICATES)
+    everything = read_trials(trials_file)
+    scores = score_trials(everything, names, matrix)
+    write_scores(everything, scores, tmp_path / "scores.txt")
+    expected = study.judge(tmp_path / "scores.txt", half_of, REPLICATES)
+    for half in plan.HALVES:
+        for metric in plan.METRICS:
+            assert found[half][metric] == expected[metric][half]
+        assert found[half]["draws"] == expected["draws"]["EER"][half]
+    assert set(found) == {"A", "B", "others"}
+    whole = eer(scores, everything.labels)
+    assert found["others"]["EER"] == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_watched_training(data_folder, tmp_path):  # noqa: F811
     """Interrupted while it is looked at; each epoch is its own encoder."""
     grid = plan.read_grid(
@@ -99,8 +167,6 @@ def test_a_watched_training(data_folder, tmp_path):  # noqa: F811
         return 1.0
 
     arguments = grid, data_folder, records_file, work
-    with pytest.raises(ValueError, match="--also is .* has no trials.txt"):
-        study.run_study(*arguments, launcher=None, also=also)
     study.write_study_trials(data_folder, also / "trials.txt")
     for failures in (1, 0):
         found = study.run_study(*arguments, launcher=launcher, also=also)
@@ -137,7 +203,7 @@ def watched(grid, run, rates, name="others"):
         {
             "epoch": epoch,
             "lists": {
-                each: {"EER": eer, "draws": (eer + noise).tolist()}
+                each: {"EER": float(eer), "draws": (eer + noise).tolist()}
                 for each, eer, noise in zip(
                     ("A", "B", name), column, spread, strict=True
                 )
