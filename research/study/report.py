@@ -4,20 +4,22 @@
     python research/study/report.py research/study/records/cpu.jsonl \
         [--grid research/study/cpu.yaml] [--output docs]
 
-Prints the table, and writes OUTPUT/figures/study-*.png. Figures need the
-extra ``report`` (matplotlib).
+Prints the table, and writes OUTPUT/figures/study-*.png. Of a grid that watches
+its trainings (long.yaml), it prints what they wear, and writes
+OUTPUT/figures/GRID-epochs.png. Figures need the extra ``report`` (matplotlib).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from study_plan import Grid, Run, read_grid, read_records
 from study_results import difference, interval, table
+from study_wear import BOTH, course, seeds_of, wear_table
 
 from speechbrain_ram.utils import atomic_path
 
@@ -131,6 +133,41 @@ def shift_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
     return figure
 
 
+def epochs_figure(plt, grid: Grid, records: Mapping[Run, Mapping]):
+    """EER against the epoch on every list: mean of the seeds, and a band."""
+    courses = {
+        system: course(grid, records, system, seeds)
+        for system in grid.systems
+        if (seeds := seeds_of(grid, records, system))
+    }
+    names = list(dict.fromkeys(n for c in courses.values() for n in c.lists))
+    figure, panels = plt.subplots(
+        1,
+        len(names or [BOTH]),
+        figsize=(8.5, 4.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, name in zip(panels[0], names, strict=False):
+        for number, system in enumerate(grid.systems):
+            if system not in courses or name not in courses[system].lists:
+                continue
+            one = courses[system]
+            value = one.over(name)
+            look = {"color": COLOURS[number % 8], "ls": DASHES[number % 4]}
+            label = f"{system} ({len(value)})"
+            axes.plot(one.epochs, value.mean(axis=0), label=label, **look)
+            low, high = value.min(axis=0), value.max(axis=0)
+            axes.fill_between(
+                one.epochs, low, high, color=look["color"], alpha=0.12, lw=0
+            )
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("EER (%)")
+        axes.legend(fontsize=8, title="system (seeds)", title_fontsize=8)
+    return figure
+
+
 FIGURES = {
     "study-margins": margins_figure,
     "study-differences": difference_figure,
@@ -139,7 +176,10 @@ FIGURES = {
 
 
 def write_figures(
-    grid: Grid, records: Mapping[Run, Mapping], folder: Path
+    grid: Grid,
+    records: Mapping[Run, Mapping],
+    folder: Path,
+    figures: Mapping[str, Callable] = FIGURES,
 ) -> None:
     """PNG files, each renamed into place when whole."""
     try:
@@ -152,7 +192,7 @@ def write_figures(
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
+    for name, draw in figures.items():
         figure = draw(plt, grid, records)
         with atomic_path(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110)
@@ -170,13 +210,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs"))
     args = parser.parse_args()
     beside = Path(__file__).parent / f"{args.records.stem}.yaml"
-    grid = read_grid(args.grid or beside)
+    grid_file = args.grid or beside
+    grid = read_grid(grid_file)
     records = read_records(args.records, grid)
-    try:
-        print(table(grid, records))
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    write_figures(grid, records, args.output / "figures")
+    figures = FIGURES
+    if grid.watch_every:
+        print(wear_table(grid, records))
+        figures = {f"{grid_file.stem}-epochs": epochs_figure}
+    else:
+        try:
+            print(table(grid, records))
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    write_figures(grid, records, args.output / "figures", figures)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from study_plan import (
     read_records,
     search_runs,
 )
+from study_watch import CHECKPOINTER, lists_of, read_watched
 from tqdm import tqdm
 
 import speechbrain_ram
@@ -62,6 +63,10 @@ def command_of(
     grid: Grid, run: Run, data_folder: Path, trials: Path, output: Path
 ) -> list[str]:
     """The command line that trains a run."""
+    checkpointer = {}
+    if grid.watch_every:
+        every = grid.watch_every
+        checkpointer["checkpointer"] = CHECKPOINTER.format(every=every)
     settings = {
         "data_folder": str(data_folder),
         "output_folder": str(output),
@@ -76,11 +81,27 @@ def command_of(
         "verify_untrained": False,
         **grid.settings,
         **grid.overrides_of(run.system),
+        **checkpointer,
     }
     command = [sys.executable, str(SCRIPT), str(grid.recipe)]
     for key, value in settings.items():
         command += [f"--{key}", str(value)]
     return [*command, "--noprogressbar", *grid.options]
+
+
+def watch_command_of(
+    grid: Grid,
+    data_folder: Path,
+    trials: Path,
+    output: Path,
+    also: Path | None,
+) -> list[str]:
+    """The command line that looks at what a watched training left."""
+    command = [sys.executable, str(HERE / "study_watch.py")]
+    command += [str(output), str(data_folder), str(trials)]
+    command += ["--every", str(grid.watch_every)]
+    command += ["--replicates", str(grid.replicates)]
+    return command + (["--also", str(also)] if also else [])
 
 
 def launch(command: Sequence[str], log: Path, threads: int) -> float:
@@ -113,11 +134,14 @@ def launch(command: Sequence[str], log: Path, threads: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def last_epoch(train_log: Path) -> dict[str, float]:
-    """The numbers of the training log's last line, by name."""
-    line = train_log.read_text(encoding="utf-8").strip().split("\n")[-1]
-    pairs = re.findall(r"(\w[^:,]*): ([-+.\deE]+|nan|inf)(?:,| - |$)", line)
-    return {name: float(value) for name, value in pairs}
+def epochs_of(train_log: Path) -> list[dict[str, float]]:
+    """The numbers of each line of the training log, by name."""
+    lines = train_log.read_text(encoding="utf-8").strip().split("\n")
+    number = re.compile(r"(\w[^:,]*): ([-+.\deE]+|nan|inf)(?:,| - |$)")
+    return [
+        {name: float(value) for name, value in number.findall(line)}
+        for line in lines
+    ]
 
 
 def portable(command: Sequence[str], data_folder: Path, work: Path) -> str:
@@ -162,6 +186,7 @@ def finish_run(
     half_of: dict[str, str],
     launcher: Launcher,
     keep: bool,
+    also: Path | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, tidy up; returns the record."""
     output = work / run.name
@@ -169,7 +194,18 @@ def finish_run(
     trials = work / "trials.txt"
     command = command_of(grid, run, data_folder, trials, output)
     started = time.perf_counter()
-    cpu_seconds = launcher(command, output / "output.txt", grid.threads)
+    log = output / "output.txt"
+    cpu_seconds = launcher(command, log, grid.threads)
+    epochs = epochs_of(output / "train_log.txt")
+    trajectory = {}
+    if grid.watch_every:
+        watch = watch_command_of(grid, data_folder, trials, output, also)
+        cpu_seconds += launcher(watch, log, grid.threads)
+        training = {int(each["epoch"]): each for each in epochs}
+        trajectory["trajectory"] = [
+            {**each, "training": training[each["epoch"]]}
+            for each in read_watched(output)
+        ]
     seconds = time.perf_counter() - started
     manifest = read_manifest(output / "manifests" / "train.csv")
     record = {
@@ -178,7 +214,8 @@ def finish_run(
         "scale": grid.scale,
         "classes": len({row.spk_id for row in manifest}),
         **judge(output / "scores.txt", half_of, grid.replicates),
-        "training": last_epoch(output / "train_log.txt"),
+        "training": epochs[-1],
+        **trajectory,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         "versions": versions(),
@@ -186,7 +223,7 @@ def finish_run(
         "command": portable(command[1:], data_folder, work),
     }
     if not keep:
-        for folder in ("save", "inference"):
+        for folder in ("save", "inference", "watched"):
             shutil.rmtree(output / folder, ignore_errors=True)
         (output / "scores.txt").unlink()
     return record
@@ -220,10 +257,13 @@ def run_study(
     work: Path,
     launcher: Launcher = launch,
     keep: bool = False,
+    also: Path | None = None,
 ) -> list[str]:
     """Do all that is missing; returns what failed, which may be tried again."""
     work.mkdir(parents=True, exist_ok=True)
     half_of = write_study_trials(data_folder, work / "trials.txt")
+    if grid.watch_every:  # not after hours of training
+        lists_of(data_folder, work / "trials.txt", also)
     failures: list[str] = []
     for stage in ("search", "final"):
         records = read_records(records_file, grid)
@@ -244,6 +284,7 @@ def run_study(
                     half_of,
                     launcher,
                     keep,
+                    also,
                 ): run
                 for run in todo
             }
@@ -291,6 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", type=Path, default=HERE / "cpu.yaml")
     parser.add_argument("--records", type=Path, help="records/GRID.jsonl")
     parser.add_argument("--work", type=Path, help="results/study/GRID")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        default=os.environ.get("ALNUM70") or None,
+        help="another test set to watch trainings with, a folder with "
+        "trials.txt (default: the environment variable ALNUM70)",
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument(
         "--keep", action="store_true", help="checkpoints, encoders and scores"
@@ -302,13 +350,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(plan_text(grid, read_records(records_file, grid)))
     if args.dry_run:
         return 0
-    failures = run_study(
-        grid,
-        args.data_folder.resolve(),
-        records_file,
-        (args.work or Path("results") / "study" / name).resolve(),
-        keep=args.keep,
-    )
+    try:
+        failures = run_study(
+            grid,
+            args.data_folder.resolve(),
+            records_file,
+            (args.work or Path("results") / "study" / name).resolve(),
+            keep=args.keep,
+            also=args.also and args.also.resolve(),
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0

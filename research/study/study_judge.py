@@ -52,25 +52,50 @@ def write_study_trials(data_folder: Path, path: Path) -> dict[str, str]:
     return half_of
 
 
+def rates(
+    trials: TrialList, scores: np.ndarray, replicates: int, seed: int
+) -> dict[str, Any]:
+    """EER, minDCF and their bootstrap draws, on one list.
+
+    Calls with one seed, on one list, see the same draws of speakers.
+    """
+    enrol = np.array([speaker_of(u) for u in trials.enrol_ids])[trials.enrol]
+    test = np.array([speaker_of(u) for u in trials.test_ids])[trials.test]
+    draws = bootstrap_draws(
+        scores, trials.labels, enrol, test, [0.01], replicates, seed
+    )
+    return {
+        "EER": round(eer(scores, trials.labels), 4),
+        "minDCF(0.01)": round(min_dcf(scores, trials.labels, 0.01), 5),
+        "draws": {
+            metric: draws[metric].round(digits).tolist()
+            for metric, digits in zip(METRICS, (2, 4), strict=True)
+        },
+    }
+
+
+def part_of_half(
+    trials: TrialList, half_of: dict[str, str], half: str
+) -> tuple[TrialList, np.ndarray]:
+    """The trials of one half, and which they are, shape [N]."""
+    member = np.array([half_of[speaker_of(u)] for u in trials.enrol_ids])
+    mine = member[trials.enrol] == half
+    ids = trials.enrol_ids, trials.test_ids
+    pairs = trials.enrol[mine], trials.test[mine]
+    return TrialList(*ids, *pairs, trials.labels[mine]), mine
+
+
 def judge(
     scores_file: Path, half_of: dict[str, str], replicates: int
 ) -> dict[str, Any]:
     """EER, minDCF and their bootstrap draws, on each half."""
     trials, scores = read_scores(scores_file)
-    enrol_speakers = np.array([speaker_of(u) for u in trials.enrol_ids])
-    test_speakers = np.array([speaker_of(u) for u in trials.test_ids])
-    enrol, test = enrol_speakers[trials.enrol], test_speakers[trials.test]
-    member = np.array([half_of[s] for s in enrol_speakers])[trials.enrol]
     found: dict[str, Any] = {metric: {} for metric in METRICS}
     found["draws"] = {metric: {} for metric in METRICS}
     for seed, half in enumerate(HALVES):  # their speakers are drawn apart
-        mine = member == half
-        part = scores[mine], trials.labels[mine]
-        found["EER"][half] = round(eer(*part), 4)
-        found["minDCF(0.01)"][half] = round(min_dcf(*part, 0.01), 5)
-        draws = bootstrap_draws(
-            *part, enrol[mine], test[mine], [0.01], replicates, seed
-        )
-        for metric, digits in zip(METRICS, (2, 4), strict=True):
-            found["draws"][metric][half] = draws[metric].round(digits).tolist()
+        part, mine = part_of_half(trials, half_of, half)
+        one = rates(part, scores[mine], replicates, seed)
+        for metric in METRICS:
+            found[metric][half] = one[metric]
+            found["draws"][metric][half] = one["draws"][metric]
     return found

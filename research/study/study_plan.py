@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Grid:
     utterances_per_second: float
     overhead_seconds: float
     training_utterances: int
+    watch_every: int = 0  # epochs, see study_watch.py; 0 watches none
 
     @property
     def fingerprint(self) -> str:
@@ -116,25 +117,32 @@ def read_grid(path: str | os.PathLike) -> Grid:
     """
     path = Path(path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "like" in content:  # a grid beside this one has the other keys
+    while "like" in content:  # a grid beside this one has the other keys
         beside = path.with_name(content.pop("like"))
         content = yaml.safe_load(beside.read_text(encoding="utf-8")) | content
-    wanted, given = set(Grid.__dataclass_fields__), set(content)
-    if wanted != given:
+    known, given = {f.name for f in fields(Grid)}, set(content)
+    needed = {f.name for f in fields(Grid) if f.default is MISSING}
+    if not needed <= given <= known:
         raise ValueError(
-            f"'{path}': missing keys {sorted(wanted - given)}, unknown keys "
-            f"{sorted(given - wanted)}. cpu.yaml shows them all."
+            f"'{path}': missing keys {sorted(needed - given)}, unknown keys "
+            f"{sorted(given - known)}. cpu.yaml and long.yaml show them all."
         )
     for key in ("options", "margins", "search_seeds", "final_seeds"):
         content[key] = tuple(content[key])
     content["recipe"] = (path.parent / content["recipe"]).resolve()
     grid = Grid(**content)
-    known = {"objective", "form", "margins", "overrides"}
+    allowed = {"objective", "form", "margins", "overrides"}
     for name, settings in grid.systems.items():
-        if not set(settings) <= known:
+        if not set(settings) <= allowed:
             raise ValueError(
                 f"'{path}': system {name!r} has the keys {sorted(settings)}, "
-                f"allowed are {', '.join(sorted(known))}."
+                f"allowed are {', '.join(sorted(allowed))}."
+            )
+        if grid.watch_every and len(grid.margins_of(name)) > 1:
+            raise ValueError(
+                f"'{path}': system {name!r} has the margins "
+                f"{grid.margins_of(name)}, where trainings are watched "
+                "(watch_every) one is allowed. Give it `margins: [...]`."
             )
     if grid.baseline not in grid.systems:
         raise ValueError(

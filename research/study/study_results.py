@@ -56,6 +56,12 @@ def finished_seeds(
     return seeds
 
 
+def drawn_seeds(replicates: int, n_seeds: int) -> np.ndarray:
+    """Which seeds a replicate takes, the same in each call: [B, seeds]."""
+    picks = np.random.default_rng(0).random((replicates, n_seeds))
+    return (picks * n_seeds).astype(int)
+
+
 def result(
     grid: Grid,
     records: Mapping[Run, Mapping],
@@ -76,8 +82,7 @@ def result(
         half: [grid.run(system, m, seed) for seed in seeds]
         for half, m in chosen.items()
     }
-    picks = np.random.default_rng(0).random((grid.replicates, n_seeds))
-    picks = (picks * n_seeds).astype(int)  # [B, seeds]
+    picks = drawn_seeds(grid.replicates, n_seeds)
     if not draw_seeds:
         picks[:] = range(n_seeds)
     value, draws = {}, {}

@@ -1,4 +1,4 @@
-"""Losses that go beyond the paper, tried in beyond.yaml and nowhere else.
+"""Losses that go beyond the paper, tried in beyond.yaml and long_5994.yaml.
 
 Each is a ``loss_fn`` as in ``speechbrain_ram.losses``, whose notation holds:
 a is the target's logit after the margin, z_j how far class j breaks into it.
@@ -48,6 +48,46 @@ class OfManyClasses(RealAdditiveMargin):
         lacking = self.n_classes - logits.shape[1]
         logits = super().beyond_margin(logits, one_hot)
         return logits - math.log1p(lacking) * (1 - one_hot)
+
+
+class WithClassesAtZero(torch.nn.Module):
+    """A margin loss as among `n_classes` classes, the others at cosine 0.
+
+    Those that the corpus lacks stand at right angles to every utterance, as
+    nearly all classes do in many dimensions: each adds e^0 beside e^a inside
+    the logarithm. `released` sets satisfied classes to that logit anyway.
+
+    Arguments
+    ---------
+    loss_fn : torch.nn.Module
+        As for :class:`speechbrain_ram.losses.RealMargin`, real or not.
+    n_classes : int
+        At least as many as there are.
+
+    Example
+    -------
+    >>> cosines = torch.tensor([[0.5, 0.1]])
+    >>> loss_fn = WithClassesAtZero(RealAdditiveMargin(0.2, 30, "released"), 3)
+    >>> loss_fn(cosines, torch.tensor([[1.0, 0.0]]))  # log(e^0 + e^0)
+    tensor([[9.0000, 0.6931]])
+    """
+
+    def __init__(self, loss_fn: torch.nn.Module, n_classes: int):
+        super().__init__()
+        self.loss_fn = loss_fn
+        self.margin, self.scale = loss_fn.margin, loss_fn.scale
+        self.n_classes = n_classes
+
+    def forward(self, outputs, targets):
+        """Logits [N, C] whose cross-entropy is the loss."""
+        logits = self.loss_fn(outputs, targets)
+        others = logits.shape[1] - 1
+        lacking = self.n_classes - 1 - others
+        if not others or not lacking:
+            return logits
+        # Shared out evenly: only the sum over the others matters.
+        share = logits.new_tensor(lacking / others).log()
+        return torch.where(targets > 0, logits, torch.logaddexp(logits, share))
 
 
 class SoftEdgeMargin(RealAdditiveMargin):

@@ -143,17 +143,22 @@ def test_beyond_shares_the_records():
         assert other.systems.get(system, settings) == settings
 
 
-def test_what_a_system_overrides(tmp_path):
-    """The recipe takes it, as it takes a command line."""
-    grid = plan.read_grid(STUDY / "beyond.yaml")
+def built_by(grid, tmp_path, systems=None):
+    """What the recipe makes of each system's command line."""
     built = {}
-    for system in grid.systems:
+    for system in systems or grid.systems:
         run = grid.run(system, grid.margins_of(system)[-1], 1)
         folders = tmp_path, tmp_path / "trials.txt", tmp_path / "out"
         command = study.command_of(grid, run, *folders)
         hparams_file, _, overrides = sb.parse_arguments(command[2:])
         with open(hparams_file, encoding="utf-8") as file:
             built[system] = load_hyperpyyaml(file, overrides), run.margin
+    return built
+
+
+def test_what_a_system_overrides(tmp_path):
+    """The recipe takes it, as it takes a command line."""
+    built = built_by(plan.read_grid(STUDY / "beyond.yaml"), tmp_path)
     for system, (hparams, margin) in built.items():
         assert hparams["compute_cost"].loss_fn.margin == margin
         schedule = hparams["margin_schedule"]

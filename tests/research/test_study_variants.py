@@ -14,7 +14,12 @@ from speechbrain_ram.training.diagnostics import (
 )
 
 sys.path.insert(0, str(REPOSITORY / "research" / "study"))
-from study_variants import HardestOnly, OfManyClasses, SoftEdgeMargin
+from study_variants import (
+    HardestOnly,
+    OfManyClasses,
+    SoftEdgeMargin,
+    WithClassesAtZero,
+)
 
 N, C, MARGIN, SCALE = 6, 9, 0.2, 30.0
 
@@ -65,6 +70,27 @@ def test_many_classes_are_as_if_they_were_there(batch):
     close(same, loss_and_gradient(RealAdditiveMargin(MARGIN, SCALE), *batch))
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        AngularMargin(MARGIN, SCALE),
+        RealAdditiveMargin(MARGIN, SCALE, "released"),
+    ],
+)
+def test_classes_at_zero_are_as_if_they_were_there(batch, loss_fn):
+    cosines, targets = batch
+    absent = torch.zeros((N, 5000 - C), dtype=torch.float64)
+    everybody = torch.cat([cosines, absent], dim=1)
+    loss = LogSoftmaxWrapper(loss_fn)(
+        everybody.unsqueeze(1), targets.unsqueeze(1)
+    )
+    expected = loss, torch.autograd.grad(loss, cosines)[0]
+    many = WithClassesAtZero(loss_fn, 5000)
+    close(loss_and_gradient(many, *batch), expected)
+    same = loss_and_gradient(WithClassesAtZero(loss_fn, C), *batch)
+    close(same, loss_and_gradient(loss_fn, *batch))
+
+
 @pytest.mark.parametrize("sharpness", [1, 2, 8])
 def test_soft_edge_is_its_formula(batch, sharpness):
     def inside(z):
@@ -99,6 +125,7 @@ def test_hardest_only_is_its_formula(batch, hardest):
     "loss_fn",
     [
         OfManyClasses(2.0, 30, 5994),
+        WithClassesAtZero(AngularMargin(2.0, 30), 5994),
         SoftEdgeMargin(2.0, 30, 4),
         HardestOnly(0.0, 30, 2),
     ],
@@ -113,6 +140,7 @@ def test_extremes_are_finite(loss_fn):
     "loss_fn",
     [
         OfManyClasses(MARGIN, SCALE, 5994),
+        WithClassesAtZero(AngularMargin(MARGIN, SCALE), 5994),
         SoftEdgeMargin(MARGIN, SCALE, 3),
         HardestOnly(MARGIN, SCALE, 3),
     ],
