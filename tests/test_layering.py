@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
 WINGS = [
     "utils",
     "losses",
+    "classifier",
     "resnet",
     "features",
     "data",
