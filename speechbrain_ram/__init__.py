@@ -1,7 +1,7 @@
 """Real additive margins, ResNet34 x-vectors and verification for SpeechBrain.
 
-The wings, each of which imports only from those before it: utils, losses,
-classifier, resnet, features, data, verification, corpora, training,
+The wings, each of which imports only from those before it: utils, margins,
+losses, classifier, resnet, features, data, verification, corpora, training,
 export, inference, cli. Start with :mod:`speechbrain_ram.losses`, which is the
 reason for the rest.
 """
