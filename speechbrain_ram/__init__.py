@@ -1,9 +1,9 @@
 """Real additive margins, ResNet34 x-vectors and verification for SpeechBrain.
 
-The wings, each of which imports only from those before it: utils, losses,
-resnet, features, data, verification, corpora, training, export, inference,
-cli. Start with :mod:`speechbrain_ram.losses`, which is the reason for the
-rest.
+The wings, each of which imports only from those before it: utils, margins,
+losses, classifier, resnet, features, data, verification, corpora, training,
+export, inference, cli. Start with :mod:`speechbrain_ram.losses`, which is the
+reason for the rest.
 """
 
 from __future__ import annotations

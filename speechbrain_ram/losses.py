@@ -29,10 +29,15 @@ here maps cosines and one-hot targets to logits, which is what SpeechBrain's
 from __future__ import annotations
 
 import math
+import pydoc
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from speechbrain_ram.margins import check_margin
+from speechbrain_ram.margins import equivalent_am_margin as equivalent_am_margin
+from speechbrain_ram.margins import paper_margin_for as paper_margin_for
 
 #: The three ways to write a real margin, the paper's first.
 FORMS = ("paper", "released", "hinge")
@@ -137,7 +142,7 @@ class RealMargin(torch.nn.Module):
 
     @margin.setter
     def margin(self, value: float):
-        self.loss_fn.margin = value
+        set_margin(self.loss_fn, value)
 
     @property
     def scale(self) -> float:
@@ -311,6 +316,37 @@ class RealAdditiveAngularMargin(RealAdditiveMargin):
         return 2 * math.sin(self.margin / 2)
 
 
+def set_margin(loss_fn: Any, margin: float) -> None:
+    """Give a loss_fn another margin; it stays the same object.
+
+    Raises a ValueError where it has no `margin`, or where its logits stay
+    although the margin is another: some compute from it when they are made.
+    """
+    from speechbrain.nnet.losses import AdditiveAngularMargin
+
+    if not hasattr(loss_fn, "margin"):
+        raise ValueError(
+            f"{type(loss_fn).__name__} has no attribute `margin` that could "
+            f"become {margin:g}. Train without a rise: --margin_end 0."
+        )
+    if isinstance(loss_fn, RealMargin):
+        set_margin(loss_fn.loss_fn, margin)
+        return
+    if type(loss_fn) is AdditiveAngularMargin:  # computes from it when made
+        fresh = type(loss_fn)(margin, loss_fn.scale, loss_fn.easy_margin)
+        loss_fn.__dict__.update(fresh.__dict__)
+        return
+    alone = torch.full((1, 1), 0.3), torch.ones(1, 1)
+    change, before = abs(margin - loss_fn.margin), loss_fn(*alone)
+    loss_fn.margin = margin
+    if change > 0.01 and torch.equal(loss_fn(*alone), before):
+        raise ValueError(
+            f"{type(loss_fn).__name__} gives the same logits whatever its "
+            "margin is set to. Does it compute from it in __init__ instead of "
+            "in forward? Or train without a rise: --margin_end 0."
+        )
+
+
 def make_objective(
     objective: str,
     margin: float = 0.3,
@@ -324,6 +360,8 @@ def make_objective(
     objective : str
         'softmax' (cosine softmax: scale, no margin), 'am' and 'aam' (trivial
         margins, SpeechBrain's own classes), 'ram' and 'raam' (real margins).
+        Of a loss of your own 'MODULE.CLASS', called with margin and scale, or
+        'real-MODULE.CLASS', with a :class:`RealMargin` around it.
     margin, scale : float
         m and s. 'softmax' takes no margin.
     form : str
@@ -338,6 +376,8 @@ def make_objective(
     ------
     ValueError
         An unknown objective or form, or a margin or scale out of range.
+    TypeError
+        A class of your own that does not give a trivial margin.
 
     Example
     -------
@@ -345,6 +385,9 @@ def make_objective(
     RealAdditiveMargin(margin=0.2, scale=30.0, form='paper')
     """
     check_form(form)  # a typo in a setting that is not used is a typo still
+    real, _, inner = str(objective).rpartition("real-")
+    if inner != str(objective) and not real and inner not in ("ram", "raam"):
+        return RealMargin(make_objective(inner, margin, scale), form)
     if objective == "ram":
         return RealAdditiveMargin(margin, scale, form)
     if objective == "raam":
@@ -360,90 +403,30 @@ def make_objective(
     if objective == "aam":
         check_margin(margin, scale, RealAdditiveAngularMargin._largest_margin)
         return AdditiveAngularMargin(margin=float(margin), scale=float(scale))
+    if "." in str(objective):
+        check_margin(margin, scale, math.pi)
+        return _own_objective(objective, margin, scale)
     raise ValueError(
-        f"objective is {objective!r}, allowed are {', '.join(OBJECTIVES)}."
+        f"objective is {objective!r}, allowed are {', '.join(OBJECTIVES)}, and "
+        "MODULE.CLASS for one of your own."
     )
 
 
-def equivalent_am_margin(margin: float, scale: float, n_classes: int) -> float:
-    """What a margin of form ``paper`` is worth to AM-Softmax: m - ln(C) / s.
-
-    With V the classes that violate the margin, equation 12 is
-    ln(C - |V| + sum_V e^{z_j}) = ln(C - |V|) + ln(1 + sum_V e^{z_j'}), where
-    z_j' is z_j at the margin m - ln(C - |V|) / s. So its gradient is that of
-    AM-Softmax there, without the satisfied classes. Two steps more are an
-    approximation: C for C - |V|, and the satisfied classes put back. It holds
-    while a small part of the classes violates; when training begins nearly
-    all do, and the margin is still m. ``docs/loss-analysis.md`` has the
-    bounds and the numbers.
-
-    Arguments
-    ---------
-    margin : float
-        m of :class:`RealAdditiveMargin`, in cosine.
-    scale : float
-        s.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    float
-        A margin for AM-Softmax; below 0 it is less than no margin.
-
-    Example
-    -------
-    >>> round(equivalent_am_margin(0.3, scale=30, n_classes=5994), 2)
-    0.01
-    """
-    return margin - math.log(n_classes) / scale
-
-
-def paper_margin_for(am_margin: float, scale: float, n_classes: int) -> float:
-    """The margin of form ``paper`` that acts like AM-Softmax's: m + ln(C) / s.
-
-    The inverse of :func:`equivalent_am_margin`, and as approximate.
-
-    Arguments
-    ---------
-    am_margin : float
-        m of AM-Softmax, in cosine.
-    scale : float
-        s.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    float
-        m for :class:`RealAdditiveMargin`.
-
-    Example
-    -------
-    >>> round(paper_margin_for(0.2, scale=30, n_classes=5994), 2)
-    0.49
-    """
-    return am_margin + math.log(n_classes) / scale
+def _own_objective(name: str, margin: float, scale: float) -> torch.nn.Module:
+    """What the class of a dotted name makes."""
+    try:
+        found: Any = pydoc.locate(name)
+        if found is None:
+            raise ValueError("there is none in the folders of PYTHONPATH")
+        return found(margin=margin, scale=scale)
+    except (pydoc.ErrorDuringImport, TypeError, ValueError) as error:
+        raise ValueError(
+            f"objective is {name!r}, a class of this name that takes margin "
+            f"and scale is needed: {error}."
+        ) from error
 
 
 def check_form(form: str) -> None:
     """Raise a ValueError unless `form` is one of :data:`FORMS`."""
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, allowed are {', '.join(FORMS)}.")
-
-
-def check_margin(margin: float, scale: float, largest_margin: float) -> None:
-    """Raise a ValueError unless margin and scale are numbers in range."""
-    for name, value in (("margin", margin), ("scale", scale)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(
-                f"{name} is {value!r}, a number is needed. Is it quoted in "
-                "the YAML?"
-            )
-    if not 0 <= margin <= largest_margin:
-        raise ValueError(
-            f"margin is {margin}, allowed is 0 to {largest_margin:.4g}. Is it "
-            "already multiplied by the scale, or in degrees?"
-        )
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}, allowed is above 0 and finite.")

@@ -50,7 +50,14 @@ def dev_scores():
     return scores, np.repeat([1, 0], [400, 4000])
 
 
-def export_small(folder, front_end="fbank", decision=True, seed=0, **options):
+def export_small(
+    folder,
+    front_end="fbank",
+    decision=True,
+    seed=0,
+    classifier=None,
+    **options,
+):
     """Export an untrained encoder of 16 dimensions; returns the folder."""
     label_encoder = CategoricalEncoder()
     label_encoder.update_from_iterable(SPEAKERS)
@@ -61,7 +68,7 @@ def export_small(folder, front_end="fbank", decision=True, seed=0, **options):
         Path(folder),
         YAML.replace("NAME", front_end),
         small_network(seed),
-        Classifier(DIM, out_neurons=len(SPEAKERS)),
+        classifier or Classifier(DIM, out_neurons=len(SPEAKERS)),
         label_encoder,
         torch.randn(DIM),
         **options,

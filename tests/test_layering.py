@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "speechbrain_ram"
 #: A file or a folder each, in the order in which they may be imported.
 WINGS = [
     "utils",
+    "margins",
     "losses",
+    "classifier",
     "resnet",
     "features",
     "data",

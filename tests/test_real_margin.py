@@ -16,6 +16,8 @@ from speechbrain_ram.losses import (
     RealAdditiveAngularMargin,
     RealAdditiveMargin,
     RealMargin,
+    make_objective,
+    set_margin,
 )
 
 
@@ -115,3 +117,109 @@ def test_what_else_is_wrong_with_any_margin_is_named():
     loss_fn = RealMargin(lambda cosines, one_hot: cosines.mean())
     with pytest.raises(ValueError, match=r"shape \(\), .* \(2, 3\).*a loss\?"):
         loss_fn(torch.zeros(2, 3), torch.eye(3)[:2])
+
+
+class Curved(torch.nn.Module):
+    """A user's own margin, which forward() reads."""
+
+    def __init__(self, margin, scale):
+        super().__init__()
+        self.margin, self.scale = margin, scale
+
+    def forward(self, cosines, one_hot):
+        target = cosines**3 - self.margin
+        return self.scale * (one_hot * target + (1 - one_hot) * cosines)
+
+
+class Frozen(Curved):
+    """One that is turned into something else when it is made."""
+
+    def __init__(self, margin, scale):
+        super().__init__(margin, scale)
+        self.taken = margin
+
+    def forward(self, cosines, one_hot):
+        return self.scale * (cosines - self.taken * one_hot)
+
+
+OWN = "test_real_margin.Curved"
+HOSTS = "speechbrain.nnet.losses.AdditiveAngularMargin"
+
+
+@pytest.mark.parametrize(
+    "name, trivial",
+    [
+        (f"real-{OWN}", Curved),
+        (f"real-{HOSTS}", AdditiveAngularMargin),
+        ("real-aam", AdditiveAngularMargin),
+        ("real-am", AngularMargin),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_objective_by_the_name_of_its_class(name, trivial, form):
+    cosines, targets = batch()
+    one_hot = F.one_hot(targets, 9).to(cosines.dtype)
+    found = make_objective(name, 0.3, 20.0, form)
+    expected = RealMargin(trivial(0.3, 20.0), form)
+    assert type(found) is RealMargin and type(found.loss_fn) is trivial
+    assert torch.equal(found(cosines, one_hot), expected(cosines, one_hot))
+    alone = make_objective(name.removeprefix("real-"), 0.3, 20.0, form)
+    assert type(alone) is trivial  # without a real margin
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("real-ram", "objective is 'real-ram', allowed are softmax"),
+        ("real-", "objective is '', allowed are softmax"),
+        ("real-real-am", "objective is 'real-real-am', allowed are softmax"),
+        (3, "objective is 3, allowed"),
+        ("real-nowhere.Loss", "is 'nowhere.Loss', a class .* none in the fold"),
+        ("torch.nn.Linear", "'torch.nn.Linear', .*argument 'margin'"),
+        ("test_real_margin.batch", "takes margin and scale is needed: "),
+    ],
+)
+def test_a_name_that_is_no_objective(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_objective(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["am", "aam", "ram", "raam", "real-am", "real-aam", f"real-{OWN}"]
+)
+def test_another_margin_is_that_of_a_new_loss(name):
+    """AdditiveAngularMargin computes from its margin when it is made."""
+    cosines, targets = batch()
+    one_hot = F.one_hot(targets, 9).to(cosines.dtype)
+    loss_fn, parts = make_objective(name, 0.1, 20.0), []
+    inner = getattr(loss_fn, "loss_fn", loss_fn)
+    for margin in (0.0, 0.3):
+        set_margin(loss_fn, margin)
+        parts.append(loss_fn(cosines, one_hot))
+        fresh = make_objective(name, margin, 20.0)
+        assert torch.equal(parts[-1], fresh(cosines, one_hot))
+    assert getattr(loss_fn, "loss_fn", loss_fn) is inner
+    assert not torch.equal(*parts)
+
+
+def test_an_easy_margin_stays_one():
+    loss_fn = RealMargin(AdditiveAngularMargin(0.4, 20, easy_margin=True))
+    loss_fn.margin = 0.2
+    cosines, targets = batch()
+    one_hot = F.one_hot(targets, 9).to(cosines.dtype)
+    fresh = RealMargin(AdditiveAngularMargin(0.2, 20, easy_margin=True))
+    assert torch.equal(loss_fn(cosines, one_hot), fresh(cosines, one_hot))
+
+
+@pytest.mark.parametrize(
+    "loss_fn, message",
+    [
+        (RealMargin(cubed), "RealMargin has no attribute `margin` .*end 0"),
+        (Frozen(0.2, 20), "Frozen gives the same logits .*__init__"),
+        (RealMargin(Frozen(0.2, 20)), "Frozen gives the same logits"),
+    ],
+)
+def test_a_margin_that_cannot_rise(loss_fn, message):
+    with pytest.raises(ValueError, match=message):
+        set_margin(loss_fn, 0.0)

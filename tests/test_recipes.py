@@ -15,13 +15,18 @@ import yaml
 from click.testing import CliRunner
 from conftest import REPOSITORY
 from hyperpyyaml import resolve_references
+from speechbrain.nnet.losses import AdditiveAngularMargin
 
 from speechbrain_ram.cli import train as cli_train
 from speechbrain_ram.cli import verify as cli_verify
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.corpora import convert
 from speechbrain_ram.export.folder import read_folder
-from speechbrain_ram.losses import make_objective, paper_margin_for
+from speechbrain_ram.losses import (
+    RealMargin,
+    make_objective,
+    paper_margin_for,
+)
 from speechbrain_ram.training.schedules import MarginRise
 from speechbrain_ram.verification.scores import read_scores
 
@@ -371,19 +376,35 @@ def test_strong_cnceleb(cnceleb, noises, tmp_path):
 
 @pytest.mark.parametrize("objective", ["softmax", "am", "aam", "ram", "raam"])
 def test_any_objective_takes_another_margin(objective):
-    """In place: who holds the object holds the new margin."""
-    cosines = torch.rand(5, 7) * 2 - 1
-    targets = torch.nn.functional.one_hot(torch.arange(5), 7)
+    """In place: who holds the object holds the new margin; softmax has none."""
     loss_fn = make_objective(objective, margin=0.1, scale=30.0)
+    give_margin(loss_fn, objective)
+    expected = make_objective(objective, margin=0.4, scale=30.0)
+    assert same_logits(loss_fn, expected)
+
+
+def test_a_loss_that_the_yaml_names_takes_another_margin():
+    """`objective` stands beside it, of another loss."""
+    loss_fn = RealMargin(AdditiveAngularMargin(0.1, 30.0), "hinge")
+    give_margin(loss_fn, "ram")
+    expected = RealMargin(AdditiveAngularMargin(0.4, 30.0), "hinge")
+    assert same_logits(loss_fn, expected)
+
+
+def give_margin(loss_fn, objective):
+    """As the Brain of a recipe with this `objective`, a margin of 0.4."""
     brain = torch.nn.Module()
     brain.hparams = torch.nn.Module()
     brain.hparams.objective = objective
-    brain.hparams.scale, brain.hparams.form = 30.0, "paper"
     brain.hparams.compute_cost = torch.nn.Module()
     brain.hparams.compute_cost.loss_fn = loss_fn
     cli_train.SpeakerBrain._set_margin(brain, 0.4)
-    expected = make_objective(objective, margin=0.4, scale=30.0)
-    assert torch.equal(loss_fn(cosines, targets), expected(cosines, targets))
+
+
+def same_logits(first, second):
+    cosines = torch.rand(5, 7) * 2 - 1
+    targets = torch.nn.functional.one_hot(torch.arange(5), 7)
+    return torch.equal(first(cosines, targets), second(cosines, targets))
 
 
 def test_your_own_corpus(voxceleb, cnceleb, tmp_path):

@@ -254,6 +254,8 @@ def find_run(hparams_file, hparams, run_opts, overrides):
     objective = "{objective}, margin {margin}, scale {scale}"
     if hparams["objective"] in ("ram", "raam"):
         objective += ", form {form}"
+    if hparams.get("sub_centers", 1) > 1:
+        objective += ", {sub_centers} sub-centres a speaker"
     facts = {"objective": objective.format(**hparams), **hparams["facts"]}
     if run is None:
         labels = speaker_labels(manifests[0], hparams["speeds"])

@@ -50,12 +50,10 @@ WEIGHTS = "encoder.safetensors"
 
 _LABELS = 2**26  # bytes of label_encoder.ckpt: a million speakers
 
-# What follows the encoder in hyperparams.yaml; {n_speakers} is filled in.
+# What follows the encoder in hyperparams.yaml; {classifier} is filled in.
 _TAIL = """
 # Cosines to the training speakers, and their names.
-classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier
-  input_size: !ref <embedding_dim>
-  out_neurons: {n_speakers}
+classifier: {classifier}
 label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
 
 # encode_batch(normalize=True) takes the training speakers' mean off.
@@ -136,7 +134,7 @@ def export_inference(
         (part / "README.md").write_text(card, encoding="utf-8")
         text = f"# Written by {description['written_by']}, for SpeechBrain.\n\n"
         text += write_architecture(architecture)
-        text += _TAIL.format(n_speakers=len(label_encoder))
+        text += _TAIL.format(classifier=_classifier_yaml(classifier.weight))
         (part / "hyperparams.yaml").write_text(text, encoding="utf-8")
         torch.save(weights, part / "embedding_model.ckpt")
         torch.save(_cpu_state(classifier), part / "classifier.ckpt")
@@ -194,6 +192,17 @@ def read_folder(folder: str | os.PathLike) -> EncoderFolder:
         read_facts(description.get("facts"), f"'{file}'"),
         f"'{file}'",
     )
+
+
+def _classifier_yaml(weight: torch.Tensor) -> str:
+    """What makes the classifier anew, of weights [C, E] or [C, K, E]."""
+    name = "speechbrain.lobes.models.ECAPA_TDNN.Classifier"
+    sizes = ["  input_size: !ref <embedding_dim>"]
+    sizes += [f"  out_neurons: {len(weight)}"]
+    if weight.ndim == 3:
+        name = "speechbrain_ram.classifier.SubCenterClassifier"
+        sizes += [f"  sub_centers: {weight.shape[1]}"]
+    return "\n".join([f"!new:{name}", *sizes])
 
 
 def _cpu_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -264,15 +273,29 @@ def start_from(
     file = folder / "classifier.ckpt"
     rows = read_state(file).get("weight")
     known = _read_labels(folder / "label_encoder.ckpt")
-    wanted = (len(known), classifier.weight.shape[1])
-    fits = rows is not None and tuple(rows.shape) == wanted
+    size = classifier.weight.shape[-1]
+    fits = (
+        rows is not None
+        and rows.ndim in (2, 3)
+        and (len(rows), rows.shape[-1]) == (len(known), size)
+    )
     if not (fits and rows.is_floating_point() and rows.isfinite().all()):
         raise EncoderError(
-            f"'{file}' does not hold {wanted[0]} speakers of {wanted[1]} "
+            f"'{file}' does not hold {len(known)} speakers of {size} "
             "finite numbers, as label_encoder.ckpt and the embedding have "
             "them. Is one of them from another export, or damaged?"
         )
     both = [name for name in label_encoder.lab2ind if name in known]
+    there, here = (
+        each.shape[1] if each.ndim == 3 else 1
+        for each in (rows, classifier.weight)
+    )
+    if both and there != here:
+        raise EncoderError(
+            f"--sub_centers is {here}, but '{file}' has {there} for each of "
+            f"its speakers, of whom this run knows {len(both)}. Give "
+            f"--sub_centers {there}."
+        )
     with torch.no_grad():
         for name in both:
             row = rows[known[name]]

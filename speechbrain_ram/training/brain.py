@@ -11,7 +11,7 @@ from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_ram.losses import make_objective
+from speechbrain_ram.losses import set_margin
 from speechbrain_ram.training.advice import advice
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
@@ -51,9 +51,9 @@ class SpeakerBrain(RobustBrain):
     train_logger         SpeechBrain's; TensorBoard is added by ``tensorboard``
     verify_every         epochs between verifications of the dev trials
     margin_schedule      optional: epochs done -> margin, such as
-                         :class:`.schedules.MarginRise`; where it differs from
-                         the objective's, ``objective``, ``scale`` and
-                         ``form`` are read too
+                         :class:`.schedules.MarginRise`; the loss_fn of
+                         compute_cost is given it by its `margin`, unless
+                         ``objective`` is 'softmax'
     frozen_epochs        optional: of the start, in which the encoder stays
     encoder_lr_factor    optional: the encoder's rate is this times the rate
     average_checkpoints  optional: the encoder of the end is the mean over so
@@ -191,7 +191,8 @@ class SpeakerBrain(RobustBrain):
             self.n_diagnosed = self.diagnostics.counts()
         self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
         schedule = getattr(self.hparams, "margin_schedule", None)
-        if schedule is not None:
+        # One that never rises leaves the margin that the loss was made with.
+        if schedule is not None and getattr(schedule, "end", None) != 0:
             self._set_margin(schedule(epochs_done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("lr_factor", 1.0)
@@ -206,14 +207,11 @@ class SpeakerBrain(RobustBrain):
             self.diagnostics.forget_unless(good, *self.n_diagnosed)
 
     def _set_margin(self, margin):
-        """Give the objective another margin; it stays the same object."""
-        hparams = self.hparams
-        if margin == getattr(hparams.compute_cost.loss_fn, "margin", None):
-            return
-        fresh = make_objective(
-            hparams.objective, margin, hparams.scale, hparams.form
-        )
-        hparams.compute_cost.loss_fn.__dict__.update(fresh.__dict__)
+        """Give the objective another margin, where it has one."""
+        loss_fn = self.hparams.compute_cost.loss_fn
+        softmax = getattr(self.hparams, "objective", None) == "softmax"
+        if not softmax and margin != getattr(loss_fn, "margin", None):
+            set_margin(loss_fn, margin)
 
     def make_dataloader(self, dataset, stage, *args, **kwargs):
         """RobustBrain's loader; notes the length of an epoch."""

@@ -1,12 +1,12 @@
-"""One chunk of classes of the fused loss, in plain PyTorch.
+"""One chunk of classes of the fused loss, and the targets, in plain PyTorch.
 
 :mod:`speechbrain_ram.training.fused` walks over the classes and keeps the sums;
 these functions compute what happens inside a chunk. They take
 
 x : [N, E]
     length-normalised embeddings
-w, norm : [B, E], [B]
-    the chunk's weights and their lengths
+w, norm : [B K, E], [B K]
+    the rows of the chunk's B classes, K each, and their lengths
 own : [N]
     the column of each sample's own class, -1 where it is in another chunk
 logit : [N]
@@ -18,6 +18,9 @@ z : [N, B]
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+
+_NORM_FLOOR = 1e-12  # F.normalize's, so that a zero row means the same here
 
 
 def rivals(z, form, seen):
@@ -52,26 +55,41 @@ def log_sum_exp(z, own, logit, form):
     return z.logsumexp(dim=1), violated
 
 
-def gradient(x, w, norm, own, logit, loss, grad_loss, scale, form):
-    """The gradient on the products x w^T, [N, B]; its sums.
+def gradient(x, w, norm, own, logit, loss, grad_loss, scale, form, centers):
+    """The gradient on the products x w^T, [N, B K]; its sums.
 
     Also sum_j grad_loss_i p_ij, [N], where p_ij = e^{z_ij - loss_i} on
-    violating classes, and sum_i gradient_ij c_ij, [B].
+    violating classes, and sum_i gradient_ij c_ij, [B K].
     """
-    z = excess(x, w, norm, logit, scale)
+    of_rows = excess(x, w, norm, logit, scale)
+    z, row = nearest(of_rows, centers)
     p = (z - loss.unsqueeze(1)).exp_()
     if form != "trivial":
         p.masked_fill_(z <= 0, 0)
     fill_own(p, own, 0)
     p *= grad_loss.unsqueeze(1)
     pull = p.sum(dim=1)
+    if row is not None:
+        p = torch.zeros_like(of_rows).scatter_(1, row, p)
     p *= scale / norm
-    cosines = z.add_(logit.unsqueeze(1)).div_(scale)
+    cosines = of_rows.add_(logit.unsqueeze(1)).div_(scale)
     return p, pull, cosines.mul_(p).sum(dim=0)
 
 
+def nearest(of_rows, centers):
+    """Largest of each class's `centers` columns, [N, B], and where it is.
+
+    The places are None where classes have one row.
+    """
+    if centers == 1:
+        return of_rows, None
+    largest, which = of_rows.unflatten(1, (-1, centers)).max(dim=2)
+    first = torch.arange(0, of_rows.shape[1], centers, device=of_rows.device)
+    return largest, which.add_(first)
+
+
 def excess(x, w, norm, logit, scale):
-    """z = s c - a, [N, B]."""
+    """s c - a of each row, [N, B K]: z, where classes have one row."""
     return (x @ w.t()).mul_(scale / norm).sub_(logit.unsqueeze(1))
 
 
@@ -81,3 +99,60 @@ def fill_own(matrix, own, value):
     kept = matrix.gather(1, column)
     filled = kept.masked_fill((own >= 0).unsqueeze(1), value)
     matrix.scatter_(1, column, filled)
+
+
+def own_column(ids, labels):
+    """Where each label stands in the sorted class ids, -1 if nowhere."""
+    column = torch.searchsorted(ids, labels).clamp_(max=len(ids) - 1)
+    return torch.where(ids[column] == labels, column, -1)
+
+
+def class_ids(rows, labels):
+    """Class indices of a block, which is a slice or already a tensor."""
+    if isinstance(rows, slice):
+        return torch.arange(rows.start, rows.stop, device=labels.device)
+    return rows
+
+
+def slices(length, chunk):
+    """Blocks of `chunk` classes, the last one perhaps shorter."""
+    return [
+        slice(start, min(start + chunk, length))
+        for start in range(0, length, chunk)
+    ]
+
+
+def sub_centers_of(weight):
+    """K of weights [C, E] or [C, K, E]."""
+    return weight.shape[1] if weight.ndim == 3 else 1
+
+
+def target_rows(x, weight, labels):
+    """The row of the flat weights that is the label's nearest to x, [N]."""
+    centers = sub_centers_of(weight)
+    if centers == 1:
+        return labels
+    rows = F.normalize(weight[labels].to(x.dtype), dim=2)  # [N, K, E]
+    which = (rows @ x.unsqueeze(2)).squeeze(2).argmax(dim=1)
+    return labels * centers + which
+
+
+def target_units(flat, target, dtype):
+    """Directions of the targets' rows, [N, E], and their lengths, [N, 1]."""
+    rows = flat[target].to(dtype)
+    norm = lengths(rows).unsqueeze(1)
+    return rows / norm, norm
+
+
+def lengths(w):
+    """Lengths of the rows in the last dimension, above 0."""
+    return torch.linalg.vector_norm(w, dim=-1).clamp(min=_NORM_FLOOR)
+
+
+def target_logit(loss_fn, cosine):
+    """a(c_y) and its derivative: the loss_fn of a target without rivals."""
+    with torch.enable_grad():
+        cosine = cosine.detach().unsqueeze(1).requires_grad_()
+        logit = loss_fn(cosine, torch.ones_like(cosine))
+        (slope,) = torch.autograd.grad(logit.sum(), cosine)
+    return logit.detach().squeeze(1), slope.squeeze(1)

@@ -24,6 +24,9 @@ so L is a running log-sum-exp, and one number per sample is all that the
 backward pass needs to know of the other chunks. The real margins add that a
 class which no sample of the batch violates has exactly no gradient; the
 forward pass marks the others, the backward pass visits only those.
+
+A class of K sub-centres has K rows, and c_ij is the cosine to the nearest. A
+chunk is of whole classes, so that it knows the nearest row of each.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin
 from torch.autograd.function import once_differentiable
 
+from speechbrain_ram.classifier import SubCenterClassifier
 from speechbrain_ram.losses import (
     RealAdditiveAngularMargin,
     RealAdditiveMargin,
@@ -41,11 +45,20 @@ from speechbrain_ram.losses import (
     WideAngularMargin,
 )
 from speechbrain_ram.training.chunks import (
+    class_ids,
     excess,
     fill_own,
     gradient,
+    lengths,
     log_sum_exp,
+    nearest,
+    own_column,
     rivals,
+    slices,
+    sub_centers_of,
+    target_logit,
+    target_rows,
+    target_units,
 )
 from speechbrain_ram.training.diagnostics import Margins
 
@@ -68,14 +81,13 @@ _WORTH_A_WAIT = 100_000
 _TRIVIAL = (AngularMargin, AdditiveAngularMargin, WideAngularMargin)
 _REAL = (RealMargin, RealAdditiveMargin, RealAdditiveAngularMargin)
 
-_NORM_FLOOR = 1e-12  # F.normalize's, so that a zero row means the same here
-
 
 def make_classifier(
     input_size: int,
     out_neurons: int,
     loss_fn: torch.nn.Module,
     fused: bool | None = None,
+    sub_centers: int = 1,
 ) -> torch.nn.Module:
     """SpeechBrain's cosine classifier, or the one that is fused with the loss.
 
@@ -90,11 +102,14 @@ def make_classifier(
         not know it.
     fused : bool, optional
         None is fused from :data:`FUSED_FROM` classes on.
+    sub_centers : int
+        Vectors a class, of which the nearest counts.
 
     Returns
     -------
     torch.nn.Module
-        ``speechbrain.lobes.models.ECAPA_TDNN.Classifier`` or
+        ``speechbrain.lobes.models.ECAPA_TDNN.Classifier``, with several
+        sub-centres :class:`.SubCenterClassifier`, or
         :class:`FusedMarginClassifier`.
 
     Raises
@@ -113,12 +128,16 @@ def make_classifier(
     if fused is None:
         fused = out_neurons >= FUSED_FROM and _is_known(loss_fn)
     if fused:
-        return FusedMarginClassifier(input_size, out_neurons, loss_fn)
-    return Classifier(input_size, out_neurons=out_neurons)
+        return FusedMarginClassifier(
+            input_size, out_neurons, loss_fn, sub_centers=sub_centers
+        )
+    if sub_centers == 1:
+        return Classifier(input_size, out_neurons=out_neurons)
+    return SubCenterClassifier(input_size, out_neurons, sub_centers)
 
 
-class FusedMarginClassifier(torch.nn.Module):
-    """SpeechBrain's cosine ``Classifier`` that can return the loss itself.
+class FusedMarginClassifier(SubCenterClassifier):
+    """A cosine classifier that can return the margin loss itself.
 
     ``classifier(embeddings, targets)`` equals
     ``LogSoftmaxWrapper(loss_fn)(classifier(embeddings), targets)`` and its
@@ -139,6 +158,8 @@ class FusedMarginClassifier(torch.nn.Module):
         ``RealMargin`` around the first two; no class derived from these.
     chunk_size : int
         Classes at a time; by default, as many as make 8 MB of cosines.
+    sub_centers : int
+        As for :class:`.SubCenterClassifier`.
 
     Raises
     ------
@@ -164,8 +185,8 @@ class FusedMarginClassifier(torch.nn.Module):
         out_neurons: int,
         loss_fn: torch.nn.Module,
         chunk_size: int | None = None,
+        sub_centers: int = 1,
     ):
-        super().__init__()
         _check_loss_fn(loss_fn)
         if input_size < 1 or out_neurons < 2:
             raise ValueError(
@@ -173,10 +194,9 @@ class FusedMarginClassifier(torch.nn.Module):
                 "allowed are 1 or more, and 2 or more classes. Is the label "
                 "encoder filled before the model is built?"
             )
+        super().__init__(input_size, out_neurons, sub_centers)
         self.loss_fn = loss_fn
         self.chunk_size = chunk_size
-        self.weight = torch.nn.Parameter(torch.empty(out_neurons, input_size))
-        torch.nn.init.xavier_uniform_(self.weight)
 
     def forward(
         self,
@@ -190,12 +210,11 @@ class FusedMarginClassifier(torch.nn.Module):
         indices, [N, 1] or [N]. `with_margins` also returns what
         :class:`.diagnostics.Margins` names.
         """
+        if targets is None:
+            return super().forward(embeddings)
         embeddings = (
             embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
         )
-        if targets is None:
-            weight = F.normalize(self.weight)
-            return F.linear(F.normalize(embeddings), weight).unsqueeze(1)
         losses, margins = _losses_and_margins(
             embeddings,
             self.weight,
@@ -214,7 +233,7 @@ def fused_margin_loss(
     loss_fn: torch.nn.Module,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Mean margin loss of embeddings [N, E] against class weights [C, E].
+    """Mean margin loss of embeddings [N, E] against weights [C, E].
 
     Equals, to rounding and with its gradients, ::
 
@@ -222,7 +241,8 @@ def fused_margin_loss(
         one_hot = F.one_hot(labels, len(weight))
         F.cross_entropy(loss_fn(cosines, one_hot), labels)
 
-    in float32 under autocast; float64 stays float64. A GPU finds labels out of
+    in float32 under autocast; float64 stays float64. With weights [C, K, E],
+    the cosine of a class is the largest of its K. A GPU finds labels out of
     range without being waited for: as an assertion of the device, later.
     """
     losses, _ = _losses_and_margins(
@@ -239,7 +259,8 @@ def _losses_and_margins(
     _check_shapes(embeddings, weight, labels)
     _check_labels(labels, len(weight))
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_ELEMENTS // max(embeddings.shape))
+        of_a_class = max(embeddings.shape) * sub_centers_of(weight)
+        chunk_size = max(1, _CHUNK_ELEMENTS // of_a_class)
     elif chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, allowed is 1 or more.")
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -257,32 +278,34 @@ def _losses_and_margins(
 
 
 class _MarginLosses(torch.autograd.Function):
-    """Length-normalised embeddings x [N, E], weights [C, E] -> losses [N].
+    """Length-normalised embeddings x [N, E], weights -> losses [N].
 
-    With margins, also the fields of ``Margins``, which have no gradient.
+    Weights are [C, E] or [C, K, E]; `flat` ones are [C K, E]. With margins,
+    also the fields of ``Margins``, which have no gradient.
     """
 
     @staticmethod
     def forward(ctx, x, weight, labels, loss_fn, chunk, with_margins):
         form, scale = _form(loss_fn), float(loss_fn.scale)
-        unit, _ = _targets(weight, labels, x.dtype)
+        centers = sub_centers_of(weight)
+        target = target_rows(x, weight, labels)
+        unit, _ = target_units(weight.flatten(0, -2), target, x.dtype)
         cosine = (x * unit).sum(dim=1)
-        logit, slope = _target_logit(loss_fn, cosine)
+        logit, slope = target_logit(loss_fn, cosine)
 
-        norm = x.new_empty(len(weight))
+        norm = x.new_empty(weight.shape[:-1])
         violated = labels.new_empty(len(weight), dtype=torch.bool)
-        blocks = _slices(len(weight), chunk)
+        blocks = slices(len(weight), chunk)
         # Made here: what is kept of a chunk would lie where the chunk's
         # matrices were freed, and the next ones find no room there.
         log_sums = x.new_empty(len(blocks), len(x))
         seen = x.new_empty(4, *log_sums.shape) if with_margins else None
         for k, rows in enumerate(blocks):
             w = weight[rows].to(x.dtype)
-            norm[rows] = torch.linalg.vector_norm(w, dim=1).clamp(
-                min=_NORM_FLOOR
-            )
-            own = _own_column(_class_ids(rows, labels), labels)
-            z = excess(x, w, norm[rows], logit, scale)
+            norm[rows] = lengths(w)
+            own = own_column(class_ids(rows, labels), labels)
+            z = excess(x, w.flatten(0, -2), norm[rows].flatten(), logit, scale)
+            z, _ = nearest(z, centers)
             fill_own(z, own, -torch.inf)
             if with_margins:
                 rivals(z, form, seen[:, k])
@@ -291,7 +314,8 @@ class _MarginLosses(torch.autograd.Function):
         loss = torch.logaddexp(log_sum, torch.zeros_like(log_sum))
 
         ctx.save_for_backward(
-            x, weight, labels, norm, violated, cosine, logit, slope, loss
+            *(x, weight, labels, target, norm),
+            *(violated, cosine, logit, slope, loss),
         )
         ctx.settings = form, scale, chunk
         if not with_margins:
@@ -318,11 +342,13 @@ class _MarginLosses(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, grad_loss):
         form, scale, chunk = ctx.settings
-        x, weight, labels, norm, violated, cosine, logit, slope, loss = (
-            ctx.saved_tensors
+        x, weight, labels, target, norm, *of_samples = ctx.saved_tensors
+        violated, cosine, logit, slope, loss = of_samples
+        centers = sub_centers_of(weight)
+        blocks = slices(len(weight), chunk)
+        grad_weight = torch.empty_like(
+            weight, memory_format=torch.contiguous_format
         )
-        blocks = _slices(len(weight), chunk)
-        grad_weight = torch.empty_like(weight)
         few = weight.device.type != "cpu" and len(weight) < _WORTH_A_WAIT
         if form != "trivial" and not few:
             rows = violated.nonzero().squeeze(1)
@@ -333,10 +359,12 @@ class _MarginLosses(torch.autograd.Function):
         grad_x = torch.zeros_like(x)
         pull = torch.zeros_like(loss)  # - d loss / d logit, times grad_loss
         for rows in blocks:
-            w = weight[rows].to(x.dtype)
-            own = _own_column(_class_ids(rows, labels), labels)
+            w = weight[rows].to(x.dtype).flatten(0, -2)
+            norm_here = norm[rows].flatten()
+            own = own_column(class_ids(rows, labels), labels)
             grad_dot, pull_here, radial = gradient(
-                x, w, norm[rows], own, logit, loss, grad_loss, scale, form
+                *(x, w, norm_here, own, logit, loss, grad_loss),
+                *(scale, form, centers),
             )
             pull += pull_here
             grad_x.addmm_(grad_dot, w)
@@ -344,57 +372,22 @@ class _MarginLosses(torch.autograd.Function):
             grad_w = torch.addcmul(
                 grad_dot.t() @ x,
                 w,
-                (radial / norm[rows]).unsqueeze(1),
+                (radial / norm_here).unsqueeze(1),
                 value=-1,
             )
+            grad_w = grad_w.view(-1, *weight.shape[1:])
             grad_weight[rows] = grad_w.to(weight.dtype)
 
         if form in ("trivial", "released"):  # every other class pulls
             pull = -torch.expm1(-loss) * grad_loss
-        unit, target_norm = _targets(weight, labels, x.dtype)
+        flat = weight.flatten(0, -2)
+        unit, target_norm = target_units(flat, target, x.dtype)
         grad_cosine = (-pull * slope).unsqueeze(1)
         grad_x.addcmul_(grad_cosine, unit)
         grad_target = grad_cosine * (x - cosine.unsqueeze(1) * unit)
         grad_target = (grad_target / target_norm).to(weight.dtype)
-        grad_weight.index_add_(0, labels, grad_target)
+        grad_weight.flatten(0, -2).index_add_(0, target, grad_target)
         return grad_x, grad_weight
-
-
-def _own_column(ids, labels):
-    """Where each label stands in the sorted class ids, -1 if nowhere."""
-    column = torch.searchsorted(ids, labels).clamp_(max=len(ids) - 1)
-    return torch.where(ids[column] == labels, column, -1)
-
-
-def _class_ids(rows, labels):
-    """Class indices of a block, which is a slice or already a tensor."""
-    if isinstance(rows, slice):
-        return torch.arange(rows.start, rows.stop, device=labels.device)
-    return rows
-
-
-def _slices(length, chunk):
-    return [
-        slice(start, min(start + chunk, length))
-        for start in range(0, length, chunk)
-    ]
-
-
-def _targets(weight, labels, dtype):
-    """Directions of the labels' rows, [N, E], and their lengths, [N, 1]."""
-    rows = weight[labels].to(dtype)
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    norm = norm.clamp(min=_NORM_FLOOR)
-    return rows / norm, norm
-
-
-def _target_logit(loss_fn, cosine):
-    """a(c_y) and its derivative: the loss_fn of a target without rivals."""
-    with torch.enable_grad():
-        cosine = cosine.detach().unsqueeze(1).requires_grad_()
-        logit = loss_fn(cosine, torch.ones_like(cosine))
-        (slope,) = torch.autograd.grad(logit.sum(), cosine)
-    return logit.detach().squeeze(1), slope.squeeze(1)
 
 
 def _form(loss_fn):
@@ -424,10 +417,11 @@ def _check_loss_fn(loss_fn):
 
 def _check_shapes(embeddings, weight, labels):
     n, dim = embeddings.shape if embeddings.ndim == 2 else (-1, -1)
-    if n < 1 or labels.shape != (n,) or weight.shape[1:] != (dim,):
+    fits = weight.ndim in (2, 3) and weight.shape[-1] == dim
+    if n < 1 or labels.shape != (n,) or not fits or not weight.numel():
         raise ValueError(
-            "embeddings [N, E], weight [C, E] and labels [N] are needed, "
-            f"N at least 1; got {tuple(embeddings.shape)}, "
+            "embeddings [N, E], weight [C, E] or [C, K, E] and labels [N] are "
+            f"needed, N at least 1; got {tuple(embeddings.shape)}, "
             f"{tuple(weight.shape)} and {tuple(labels.shape)}. Is a singleton "
             "time axis left to squeeze?"
         )

@@ -120,6 +120,7 @@ RULES = {
     "scale": _POSITIVE,
     "margin_start": _NOT_NEGATIVE,
     "margin_end": _NOT_NEGATIVE,
+    "sub_centers": _whole(1),
     # Training
     "number_of_epochs": _whole(1),
     "frozen_epochs": _NOT_NEGATIVE,

@@ -13,6 +13,7 @@ from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.utils.checkpoints import Checkpointer
 from wespeaker_model import make_state, write_model
 
+from speechbrain_ram.classifier import SubCenterClassifier
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.folder import (
@@ -47,6 +48,28 @@ def test_weights_and_known_speakers_are_taken_over(tiny_run):
     assert torch.equal(classifier.weight[2], rows[0])
 
 
+def test_known_speakers_keep_their_sub_centres(tiny_run, tmp_path):
+    """As many as there are; another number is refused where it matters."""
+    folder = shutil.copytree(tiny_run / "inference", tmp_path / "inference")
+    rows = torch.randn(6, 3, 512)
+    torch.save({"weight": rows}, folder / "classifier.ckpt")
+    section = encoder_section(tiny_run / "hyperparams.yaml")
+    model = load_hyperpyyaml(section)["embedding_model"]
+    names = labels("new", "id10003")
+    classifier = SubCenterClassifier(512, 2, 3)
+    assert start_from(folder, section, model, classifier, names) == 1
+    assert torch.equal(classifier.weight[1], rows[2])
+    for centers in (1, 2):
+        classifier = SubCenterClassifier(512, 2, centers)
+        before = classifier.weight.detach().clone()
+        message = f"--sub_centers is {centers}, .* has 3 .* knows 1.*centers 3"
+        with pytest.raises(EncoderError, match=message):
+            start_from(folder, section, model, classifier, names)
+        assert torch.equal(classifier.weight, before)
+        others = labels("new", "newer")
+        assert start_from(folder, section, model, classifier, others) == 0
+
+
 def pickled():
     buffer = io.BytesIO()
     torch.save({"weight": print}, buffer)
@@ -67,6 +90,7 @@ NAMES = (
         ("classifier.ckpt", {"weight": NAN}),
         ("classifier.ckpt", {"weight": torch.ones(3, 1)}),
         ("classifier.ckpt", {"weight": torch.ones(4, 512)}),
+        ("classifier.ckpt", {"weight": torch.ones(1, 3, 3, 512)}),
         ("classifier.ckpt", {"weight": torch.ones(3, 512, dtype=torch.int64)}),
         ("classifier.ckpt", {"weight": [1.0]}),
         ("classifier.ckpt", {"other": ROWS}),

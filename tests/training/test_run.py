@@ -75,6 +75,7 @@ def refused(tiny_corpus, run, match, **overrides):
         ({"form": "hinge"}, "form: paper -> hinge"),
         ({"scale": 20.0}, "scale: 30.0 -> 20.0"),
         ({"margin_end": 1}, "margin_end: 0 -> 1"),
+        ({"sub_centers": 3}, "sub_centers: 1 -> 3"),
         ({"std_norm": False}, "std_norm: True -> False"),
         ({"lr": 0.01}, "lr: 0.003 -> 0.01"),
         ({"warmup_steps": 3}, "warmup_steps: 2 -> 3"),

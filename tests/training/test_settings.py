@@ -32,6 +32,7 @@ def check(command_line, file=SYNTHETIC):
         ("--lr True", "--lr is True; a number above 0"),
         ("--lr", "--lr has no value; a number above 0"),
         ("--margin 4", "--margin is 4; a number from 0 to 3.142"),
+        ("--sub_centers 0", "--sub_centers is 0; a whole number, 1 or more"),
         ("--scale ten", "--scale is 'ten'; a number above 0"),
         ("--channels 16,16,32,64", "--channels is '16,16,32,64'; a list of 4"),
         ("--channels [16,16,32]", "--channels is [16, 16, 32]; a list of 4"),

@@ -12,6 +12,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.verification.scores import read_scores
 from speechbrain_ram.verification.trials import TrialError, read_trials
@@ -354,10 +355,11 @@ def logged(run):
 
 
 @pytest.mark.parametrize(
-    "objective, form", [("ram", "hinge"), ("aam", "paper")]
+    "objective, form, centers",
+    [("ram", "hinge", 1), ("aam", "paper", 1), ("ram", "released", 3)],
 )
 def test_the_fused_loss_trains_the_same(
-    tiny_corpus, tmp_path, monkeypatch, objective, form
+    tiny_corpus, tmp_path, monkeypatch, objective, form, centers
 ):
     """Losses, weights and the log, to rounding, after ten steps."""
     monkeypatch.setattr(ResNet34, "forward", linear_encoder)
@@ -372,6 +374,7 @@ def test_the_fused_loss_trains_the_same(
             objective=objective,
             form=form,
             fused_loss=fused,
+            sub_centers=centers,
             batch_size=4,  # of 18 utterances: five steps an epoch
         )
         for fused in (False, True)
@@ -381,6 +384,14 @@ def test_the_fused_loss_trains_the_same(
         assert plain[name].keys() == fused[name].keys()
         for key, value in plain[name].items():
             assert (fused[name][key] - value).abs().max() < 1e-5, key
+    shape = plain["classifier"]["weight"].shape
+    assert shape == ((4, 3, 512) if centers == 3 else (4, 512))
+    folder = runs[True] / "inference"
+    rows = torch.load(folder / "classifier.ckpt")["weight"]
+    assert torch.equal(rows, fused["classifier"]["weight"])
+    facts = read_folder(folder).facts
+    said = "3 sub-centres a speaker" in facts["objective"]
+    assert said == (centers == 3)
     plain, fused = (logged(runs[key]) for key in (False, True))
     without = {"train angle_between", "train angle_between_std"}
     assert without < plain[-1].keys()
