@@ -3,12 +3,13 @@
 :class:`SpeakerEncoder` takes files and gives embeddings and decisions. It
 loads exported folders and the checkpoints of runs without executing anything
 that is in them; SpeechBrain's own classes load the same folder, and execute
-its YAML.
+its YAML. :class:`OnnxEncoder` is the same for the model in an ONNX file.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,11 +31,14 @@ from speechbrain_ram.export.folder import (
     encoder_section,
     export_inference,
 )
+from speechbrain_ram.export.onnx_model import OnnxModel
+from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.embedder import Embedder
 
 __all__ = [
     "Comparison",
     "EncoderError",
+    "OnnxEncoder",
     "Segment",
     "SpeakerEncoder",
     "encoder_section",
@@ -58,83 +62,16 @@ class Comparison:
     nontargets_above: float | None = None
 
 
-class SpeakerEncoder(LoadedEncoder):
-    """Recordings in, embeddings and decisions out.
+class _Recordings(ABC):
+    """What every encoder does with recordings: embed, score, decide."""
 
-    Files of another sample rate are resampled and several channels averaged,
-    unless that is forbidden. A recording longer than 240 s is cut into equal
-    windows, whose embeddings are averaged; silent windows are left out.
-    Recordings are batched by length, and every embedding is the one that the
-    recording has alone, and in verification.
-
-    Silence, recordings under 0.1 s and unreadable files raise an AudioError
-    that names them; clipping gives a warning. No NaN is ever returned.
-
-    Arguments
-    ---------
-    folder : EncoderFolder
-        From :func:`speechbrain_ram.export.encoder.read_encoder`.
-    device : str
-        Such as 'cpu' or 'cuda:0'.
-    resample, mixdown : bool
-        Whether files of another rate, or of several channels, are converted.
-    batch_seconds : float, optional
-        As for :class:`speechbrain_ram.verification.embedder.Embedder`.
-    """
-
-    def __init__(
-        self,
-        folder: EncoderFolder,
-        device: str = "cpu",
-        resample: bool = True,
-        mixdown: bool = True,
-        batch_seconds: float | None = None,
-    ):
-        super().__init__(folder, device)
-        self.resample = resample
-        self.mixdown = mixdown
-        self.batch_seconds = batch_seconds
+    embedding_dim: int
+    decision: Decision | None
 
     @property
+    @abstractmethod
     def embedder(self) -> Embedder:
         """How this encoder embeds."""
-        return Embedder(
-            self.encode,
-            self.sample_rate,
-            self.resample,
-            self.mixdown,
-            self.device,
-            self.pad,
-            self.batch_seconds,
-        )
-
-    @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike, device: str = "cpu", **options
-    ) -> SpeakerEncoder:
-        """Load an exported folder, or a run; nothing in it is executed.
-
-        Arguments
-        ---------
-        path : path
-            An exported folder; or a run's output folder, whose best
-            checkpoint is taken; or one checkpoint folder (``CKPT+...``).
-        device : str
-            Such as 'cpu' or 'cuda:0'.
-        **options
-            As for the class.
-
-        Returns
-        -------
-        SpeakerEncoder
-
-        Raises
-        ------
-        EncoderError
-            Nothing there, damaged, of another version, or weights of another
-            architecture.
-        """
-        return cls(read_encoder(path), device, **options)
 
     def embed(
         self,
@@ -287,3 +224,136 @@ class SpeakerEncoder(LoadedEncoder):
                 "Python threshold=0.5, on the command line --threshold 0.5."
             )
         return self.decision.threshold("EER" if value is None else value)
+
+
+class SpeakerEncoder(LoadedEncoder, _Recordings):
+    """Recordings in, embeddings and decisions out.
+
+    Files of another sample rate are resampled and several channels averaged,
+    unless that is forbidden. A recording longer than 240 s is cut into equal
+    windows, whose embeddings are averaged; silent windows are left out.
+    Recordings are batched by length, and every embedding is the one that the
+    recording has alone, and in verification.
+
+    Silence, recordings under 0.1 s and unreadable files raise an AudioError
+    that names them; clipping gives a warning. No NaN is ever returned.
+
+    Arguments
+    ---------
+    folder : EncoderFolder
+        From :func:`speechbrain_ram.export.encoder.read_encoder`.
+    device : str
+        Such as 'cpu' or 'cuda:0'.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are converted.
+    batch_seconds : float, optional
+        As for :class:`speechbrain_ram.verification.embedder.Embedder`.
+    """
+
+    def __init__(
+        self,
+        folder: EncoderFolder,
+        device: str = "cpu",
+        resample: bool = True,
+        mixdown: bool = True,
+        batch_seconds: float | None = None,
+    ):
+        super().__init__(folder, device)
+        self.resample = resample
+        self.mixdown = mixdown
+        self.batch_seconds = batch_seconds
+
+    @property
+    def embedder(self) -> Embedder:
+        """How this encoder embeds."""
+        return Embedder(
+            self.encode,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+            self.device,
+            self.pad,
+            self.batch_seconds,
+        )
+
+    @classmethod
+    def from_folder(
+        cls, path: str | os.PathLike, device: str = "cpu", **options
+    ) -> SpeakerEncoder:
+        """Load an exported folder, or a run; nothing in it is executed.
+
+        Arguments
+        ---------
+        path : path
+            An exported folder; or a run's output folder, whose best
+            checkpoint is taken; or one checkpoint folder (``CKPT+...``).
+        device : str
+            Such as 'cpu' or 'cuda:0'.
+        **options
+            As for the class.
+
+        Returns
+        -------
+        SpeakerEncoder
+
+        Raises
+        ------
+        EncoderError
+            Nothing there, damaged, of another version, or weights of another
+            architecture.
+        """
+        return cls(read_encoder(path), device, **options)
+
+
+class OnnxEncoder(OnnxModel, _Recordings):
+    """The speaker model in an ONNX file, used as :class:`SpeakerEncoder` is.
+
+    It takes waveforms, as ``speechbrain-ram export`` writes it, or Kaldi's
+    features, as the models of WeSpeaker, 3D-Speaker and sherpa-onnx do, which
+    are computed here. onnxruntime computes on the CPU, each recording alone.
+
+    Arguments
+    ---------
+    path : path
+        The file.
+    frontend : str, optional
+        Whose features it takes: "wespeaker" or "3d-speaker" as their networks
+        are trained; "sherpa-onnx" as that client computes them. What the
+        file's metadata state, if not given.
+    sample_rate : int, optional
+        In Hz. What the file's metadata state, or else 16000, if not given.
+    resample, mixdown : bool
+        Whether files of another rate, or of several channels, are converted.
+
+    Raises
+    ------
+    EncoderError
+        Not a speaker model in an ONNX file, or its features are not known.
+    ImportError
+        The extra ``onnx`` is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        frontend: str | None = None,
+        sample_rate: int | None = None,
+        resample: bool = True,
+        mixdown: bool = True,
+    ):
+        super().__init__(path, frontend, sample_rate)
+        self.resample = resample
+        self.mixdown = mixdown
+
+    @property
+    def embedder(self) -> Embedder:
+        """How this encoder embeds."""
+        return Embedder(
+            self.encode,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+            self.device,
+            self.pad,
+            0.0,  # each recording alone: a graph knows no padding
+        )

@@ -15,7 +15,14 @@ import yaml
 from fuzz_targets import Target
 from safetensors.numpy import load, save
 from safetensors.torch import load_file
-from small_encoder import DIM, SPEAKERS, YAML, export_small, small_network
+from small_encoder import (
+    DIM,
+    SPEAKERS,
+    YAML,
+    dev_scores,
+    export_small,
+    small_network,
+)
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.utils.checkpoints import (
@@ -31,7 +38,13 @@ from speechbrain_ram.data.record import checksum, seal
 from speechbrain_ram.export.architecture import fingerprint
 from speechbrain_ram.export.folder import start_from
 from speechbrain_ram.export.importers import import_encoder
-from speechbrain_ram.inference import EncoderError, SpeakerEncoder
+from speechbrain_ram.export.onnx_model import settings
+from speechbrain_ram.features import KaldiFbank
+from speechbrain_ram.inference import (
+    EncoderError,
+    OnnxEncoder,
+    SpeakerEncoder,
+)
 from speechbrain_ram.training.checkpoints import (
     CheckpointError,
     SafeCheckpointer,
@@ -40,6 +53,7 @@ from speechbrain_ram.training.checkpoints import (
 from speechbrain_ram.training.distributed import Tally, random_state
 from speechbrain_ram.training.run import Run, RunError, read_run
 from speechbrain_ram.training.state import COUNTERS, read_state
+from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.enrolment import (
     EnrolmentDatabase,
     EnrolmentError,
@@ -56,6 +70,7 @@ def encoders(folder):
     return {
         **_exported(folder),
         **_imported(folder / "imported"),
+        **_onnx(folder),
         **_checkpoints(folder / "run"),
         **_runs(folder / "trained"),
         **_embeddings(folder),
@@ -134,6 +149,73 @@ def _imported(folder):
         good = place.read_bytes()
         found[name] = Target(read, EncoderError, good, place, changes, many)
     return found
+
+
+def _onnx(folder):
+    """A small network on features, and what an export of ours notes."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    ends = {"feats": ["B", "T", 80], "embs": ["B", 4]}
+    taken, given = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in ends.items()
+    )
+    weights = np.ones((80, 4), np.float32)
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("ReduceMean", ["feats"], ["m"], axes=[1]),
+                helper.make_node("Squeeze", ["m", "a"], ["s"]),
+                helper.make_node("MatMul", ["s", "w"], ["embs"]),
+            ],
+            "g",
+            [taken],
+            [given],
+            [
+                onnx.numpy_helper.from_array(weights, "w"),
+                helper.make_tensor("a", TensorProto.INT64, [1], [1]),
+            ],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    model.ir_version = 8
+    noted = {
+        "sample_rate": 16000,
+        "output_dim": 4,
+        "front_end": json.dumps(settings(KaldiFbank())),
+        "decision": json.dumps(Decision.fit(*dev_scores(), "dev").to_dict()),
+    }
+    for key, value in noted.items():
+        model.metadata_props.add(key=key, value=str(value))
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+
+    def read(_):
+        used(OnnxEncoder(path))
+
+    def changes(good):
+        """Of the graph, which begins the file, and of what is noted."""
+        found = formats.little(good, 0, 200)
+        for key in ("front_end", "decision"):
+            value = noted[key].encode()
+            found += [
+                partial(put, good, key, change)
+                for change in formats.json_values(value)
+            ]
+        return found
+
+    def put(good, key, change):
+        changed = onnx.ModelProto.FromString(good)
+        for each in changed.metadata_props:
+            if each.key == key:
+                each.value = change().decode("utf-8", "replace")
+        return changed.SerializeToString()
+
+    good = path.read_bytes()
+    return {
+        "model.onnx": Target(read, EncoderError, good, path, changes, 2_000)
+    }
 
 
 def labels(good):

@@ -35,7 +35,7 @@ NAMES = [
     # encoders, checkpoints, embeddings
     *("encoder.json", "encoder.safetensors", "edited encoder.json"),
     *("edited encoder.safetensors", "classifier.ckpt", "label_encoder.ckpt"),
-    *("config.yaml", "avg_model.pt", "mean_vec.npy"),
+    *("config.yaml", "avg_model.pt", "mean_vec.npy", "model.onnx"),
     *("hyperparams.yaml", "embedding_model.ckpt", "optimizer.ckpt"),
     *(
         "brain.ckpt",

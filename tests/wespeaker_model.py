@@ -79,8 +79,26 @@ def make_state(model="ResNet34", width=4, dim=DIM, bands=80, speakers=7):
     return state
 
 
-def reference(state, wav, model="ResNet34", bands=80, pooling="sample"):
-    """Waveform [N] to embedding [E], by WeSpeaker's formulas."""
+def fbank(wav, bands=80, scale=2**15, window="hamming"):
+    """Waveform [N] to features [T, bands] without their mean, by torchaudio.
+
+    WeSpeaker's, or 3D-Speaker's with a scale of 1 and Povey's window.
+    """
+    feats = kaldi.fbank(
+        torch.as_tensor(wav)[None] * scale,
+        num_mel_bins=bands,
+        frame_length=25,
+        frame_shift=10,
+        sample_frequency=16000,
+        window_type=window,
+        use_energy=False,
+        dither=0.0,
+    )
+    return feats - feats.mean(dim=0)
+
+
+def network(state, feats, model="ResNet34"):
+    """Features [B, T, bands] to embeddings [B, E], by WeSpeaker's formulas."""
 
     def bn(x, name):
         return F.batch_norm(
@@ -91,18 +109,7 @@ def reference(state, wav, model="ResNet34", bands=80, pooling="sample"):
             state[f"{name}.bias"],
         )
 
-    feats = kaldi.fbank(
-        torch.as_tensor(wav)[None] * 2**15,
-        num_mel_bins=bands,
-        frame_length=25,
-        frame_shift=10,
-        sample_frequency=16000,
-        window_type="hamming",
-        use_energy=False,
-        dither=0.0,
-    )
-    feats = feats - feats.mean(dim=0)
-    x = feats.T[None, None]
+    x = feats.transpose(1, 2).unsqueeze(1)
     x = F.relu(bn(F.conv2d(x, state["conv1.weight"], padding=1), "bn1"))
     for k, (count, stride) in enumerate(
         zip(BLOCKS[model], STRIDES, strict=True)
@@ -120,7 +127,51 @@ def reference(state, wav, model="ResNet34", bands=80, pooling="sample"):
             x = F.relu(out + x)
     std = torch.sqrt(torch.var(x, dim=-1) + 1e-7)
     stats = torch.cat([x.mean(dim=-1).flatten(1), std.flatten(1)], dim=1)
-    return F.linear(stats, state["seg_1.weight"], state["seg_1.bias"])[0]
+    return F.linear(stats, state["seg_1.weight"], state["seg_1.bias"])
+
+
+def reference(state, wav, model="ResNet34", bands=80):
+    """Waveform [N] to embedding [E], by WeSpeaker's formulas."""
+    return network(state, fbank(wav, bands)[None], model)[0]
+
+
+class Network(torch.nn.Module):
+    """The same as a module, such as WeSpeaker's export gives to ONNX."""
+
+    def __init__(self, state, model="ResNet34"):
+        super().__init__()
+        self.state, self.model = state, model
+
+    def forward(self, feats):
+        return network(self.state, feats, self.model)
+
+
+def write_onnx(path, state, model="ResNet34", **metadata):
+    """A file as WeSpeaker's export_onnx.py writes it; the mean is not in it.
+
+    With metadata, as sherpa-onnx's scripts add them.
+    """
+    torch.onnx.export(
+        Network(state, model).eval(),
+        (torch.ones(1, 200, 80),),
+        str(path),
+        opset_version=14,
+        input_names=["feats"],
+        output_names=["embs"],
+        dynamic_axes={"feats": {0: "B", 1: "T"}, "embs": {0: "B"}},
+        dynamo=False,
+    )
+    return add_metadata(path, path, **metadata)
+
+
+def add_metadata(source, path, **metadata):
+    import onnx
+
+    model = onnx.load(source)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=str(value))
+    onnx.save(model, path)
+    return path
 
 
 def write_model(folder, state=None, config=CONFIG, name="avg_model.pt"):

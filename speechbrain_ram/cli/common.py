@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -19,6 +19,12 @@ from speechbrain_ram.utils import is_user_error, json_text, one_line, printable
 
 ERROR = 2
 INTERRUPTED = 130  # as shells have it
+
+FRONTEND = (
+    "Features of an .onnx file: wespeaker, 3d-speaker, sherpa-onnx.  "
+    "[default: what it states]"
+)
+SAMPLE_RATE = "Of an .onnx file.  [default: what it states, or 16000]"
 
 
 def command(function: Callable) -> Callable:
@@ -76,16 +82,44 @@ def _print_json(value: Any) -> None:
     click.echo(json_text(value))
 
 
-encoder_option = click.option(
-    "-e",
-    "--encoder",
-    "folder",
-    required=True,
-    metavar="FOLDER",
-    envvar="SPEECHBRAIN_RAM_ENCODER",
-    show_envvar=True,
-    help="Exported folder, or a run's output folder.",
-)
+class Chosen(NamedTuple):
+    """An encoder, as the options name it."""
+
+    path: str
+    frontend: str | None = None
+    sample_rate: int | None = None
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it is an ONNX file; all others are folders."""
+        is_folder = os.path.isdir(self.path)
+        return self.path.lower().endswith(".onnx") and not is_folder
+
+
+def encoder_option(function: Callable) -> Callable:
+    """Add --encoder and what an ONNX file may not say; gives `chosen`."""
+
+    @click.option(
+        "-e",
+        "--encoder",
+        required=True,
+        metavar="FOLDER|FILE",
+        envvar="SPEECHBRAIN_RAM_ENCODER",
+        show_envvar=True,
+        help="Exported folder, a run's output folder, or an .onnx file.",
+    )
+    @click.option("--frontend", metavar="NAME", help=FRONTEND)
+    @click.option("--sample-rate", type=int, metavar="HZ", help=SAMPLE_RATE)
+    @wraps(function)
+    def run(
+        encoder: str, frontend: str | None, sample_rate: int | None, **options
+    ) -> Any:
+        chosen = Chosen(encoder, frontend, sample_rate)
+        return function(chosen=chosen, **options)
+
+    return run
+
+
 data_root_option = click.option(
     "--data-root",
     default=".",
@@ -112,10 +146,24 @@ threshold_option = click.option(
 )
 
 
-def load_encoder(folder: str, device: str = "cpu"):
-    from speechbrain_ram.inference import SpeakerEncoder
+def load_encoder(chosen: Chosen, device: str = "cpu", **settings: Any):
+    """A SpeakerEncoder or an OnnxEncoder, by what is there."""
+    from speechbrain_ram.inference import OnnxEncoder, SpeakerEncoder
 
-    return SpeakerEncoder.from_folder(folder, device)
+    if not chosen.is_onnx:
+        if chosen.frontend or chosen.sample_rate:
+            raise ValueError(
+                "--frontend and the sample rate are for files that end with "
+                f".onnx; '{chosen.path}' states its own. Leave them out."
+            )
+        return SpeakerEncoder.from_folder(chosen.path, device, **settings)
+    if device != "cpu":
+        raise ValueError(
+            f"--device is '{device}', but '{chosen.path}' is an ONNX file, "
+            "which onnxruntime computes on the CPU here. Leave it out."
+        )
+    settings.pop("batch_seconds", None)  # each recording is embedded alone
+    return OnnxEncoder(*chosen, **settings)
 
 
 def open_database(path: str, encoder):

@@ -47,9 +47,9 @@ def main(context: click.Context) -> None:
     speechbrain-ram embed -e OUT/inference recordings/ -o out.npz
 
     ENCODER is the folder 'inference' of a training run, or one from somebody
-    else: nothing that it contains is executed. Recordings are sound files of
-    any rate and length, and videos where PyAV is installed. Every command
-    exits with 2 on an error.
+    else: nothing that it contains is executed; or an ONNX file. Recordings are
+    sound files of any rate and length, and videos where PyAV is installed.
+    Every command exits with 2 on an error.
     """
     if context.invoked_subcommand != "demo":  # which lives on, mostly idle
         keep_freed_memory()
@@ -62,7 +62,7 @@ def main(context: click.Context) -> None:
 @threshold_option
 @device_option
 @command
-def compare(folder, a, b, threshold, device):
+def compare(chosen, a, b, threshold, device):
     """Decide whether recordings A and B are of one speaker.
 
     \b
@@ -70,7 +70,7 @@ def compare(folder, a, b, threshold, device):
 
     Exits with 0 for the same speaker, 1 for another, 2 on an error.
     """
-    result = load_encoder(folder, device).compare(
+    result = load_encoder(chosen, device).compare(
         a, b, number_or_name(threshold)
     )
     verdict = "same speaker" if result.same_speaker else "different speakers"
@@ -102,7 +102,7 @@ def compare(folder, a, b, threshold, device):
 @click.option("--skip-bad", is_flag=True, help="Leave unusable files out.")
 @device_option
 @command
-def embed(folder, inputs, output, data_root, skip_bad, device):
+def embed(chosen, inputs, output, data_root, skip_bad, device):
     """Embed files, folders or a manifest into one .npz.
 
     \b
@@ -112,7 +112,7 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
     """
     check_output(output, ".npz")
     found = recordings(inputs, data_root)
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     failures: dict[int, str] | None = {} if skip_bad else None
     rows = encoder.embed(found.values(), progress=True, failures=failures)
     failures = failures or {}
@@ -147,7 +147,7 @@ def embed(folder, inputs, output, data_root, skip_bad, device):
 )
 @device_option
 @command
-def enroll(folder, database, name, files, folders, device):
+def enroll(chosen, database, name, files, folders, device):
     """Enrol speaker NAME with FILES, or add to what is enrolled.
 
     \b
@@ -170,7 +170,7 @@ def enroll(folder, database, name, files, folders, device):
         }
     else:
         found = {name: [Path(file) for file in files]}
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     opened = open_database(database, encoder)
     everything = [file for group in found.values() for file in group]
     rows = encoder.embed(everything, progress=True)
@@ -190,7 +190,7 @@ def enroll(folder, database, name, files, folders, device):
 @threshold_option
 @device_option
 @command
-def identify(folder, database, file, top, threshold, device):
+def identify(chosen, database, file, top, threshold, device):
     """Find the enrolled speaker of FILE.
 
     \b
@@ -198,7 +198,7 @@ def identify(folder, database, file, top, threshold, device):
 
     Exits with 0 if the best score reaches the threshold, else with 1.
     """
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     least = encoder.threshold(number_or_name(threshold))
     embedding = encoder.embed(file)[0]
     matches = open_database(database, encoder).identify(embedding, top)
@@ -218,13 +218,13 @@ def identify(folder, database, file, top, threshold, device):
 @database_option
 @click.argument("name")
 @command
-def forget(folder, database, name):
+def forget(chosen, database, name):
     """Remove speaker NAME from the enrolled ones.
 
     \b
     speechbrain-ram forget -e ENCODER -d people.db ada
     """
-    open_database(database, load_encoder(folder)).remove(name)
+    open_database(database, load_encoder(chosen)).remove(name)
     return {"removed": name}, f"{name} removed"
 
 
@@ -246,7 +246,7 @@ def forget(folder, database, name):
 )
 @device_option
 @command
-def score(folder, trials, root, output, device):
+def score(chosen, trials, root, output, device):
     """Score a trial list.
 
     \b
@@ -264,7 +264,7 @@ def score(folder, trials, root, output, device):
     check_output(output)
     listed = read_trials(trials)
     check_utterances(listed, root)
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     found = extract(encoder.embedder, listed.utterances, root)
     write_scores(listed, score_trials(listed, found.ids, found.matrix), output)
     facts = {"output": output, "trials": len(listed), "files": len(found.ids)}
@@ -284,7 +284,7 @@ def score(folder, trials, root, output, device):
 @data_root_option
 @device_option
 @command
-def draw(folder, source, output, data_root, device):
+def draw(chosen, source, output, data_root, device):
     """Draw a map of the voices of a folder.
 
     \b
@@ -302,7 +302,7 @@ def draw(folder, source, output, data_root, device):
         speakers = [row.spk_id for row in read_manifest(source)]
     else:
         speakers = [start.split("/")[0] for start in starts]
-    rows = load_encoder(folder, device).embed(found.values(), progress=True)
+    rows = load_encoder(chosen, device).embed(found.values(), progress=True)
     points = similarity_map.project(rows)
     if output.endswith(".html"):
         similarity_map.write_html(points, speakers, starts, output)
@@ -319,7 +319,7 @@ def draw(folder, source, output, data_root, device):
 @click.option("--port", default=8000, show_default=True)
 @device_option
 @command
-def demo(folder, host, port, device):
+def demo(chosen, host, port, device):
     """Serve a web page that compares two recordings.
 
     \b
@@ -327,7 +327,7 @@ def demo(folder, host, port, device):
     """
     from speechbrain_ram.cli.demo import serve
 
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     click.echo(f"http://{host}:{port}  (stop with Ctrl-C)", err=True)
     serve(encoder, host, port)
     return {"served": f"http://{host}:{port}"}, ""
@@ -343,7 +343,7 @@ def demo(folder, host, port, device):
     help="Also list who is enrolled.",
 )
 @command
-def info(folder, database):
+def info(chosen, database):
     """Show what an encoder is, and who is enrolled.
 
     \b
@@ -351,14 +351,13 @@ def info(folder, database):
     """
     from speechbrain_ram.export.card import FACTS
 
-    encoder = load_encoder(folder)
+    encoder = load_encoder(chosen)
     told = encoder.facts
-    network = encoder.modules["embedding_model"]
     facts = {
         "fingerprint": encoder.fingerprint,
         "sample_rate": encoder.sample_rate,
         "embedding_dim": encoder.embedding_dim,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": encoder.parameters,
         **told,
     }
     text = {

@@ -129,7 +129,7 @@ def evaluate(scores):
     help="Make it faster and smaller; speech to find the ranges of values on.",
 )
 @command
-def export(folder, output, client, examples):
+def export(chosen, output, client, examples):
     """Export to ONNX, checked against PyTorch.
 
     \b
@@ -139,7 +139,12 @@ def export(folder, output, client, examples):
     from speechbrain_ram.export import onnx as onnx_export
 
     check_output(output, ".onnx")
-    encoder = load_encoder(folder)
+    if chosen.is_onnx:
+        raise ValueError(
+            f"'{chosen.path}' is an ONNX file already. Give the folder that "
+            "it was made from after --encoder."
+        )
+    encoder = load_encoder(chosen)
     rate = encoder.sample_rate
     onnx_export.EXPORTS[client](encoder, output)
     noise = np.random.default_rng(0).normal(0, 0.1, 3 * rate)

@@ -1,4 +1,4 @@
-"""The encoder that verification takes: ours, or any that SpeechBrain loads.
+"""The encoder that verification takes: any command's, or any of SpeechBrain's.
 
 SpeechBrain's loader executes the YAML of a folder, so that it is asked for
 with ``--trust_yaml`` only.
@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
+from speechbrain_ram.cli.common import Chosen, load_encoder
 from speechbrain_ram.data.plain import YAML_BYTES, limited_text
 from speechbrain_ram.export.folder import DESCRIPTION
 from speechbrain_ram.export.limits import EncoderError
 from speechbrain_ram.export.weights import first_line
-from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.inference import OnnxEncoder, SpeakerEncoder
 from speechbrain_ram.verification.embedder import Embedder
 
 _YAML = "hyperparams.yaml"
@@ -27,21 +28,22 @@ _SAME = 1e-4  # of the largest component: padding has changed nothing
 
 def open_encoder(
     options: argparse.Namespace, device: str
-) -> SpeakerEncoder | TrustedEncoder:
+) -> SpeakerEncoder | OnnxEncoder | TrustedEncoder:
     """The encoder that the options of verification name."""
     folder = Path(options.encoder)
+    chosen = Chosen(options.encoder, options.frontend, options.sample_rate)
     settings = {
         "resample": options.resample,
         "mixdown": options.mixdown,
         "batch_seconds": options.max_frames and options.max_frames / 100,
     }
     ours = (folder / DESCRIPTION).exists()
-    if options.trust_yaml and not ours:
+    if options.trust_yaml and not (ours or chosen.is_onnx):
         return TrustedEncoder(folder, device, **settings)
     try:
-        return SpeakerEncoder.from_folder(folder, device, **settings)
+        return load_encoder(chosen, device, **settings)
     except EncoderError as error:
-        if ours or "pretrainer:" not in _yaml(folder):
+        if ours or chosen.is_onnx or "pretrainer:" not in _yaml(folder):
             raise
         raise EncoderError(
             f"{str(error).split('. If you trust')[0].rstrip('.')}. With "

@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from speechbrain_ram.cli.trusted import TrustedEncoder, open_encoder
+from speechbrain_ram.cli.trusted import open_encoder
 from speechbrain_ram.cli.verify_options import REPLICATES, parse
 from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.manifest import (
@@ -28,6 +28,7 @@ from speechbrain_ram.data.manifest import (
     read_manifest,
 )
 from speechbrain_ram.data.names import missing_hint
+from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.training.options import check_device
 from speechbrain_ram.utils import (
     atomic_writer,
@@ -140,7 +141,8 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
         results[name] = metrics[options.name]
         intervals[name] = spread[options.name]
     table = results_table(results, intervals)
-    which = f"{encoder}\n\n" if isinstance(encoder, TrustedEncoder) else ""
+    ours = isinstance(encoder, SpeakerEncoder)
+    which = "" if ours else f"{encoder}\n\n"
     with atomic_writer(output / "results.md") as file:
         file.write(f"# {options.name}\n\n{which}{table}")
     print(printable(table))

@@ -77,7 +77,11 @@ def parse(
     )
     add = parser.add_argument
     add("hparams", nargs="?", help="YAML with any of the options below")
-    add("--encoder", help="exported folder, run, or checkpoint")
+    add("--encoder", help="exported folder, run, checkpoint, or .onnx file")
+    text = "features of an .onnx file: wespeaker, 3d-speaker or sherpa-onnx\n"
+    add("--frontend", help=text + "(default: what it states)")
+    text = "of an .onnx file, in Hz (default: what it states, or 16000)"
+    add("--sample_rate", type=count, help=text)
     text = "take any folder of SpeechBrain's EncoderClassifier; executes YAML"
     add("--trust_yaml", **_SWITCH, help=text)
     add("--trials", nargs="+", default=[], metavar="LIST")

@@ -76,6 +76,12 @@ class LoadedEncoder:
             )
 
     @property
+    def parameters(self) -> int:
+        """Of the network."""
+        network = self.modules["embedding_model"]
+        return sum(each.numel() for each in network.parameters())
+
+    @property
     def pad(self) -> Padding | None:
         """How the front-end batches waveforms; None is the host's way."""
         return getattr(self.modules["compute_features"], "pad", None)

@@ -26,6 +26,8 @@ import torch
 
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder
+from speechbrain_ram.export.onnx_file import described
+from speechbrain_ram.export.onnx_model import HOME, settings
 from speechbrain_ram.features import KaldiFbank
 from speechbrain_ram.utils import atomic_path, needs_extra
 
@@ -50,8 +52,8 @@ def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     """Write waveform -> embedding.
 
     The input is ``waveform``, [batch, samples], float32 in [-1, 1]; the output
-    ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint and
-    thresholds are in the metadata.
+    ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint, thresholds
+    and the decision that they belong to are in the metadata.
     """
     metadata = {
         "sample_rate": encoder.sample_rate,
@@ -60,6 +62,7 @@ def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     }
     if encoder.decision is not None:
         metadata["thresholds"] = json.dumps(encoder.decision.thresholds)
+        metadata["decision"] = json.dumps(encoder.decision.to_dict())
     chain = _Chain(*(encoder.modules[part] for part in encoder.modules))
     shape = (2, encoder.sample_rate)
     return _export(chain, shape, ("waveform", "samples"), metadata, path)
@@ -94,12 +97,14 @@ def export_sherpa(
     metadata = {
         "framework": "wespeaker",  # what its extractor calls this interface
         "language": language,
-        "url": "https://pypi.org/project/speechbrain-ram",
+        "url": HOME,
         "comment": f"speechbrain-ram, fingerprint {encoder.fingerprint}",
         "sample_rate": encoder.sample_rate,
         "output_dim": encoder.embedding_dim,
         # 0 multiplies the client's samples in [-1, 1] by 32768 first
         "normalize_samples": int(front_end.scale == 1.0),
+        # what the encoder was trained on, which the client does not ask for
+        "front_end": json.dumps(settings(front_end)),
     }
     chain = _Chain(
         encoder.modules["mean_var_norm"], encoder.modules["embedding_model"]
@@ -212,12 +217,12 @@ def agreement(
 def signature(path: str | os.PathLike) -> str:
     """What an exported graph takes and gives, and which runtime says so."""
     session = _session(path)
-    sides = [
-        f"{end.name} [{', '.join(map(str, end.shape))}]"
-        for end in (*session.get_inputs(), *session.get_outputs())
-    ]
+    taken, given = session.get_inputs(), session.get_outputs()
     _, onnxruntime = _import_onnx()
-    return f"{' -> '.join(sides)} in onnxruntime {onnxruntime.__version__}"
+    return (
+        f"{described(taken)} -> {described(given)} in onnxruntime "
+        f"{onnxruntime.__version__}"
+    )
 
 
 def _session(path: str | os.PathLike):

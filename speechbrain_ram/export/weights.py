@@ -20,7 +20,7 @@ _PICKLE = 2**20  # the same in a *.ckpt
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file."""
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             size = int.from_bytes(file.read(8), "little")
         if size > _HEADER:
             raise ValueError(f"its header has {size} bytes")
@@ -42,7 +42,7 @@ def read_state(
     may stand under one of the keys `under`, beside other things.
     """
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             check_archive(file, _PICKLE)
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
@@ -96,7 +96,7 @@ def form_of(tensors: Mapping[str, torch.Tensor], key: str) -> str:
     return f"{str(tensors[key].dtype)[6:]} of shape [{shape}]"
 
 
-def _open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
     """Open a file that ends; a pipe would wait, a device goes on for ever."""
     number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     status = os.fstat(number)

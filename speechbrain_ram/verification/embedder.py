@@ -104,6 +104,12 @@ class Embedder:
             with room.taken(seconds):
                 return self._encode(waveforms)
 
+        def alone(i: int, window: torch.Tensor) -> np.ndarray:
+            try:
+                return encode([window])[0]
+            except AudioError as error:  # the encoder knows no names
+                raise AudioError(f"{name(i)}: {error}") from error
+
         def load(batch: list[int]) -> list:
             return [self._load(pieces(i), name(i), warn) for i in batch]
 
@@ -112,7 +118,7 @@ class Embedder:
             rows, errors = {}, {}
             kinds = enumerate(map(type, loaded))
             short = [i for i, kind in kinds if kind is torch.Tensor]
-            if short:
+            if len(short) > 1:
                 out = encode([loaded[i] for i in short])
                 rows = dict(zip((batch[i] for i in short), out, strict=True))
             for i, windows in zip(batch, loaded, strict=True):
@@ -121,7 +127,9 @@ class Embedder:
                 try:  # one window after the other, however long it is
                     if isinstance(windows, AudioError):
                         raise windows
-                    each = [encode([window])[0] for window in windows]
+                    if isinstance(windows, torch.Tensor):
+                        windows = [windows]
+                    each = [alone(i, window) for window in windows]
                     rows[i] = np.mean(each, axis=0, dtype=np.float64)
                 except AudioError as error:
                     errors[i] = str(error)

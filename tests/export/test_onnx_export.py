@@ -19,7 +19,7 @@ from speechbrain_ram.export.onnx import (
     export_waveform,
     quantise,
 )
-from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.inference import OnnxEncoder, SpeakerEncoder
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -138,6 +138,12 @@ def test_an_imported_encoder_for_a_client(imported, tmp_path):
     assert cosine(theirs, imported.embed(wav)[0]) == pytest.approx(near, 1e-4)
     error, same = agreement(imported, path, [wav])
     assert error < 1e-4 and same > 0.999999
+    # its file says which they are, and the client's can be asked for
+    assert "window hamming" in str(OnnxEncoder(path))
+    ours = imported.embed(wav)[0]
+    assert 1 - cosine(ours, OnnxEncoder(path).embed(wav)[0]) < 1e-5
+    row = OnnxEncoder(path, "sherpa-onnx").embed(wav)[0]
+    assert cosine(row, theirs) > 0.99999
 
 
 @pytest.mark.parametrize("seconds", [0.33, 1.0, 2.345])
@@ -168,6 +174,33 @@ def test_sherpa_onnx_enrols_and_searches_real_speakers(
         assert manager.add(speaker.name, list(theirs))
         assert manager.search(theirs[0], threshold=0.5)
         assert manager.verify(speaker.name, theirs[0], threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    "front_end, written",
+    [("fbank", "fbank"), ("kaldi", "kaldi"), ("kaldi", "sherpa")],
+)
+def test_a_file_of_ours_is_the_encoder(
+    encoders, files, tmp_path, front_end, written
+):
+    """A recording has the embedding that it has from the folder."""
+    import soundfile
+
+    paths = []
+    for i, seconds in enumerate((0.3, 1.0, 1.234)):
+        paths.append(tmp_path / f"{i}.wav")
+        wave = voice(seconds, 100 + 50 * i)
+        soundfile.write(paths[-1], wave, 16000, subtype="FLOAT")
+    encoder = OnnxEncoder(files[written])
+    rows = encoder.embed(paths)
+    for ours, row in zip(encoders[front_end].embed(paths), rows, strict=True):
+        assert 1 - cosine(ours.astype(np.float64), row) < 1e-5
+    if written != "sherpa":  # its client reads no thresholds
+        want = encoders[front_end].compare(*paths[:2], "FAR=1%")
+        found = encoder.compare(*paths[:2], "FAR=1%")
+        assert found.llr == pytest.approx(want.llr, abs=1e-3)
+        assert found.threshold == want.threshold
+        assert encoder.decision == encoders[front_end].decision
 
 
 def test_int8_is_smaller_and_close(encoders, files, tmp_path):
