@@ -53,7 +53,7 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
             label=f"least possible loss, {floors[-1]:.2f}",
         )
     above.set_ylabel("loss (nats)")
-    above.legend()
+    _legend_over(above)
     for name, marker in (("valid error", ""), ("valid EER", "o")):
         known = [e for e in epochs if name in e]
         below.plot(
@@ -72,8 +72,19 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
     below.set_ylabel("%")
     below.set_xlabel("epoch")
     below.grid(True, which="both", alpha=0.3)
-    below.legend()
+    _legend_over(below)
     figure.savefig(picture, dpi=120)
+
+
+def _legend_over(axes) -> None:
+    """Above the axes, where it hides no curve."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+    )
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ def test_two_commands_set_everything_up():
 def test_your_own_recordings(home, monkeypatch):
     """Train, compare, embed: as it is written there, on little data."""
     monkeypatch.chdir(home)
-    install, train, compare = (
+    activate, install, train, compare = (
         shlex.split(line) for line in COMMANDS if not line.startswith("make")
     )
+    assert activate == [".", ".venv/bin/activate"]
     assert install == ["pip", "install", "."]  # test_wheel.py does it
     tiny = "--channels [16,16,16,16] --number_of_epochs 1 --batch_size 4 "
     tiny += "--crop_seconds 0.5 --num_workers 0 --device cpu"
@@ -82,6 +83,7 @@ def test_your_own_recordings(home, monkeypatch):
             text=True,
         )
         assert done.returncode in statuses, done.stderr[-2000:]
+        assert "torchvision" not in done.stderr  # a warning of SpeechBrain's
     assert "score" in done.stdout
     (block,) = blocks("python")
     namespace = {}

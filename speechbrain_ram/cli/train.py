@@ -6,6 +6,7 @@ leave by a signal or --max_hours, with a checkpoint written
 (docs/robust-training.md).
 """
 
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,12 @@ from speechbrain_ram.verification.trials import (
     check_utterances,
     read_trials,
     speakers_beside,
+)
+
+# The module of SpeechBrain's training log warns, when it is imported, that
+# another class of it would need torchvision. Nothing here does.
+logging.getLogger("speechbrain.utils.train_logger").addFilter(
+    lambda record: "torchvision" not in str(record.msg)
 )
 
 

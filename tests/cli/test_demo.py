@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import itertools
 import json
 import re
 import shutil
@@ -360,6 +361,26 @@ def test_the_page_in_a_browser(address, browser, tmp_path):
     )
     for score in (-0.5, 0.39, 0.41, 0.5, 0.6, 0.9):
         assert browser.execute_script(gap, score) > 0, score
+    texts = (  # of the plot: left, right, top, bottom on the screen
+        "drawScores(arguments[0], .4);"
+        "const all = document.querySelectorAll('#plot, #plot text');"
+        "return [...all].map(each => {"
+        "const box = each.getBoundingClientRect();"
+        "return [box.left, box.right, box.top, box.bottom]})"
+    )
+    metrics = {"width": 375, "height": 800, "deviceScaleFactor": 1}
+    screen = "Emulation.setDeviceMetricsOverride"
+    browser.execute_cdp_cmd(screen, {**metrics, "mobile": True})
+    for score in (-0.9, 0.3, 0.39, 0.41, 0.9):  # on a telephone
+        plot, *boxes = browser.execute_script(texts, score)
+        assert plot[0] >= 0 and plot[1] <= 375
+        for box in boxes:
+            assert box[0] >= plot[0] and box[1] <= plot[1], (score, box)
+            assert box[3] - box[2] > 12, (score, box)
+        for a, b in itertools.combinations(boxes, 2):
+            apart = a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+            assert apart, (score, a, b)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     drawn = (
         "const c = document.getElementById('wave-a');"
         "return c.getContext('2d').getImageData(0, 0, c.width, c.height)"
