@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 import speechbrain_ram
-from speechbrain_ram.cli import making
+from speechbrain_ram.cli import making, thresholds
 from speechbrain_ram.cli.common import (
     JsonGroup,
     check_output,
@@ -387,6 +387,7 @@ def info(chosen, database):
     return facts, "\n".join(f"{key}: {value}" for key, value in text.items())
 
 
-for each in vars(making).values():
-    if isinstance(each, click.Command):
-        main.add_command(each)
+for each in (making, thresholds):
+    for one in vars(each).values():
+        if isinstance(one, click.Command):
+            main.add_command(one)

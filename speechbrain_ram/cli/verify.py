@@ -75,8 +75,7 @@ from speechbrain_ram.verification.trials import (
     TrialError,
     TrialList,
     check_recordings,
-    read_models,
-    read_trials,
+    read_list_and_models,
     speakers_beside,
 )
 
@@ -216,23 +215,14 @@ def locate(options, lists: list[TrialList], parts) -> dict[str, str]:
 
 
 def read_list(options: argparse.Namespace, path: str) -> TrialList:
-    """Read a trial list; LIST.models beside it holds its models, if any."""
-    beside = Path(path).with_suffix(".models")
-    models = options.models or (beside if beside.is_file() else None)
-    trials = read_trials(
+    """Read a trial list as the options say."""
+    return read_list_and_models(
         path,
         options.form,
-        read_models(models) if models else None,
+        options.models,
         options.strip_prefix,
         options.suffix,
     )
-    targets = int(trials.labels.sum())
-    if targets in (0, len(trials)):
-        raise TrialError(
-            f"'{path}' has {targets} targets among {len(trials)} trials, both "
-            "kinds are needed."
-        )
-    return trials
 
 
 def list_names(paths: list[str]) -> list[str]:

@@ -32,7 +32,11 @@ from speechbrain_ram.data.manifest import (
     split_by_utterance,
     write_manifest,
 )
-from speechbrain_ram.verification.trials import write_models, write_trials
+from speechbrain_ram.verification.trials import (
+    TrialList,
+    write_models,
+    write_trials,
+)
 
 logger = get_logger(__name__)
 
@@ -230,6 +234,28 @@ def prepare_own(
     write_models(spoken, output_dir / "dev_trials.spk2utt")
     logger.info("%d speakers are held out for %d trials", len(dev), len(trials))
     return manifests
+
+
+def pair_folder(folder: str | os.PathLike, most: int = 1_000_000) -> TrialList:
+    """All pairs of the recordings in a folder of speakers, as trials.
+
+    Of more than `most` pairs of one speaker, or of two, so many are drawn; see
+    :func:`.held_out.make_trials`. Names are relative to the folder. No
+    recording is opened.
+    """
+    folder = Path(folder)
+    found = _of_folder(folder, folder)
+    check_speakers((speaker for _, speaker in found), folder)
+    rows = [Utterance(name, 0.0, name, 0, 0, who) for name, who in found]
+    trials = make_trials(rows, 2 * most, np.random.default_rng(0), most)
+    targets = int(trials.labels.sum())
+    if targets in (0, len(trials)):
+        raise ManifestError(
+            f"'{folder}' holds {len(rows)} recordings of "
+            f"{len({who for _, who in found})} speakers. Two speakers are "
+            "needed, one of them with two recordings, in a folder each."
+        )
+    return trials
 
 
 def corpus_name(corpus: str | os.PathLike) -> str:

@@ -37,9 +37,13 @@ def choose_speakers(
 
 
 def make_trials(
-    rows: Sequence[Utterance], max_trials: int, generator: np.random.Generator
+    rows: Sequence[Utterance],
+    max_trials: int,
+    generator: np.random.Generator,
+    max_nontargets: int | None = None,
 ) -> TrialList:
-    """Draw pairs of utterances, as many of one speaker as of two.
+    """Draw pairs of utterances, at most half of `max_trials` of one speaker,
+    and as many of two, or `max_nontargets`.
 
     Time and memory grow with `max_trials` and the number of utterances, not
     with the number of pairs. No pair is drawn twice. Of a speaker who has
@@ -57,7 +61,8 @@ def make_trials(
     after = np.where(one_session, place + 1, session_end)
     same = _draw_pairs(after, speaker_end, max(max_trials // 2, 1), generator)
     everyone = np.full(len(order), len(order))
-    different = _draw_pairs(speaker_end, everyone, max(len(same), 1), generator)
+    wanted = max_nontargets or max(len(same), 1)
+    different = _draw_pairs(speaker_end, everyone, wanted, generator)
     index = np.array(order)
     parts = [np.sort(index[pairs], axis=1) for pairs in (same, different)]
     pairs = np.concatenate([part[np.lexsort(part.T[::-1])] for part in parts])

@@ -66,11 +66,12 @@ def model_card(
         rate=architecture["sample_rate"],
         dim=architecture["embedding_dim"],
         facts="\n".join(rows),
-        results="\n\n".join([*note, _results(decision)]),
+        results="\n\n".join([*note, decision_table(decision)]),
     )
 
 
-def _results(decision: Decision | None) -> str:
+def decision_table(decision: Decision | None) -> str:
+    """What a card says of a development list, and its thresholds."""
     if decision is None:
         return "No development list was scored, so no threshold is saved."
     rows = [

@@ -24,14 +24,24 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 
 import speechbrain_ram
-from speechbrain_ram.data.plain import limited_text, read_json
+from speechbrain_ram.data.plain import (
+    JSON_BYTES,
+    limited_text,
+    parse_json,
+    read_json,
+)
 from speechbrain_ram.export.architecture import (
     fingerprint,
     read_architecture,
     read_hyperparams,
     write_architecture,
 )
-from speechbrain_ram.export.card import model_card, read_decision, read_facts
+from speechbrain_ram.export.card import (
+    decision_table,
+    model_card,
+    read_decision,
+    read_facts,
+)
 from speechbrain_ram.export.limits import EncoderError
 from speechbrain_ram.export.weights import (
     check_state,
@@ -39,7 +49,12 @@ from speechbrain_ram.export.weights import (
     read_safetensors,
     read_state,
 )
-from speechbrain_ram.utils import atomic_folder, atomic_path, whole_number
+from speechbrain_ram.utils import (
+    atomic_folder,
+    atomic_path,
+    atomic_writer,
+    whole_number,
+)
 from speechbrain_ram.verification.calibration import Decision
 
 #: Of encoder.json; a reader refuses the numbers it does not know.
@@ -145,6 +160,41 @@ def export_inference(
         )
         label_encoder.save(part / "label_encoder.ckpt")
     return folder
+
+
+def check_replaceable(folder: str | os.PathLike) -> None:
+    """Raise unless :func:`write_decision` can write into a folder."""
+    file = Path(folder) / DESCRIPTION
+    if not file.is_file():
+        raise EncoderError(
+            f"'{folder}' holds no {DESCRIPTION}, so no threshold can be "
+            "written into it. Is it a run? Give its folder 'inference'."
+        )
+    if not os.access(folder, os.W_OK):
+        raise EncoderError(f"The folder '{folder}' is read-only.")
+
+
+def write_decision(folder: str | os.PathLike, decision: Decision) -> bool:
+    """Replace what :func:`export_inference` wrote of a development list.
+
+    The encoder, and so its fingerprint, stays the same. Returns whether the
+    folder's README.md says the new numbers too: it does unless somebody
+    changed its table.
+    """
+    check_replaceable(folder)
+    before = decision_table(read_folder(folder).decision)
+    file, card = Path(folder) / DESCRIPTION, Path(folder) / "README.md"
+    description = {**read_json(file), "decision": decision.to_dict()}
+    text = json.dumps(description, indent=1, allow_nan=False) + "\n"
+    read_decision(parse_json(text, file)["decision"], f"'{file}'")
+    said = limited_text(card, JSON_BYTES) if card.is_file() else ""
+    with atomic_writer(file) as opened:
+        opened.write(text)
+    known = said.count(before) == 1
+    if known:
+        with atomic_writer(card) as opened:
+            opened.write(said.replace(before, decision_table(decision)))
+    return known
 
 
 def read_folder(folder: str | os.PathLike) -> EncoderFolder:

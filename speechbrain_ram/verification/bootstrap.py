@@ -29,6 +29,7 @@ from speechbrain_ram.verification.metrics import (
     P_TARGETS,
     ErrorCurve,
     error_curve,
+    far_name,
 )
 
 
@@ -76,7 +77,7 @@ def bootstrap(
     """
     system = _Resampled(scores, labels, enrol_speakers, test_speakers)
     names, value, draws = _replicate(
-        [system], p_targets, replicates, seed, progress
+        [system], _error_rates(p_targets), replicates, seed, progress
     )
     low, high = _ends(value[0], draws[:, 0], level)
     worst = np.where(np.array(names) == "EER", 100, 1)
@@ -109,7 +110,7 @@ def paired_bootstrap(
         for each in (scores, other_scores)
     ]
     names, value, draws = _replicate(
-        systems, p_targets, replicates, seed, progress
+        systems, _error_rates(p_targets), replicates, seed, progress
     )
     value, draws = value[0] - value[1], draws[:, 0] - draws[:, 1]
     low, high = _ends(value, draws, level)
@@ -143,13 +144,50 @@ def bootstrap_draws(
     """
     system = _Resampled(scores, labels, enrol_speakers, test_speakers)
     names, _, draws = _replicate(
-        [system], p_targets, replicates, seed, progress
+        [system], _error_rates(p_targets), replicates, seed, progress
     )
     return {name: draws[:, 0, i] for i, name in enumerate(names)}
 
 
+def bootstrap_thresholds(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    enrol_speakers: ArrayLike,
+    test_speakers: ArrayLike,
+    fars: Sequence[float] = (),
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Interval]:
+    """As :func:`bootstrap`, for the thresholds of cosines at the EER and at
+    false-alarm rates; an infinite one counts as 1. Their names are "EER" and
+    those of :func:`far_name`.
+    """
+    measures: _Measures = {"EER": lambda curve: curve.eer()[1]}
+    for far in fars:
+        measures[far_name(far)] = lambda curve, far=far: min(
+            curve.at_far(far)[0], 1.0
+        )
+    system = _Resampled(
+        scores, labels, enrol_speakers, test_speakers, whole=True
+    )
+    names, value, draws = _replicate(
+        [system], measures, replicates, seed, progress
+    )
+    low, high = np.clip(_ends(value[0], draws[:, 0], level), -1, 1)
+    return {
+        name: Interval(float(value[0, i]), float(low[i]), float(high[i]))
+        for i, name in enumerate(names)
+    }
+
+
 class _Resampled:
-    """One system's sorted trials; weights of speakers in, a curve out."""
+    """One system's sorted trials; weights of speakers in, a curve out.
+
+    EER and minDCF of every replicate are reached at the curve's corners too;
+    thresholds are between them, at the points of the `whole` curve.
+    """
 
     def __init__(
         self,
@@ -157,10 +195,10 @@ class _Resampled:
         labels: ArrayLike,
         enrol_speakers: ArrayLike,
         test_speakers: ArrayLike,
+        whole: bool = False,
     ):
         self.curve = error_curve(scores, labels)
-        # EER and minDCF of every replicate are reached at these points too
-        self.corners = self.curve.corners()
+        self.points = self.curve if whole else self.curve.corners()
         scores, labels = np.asarray(scores), np.asarray(labels)
         enrol, test = np.asarray(enrol_speakers), np.asarray(test_speakers)
         if not enrol.shape == test.shape == scores.shape:
@@ -197,30 +235,36 @@ class _Resampled:
         n_target, n_nontarget = int(target[-1]), int(nontarget[-1])
         if not (n_target and n_nontarget):
             return None
-        corners = self.corners
-        below = corners.n_nontarget - corners.false_alarms
+        points = self.points
+        below = points.n_nontarget - points.false_alarms
         return replace(
-            corners,
-            misses=np.append(0, target)[corners.misses],
+            points,
+            misses=np.append(0, target)[points.misses],
             false_alarms=n_nontarget - np.append(0, nontarget)[below],
             n_target=n_target,
             n_nontarget=n_nontarget,
         )
 
 
+_Measures = dict[str, Callable[[ErrorCurve], float]]
+
+
+def _error_rates(p_targets: Sequence[float]) -> _Measures:
+    """EER in percent, and minDCF at these priors."""
+    measures: _Measures = {"EER": lambda curve: curve.eer()[0]}
+    for p in p_targets:
+        measures[f"minDCF({p:g})"] = lambda curve, p=p: curve.min_dcf(p)[0]
+    return measures
+
+
 def _replicate(
     systems: Sequence[_Resampled],
-    p_targets: Sequence[float],
+    measures: _Measures,
     replicates: int,
     seed: int,
     progress: bool,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names [M], values [systems, M] and draws [replicates, systems, M]."""
-    measures: dict[str, Callable[[ErrorCurve], float]] = {
-        "EER": lambda curve: curve.eer()[0]
-    }
-    for p in p_targets:
-        measures[f"minDCF({p:g})"] = lambda curve, p=p: curve.min_dcf(p)[0]
 
     def measure(curves: Sequence[ErrorCurve]) -> list[list[float]]:
         return [[m(curve) for m in measures.values()] for curve in curves]

@@ -29,7 +29,7 @@ from scipy.special import expit
 
 from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer, is_number
-from speechbrain_ram.verification.metrics import error_curve, threshold_at_far
+from speechbrain_ram.verification.metrics import error_curve, far_name
 
 
 @dataclass(frozen=True)
@@ -264,19 +264,25 @@ class Decision:
                 raise ValueError(f"{reprlib.repr(value)} trials of a class")
 
     @classmethod
-    def fit(cls, scores: ArrayLike, labels: ArrayLike, trials: str) -> Decision:
+    def fit(
+        cls,
+        scores: ArrayLike,
+        labels: ArrayLike,
+        trials: str,
+        fars: Sequence[float] = (0.01,),
+    ) -> Decision:
         """Fit on the cosines [N] of a development list of this name."""
         scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
         curve = error_curve(scores, labels)
         eer, at_eer = curve.eer()
-        at_far, _ = threshold_at_far(scores, labels, 0.01)
+        # Cosines end at 1: an infinite threshold would not fit into JSON.
+        at_far = {far_name(far): min(curve.at_far(far)[0], 1.0) for far in fars}
         return cls(
             trials=trials,
             n_target=int(curve.n_target),
             n_nontarget=int(curve.n_nontarget),
             eer=float(eer),
-            # Cosines end at 1: an infinite threshold would not fit into JSON.
-            thresholds={"EER": float(at_eer), "FAR=1%": min(at_far, 1.0)},
+            thresholds={"EER": float(at_eer), **at_far},
             targets=_histogram(scores[labels == 1]),
             nontargets=_histogram(scores[labels == 0]),
             calibration=fit_calibration(scores, labels),

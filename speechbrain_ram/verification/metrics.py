@@ -81,6 +81,15 @@ class ErrorCurve:
             nearest = low
         return 100 * rate, float(self.thresholds[nearest])
 
+    def at_far(self, far: float) -> tuple[float, float]:
+        """The lowest threshold with at most this false-alarm rate, maybe
+        +inf, and the miss rate there.
+        """
+        # 1e-9: 0.29 of 100 trials is 28.999999999999996 of them
+        allowed = int(far * self.n_nontarget + 1e-9)
+        k = int(np.searchsorted(-self.false_alarms, -allowed))
+        return float(self.thresholds[k]), float(self.misses[k] / self.n_target)
+
     def min_dcf(
         self, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0
     ) -> tuple[float, float]:
@@ -260,11 +269,12 @@ def threshold_at_far(
         raise ValueError(
             f"far must lie in [0, 1], got {far}. Was it given in percent?"
         )
-    curve = error_curve(scores, labels)
-    # 1e-9: 0.29 of 100 trials is 28.999999999999996 of them
-    allowed = int(far * curve.n_nontarget + 1e-9)
-    k = int(np.searchsorted(-curve.false_alarms, -allowed))
-    return float(curve.thresholds[k]), float(curve.misses[k] / curve.n_target)
+    return error_curve(scores, labels).at_far(far)
+
+
+def far_name(far: float) -> str:
+    """What the threshold at a false-alarm rate is called: "FAR=1%"."""
+    return f"FAR={100 * far:g}%"
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,29 @@ def read_trials(
     return TrialList(enrol_ids, test_ids, enrol, test, labels, models)
 
 
+def read_list_and_models(
+    path: str | os.PathLike,
+    form: str = "voxceleb",
+    models: str | os.PathLike | None = None,
+    strip_prefix: str = "",
+    suffix: str | None = None,
+) -> TrialList:
+    """As :func:`read_trials`, with the models of the file `models`, or of
+    ``LIST.models`` if that is there; trials of one kind alone are an error.
+    """
+    beside = Path(path).with_suffix(".models")
+    models = models or (beside if beside.is_file() else None)
+    known = read_models(models) if models else None
+    trials = read_trials(path, form, known, strip_prefix, suffix)
+    targets = int(trials.labels.sum())
+    if targets in (0, len(trials)):
+        raise TrialError(
+            f"'{path}' has {targets} targets among {len(trials)} trials, both "
+            "kinds are needed."
+        )
+    return trials
+
+
 def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     """Read an enrolment list, one model a line: ``MODEL UTTERANCE [...]``.
 

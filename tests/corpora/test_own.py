@@ -12,7 +12,11 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_ram.corpora.folder import corpus_name, prepare_own
+from speechbrain_ram.corpora.folder import (
+    corpus_name,
+    pair_folder,
+    prepare_own,
+)
 from speechbrain_ram.corpora.held_out import make_trials
 from speechbrain_ram.corpora.tables import kaldi_parts
 from speechbrain_ram.data.audio import read_audio
@@ -150,6 +154,25 @@ def test_targets_pair_sessions_where_there_are_some(sessions, seed):
     trials = make_trials(rows, 10**6, np.random.default_rng(seed))
     pairs = np.stack([trials.enrol, trials.test], axis=1)
     assert set(map(tuple, pairs[trials.labels == 1].tolist())) == expected
+
+
+def test_all_pairs_of_a_folder_of_speakers(corpus):
+    files = [str(p.relative_to(corpus)) for p in corpus.rglob("*.flac")]
+    trials = pair_folder(corpus)
+    names = np.array(trials.enrol_ids)
+    found = {
+        (frozenset(pair), bool(label))
+        for *pair, label in zip(
+            names[trials.enrol], names[trials.test], trials.labels, strict=True
+        )
+    }
+    assert len(found) == len(trials)
+    assert found == {
+        (frozenset((a, b)), a.split("/")[0] == b.split("/")[0])
+        for a, b in itertools.combinations(files, 2)
+    }
+    some = pair_folder(corpus, most=5)
+    assert Counter(some.labels.tolist()) == {0: 5, 1: 5}
 
 
 def test_trials_are_drawn_from_all_pairs_alike():

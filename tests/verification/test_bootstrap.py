@@ -6,12 +6,20 @@ import pytest
 from speechbrain_ram.verification.bootstrap import (
     Interval,
     _ends,
+    _error_rates,
     _replicate,
     _Resampled,
     bootstrap,
+    bootstrap_thresholds,
     paired_bootstrap,
 )
-from speechbrain_ram.verification.metrics import eer, evaluate, min_dcf
+from speechbrain_ram.verification.metrics import (
+    eer,
+    error_curve,
+    evaluate,
+    min_dcf,
+    threshold_at_far,
+)
 
 
 def speaker_list(n=3000, speakers=20, effect=1.0, seed=0, decimals=None):
@@ -49,6 +57,34 @@ def test_a_replicate_is_the_list_with_repeated_trials(decimals):
             )
 
 
+def test_thresholds_of_a_replicate_are_those_of_the_list_written_out():
+    scores, labels, enrol, test = speaker_list()
+    system = _Resampled(scores, labels, enrol, test, whole=True)
+    weights = np.random.default_rng(1).multinomial(20, np.full(20, 1 / 20))
+    times = np.where(
+        labels == 1, weights[enrol], weights[enrol] * weights[test]
+    )
+    written_out = np.repeat(scores, times), np.repeat(labels, times)
+    curve = system.replicate(weights)
+    for far in (0.01, 0.1):
+        expected, misses = threshold_at_far(*written_out, far)
+        accepted = written_out[0] >= curve.at_far(far)[0]
+        np.testing.assert_array_equal(accepted, written_out[0] >= expected)
+        assert curve.at_far(far)[1] == pytest.approx(misses)
+
+
+def test_thresholds_have_intervals():
+    scores, labels, enrol, test = speaker_list(effect=0.3)
+    trials = scores / 10, labels, enrol, test
+    found = bootstrap_thresholds(*trials, fars=(0.01,), replicates=100)
+    assert found["EER"].value == error_curve(*trials[:2]).eer()[1]
+    assert found["FAR=1%"].value == threshold_at_far(*trials[:2], 0.01)[0]
+    for each in found.values():
+        assert each.low < each.value < each.high < each.low + 0.3
+    high = bootstrap_thresholds(9 + scores, *trials[1:], replicates=10)["EER"]
+    assert high.low == high.high == 1  # as cosines end there
+
+
 def test_a_draw_without_targets_is_drawn_again():
     system = _Resampled([0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"))
     assert system.replicate(np.array([0, 2, 1])) is None
@@ -78,7 +114,9 @@ def test_interval_holds_the_value_and_is_reproducible():
 
 def test_intervals_are_reflected_percentiles():
     trials = speaker_list()
-    _, value, draws = _replicate([_Resampled(*trials)], (0.5,), 100, 3, False)
+    _, value, draws = _replicate(
+        [_Resampled(*trials)], _error_rates((0.5,)), 100, 3, False
+    )
     found = bootstrap(*trials, p_targets=(0.5,), replicates=100, seed=3)
     low, high = np.percentile(draws[:, 0], [2.5, 97.5], axis=0)
     for i, interval in enumerate(found.values()):
@@ -94,7 +132,7 @@ def test_intervals_hold_their_value_and_no_negative_rate():
         scores, labels, enrol, test = speaker_list(300, speakers=8, seed=seed)
         trials = scores + 3 * labels, labels, enrol, test
         _, value, draws = _replicate(
-            [_Resampled(*trials)], (0.01,), 30, 0, False
+            [_Resampled(*trials)], _error_rates((0.01,)), 30, 0, False
         )
         ends = np.percentile(draws[:, 0], [2.5, 97.5], axis=0)
         narrow += ((value[0] < ends[0]) | (value[0] > ends[1])).sum()

@@ -1,0 +1,185 @@
+"""The command that measures thresholds on recordings of one's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from speechbrain_ram.cli.common import (
+    command,
+    device_option,
+    encoder_option,
+    load_encoder,
+)
+
+#: False-alarm rates that thresholds are named after.
+FARS = (0.01, 0.001)
+
+# Errors that measure a rate: with 30 it is within 30 % of the truth at 90 %,
+# if trials are independent (Doddington et al., Speech Communication, 2000).
+_ERRORS = 30
+
+
+@click.command()
+@encoder_option
+@click.option(
+    "-d",
+    "--data",
+    required=True,
+    metavar="LIST|FOLDER",
+    help="Trial list, or a folder that holds a folder for each speaker.",
+)
+@click.option(
+    "--root",
+    metavar="FOLDER",
+    help="Where a list's paths start.  [default: the list's folder]",
+)
+@device_option
+@command
+def threshold(folder, data, root, device):
+    """Measure thresholds on your own recordings, and save them.
+
+    \b
+    speechbrain-ram threshold -e ENCODER -d SPEAKERS/
+    speechbrain-ram threshold -e ENCODER -d trials.txt --root wav/
+
+    SPEAKERS holds SPEAKER/FILE: all pairs are compared. Saved are the
+    thresholds at the EER, and at false-alarm rates of 1 % and 0.1 % where
+    there are different-speaker pairs enough, with all that other commands
+    tell of a development list. They replace those that ENCODER had.
+    """
+    from speechbrain_ram.export.folder import check_replaceable, write_decision
+    from speechbrain_ram.verification.calibration import Decision
+    from speechbrain_ram.verification.embeddings import extract
+    from speechbrain_ram.verification.metrics import far_name
+    from speechbrain_ram.verification.scores import score_trials
+
+    check_replaceable(folder)
+    name, trials, root, speakers = _trials(data, root)
+    encoder = load_encoder(folder, device)
+    found = extract(encoder.embedder, trials.utterances, root)
+    scores = score_trials(trials, found.ids, found.matrix)
+    needed = {far: round(_ERRORS / far) for far in FARS}
+    n_nontarget = int((trials.labels == 0).sum())
+    fars = [far for far in FARS if n_nontarget >= needed[far]]
+    decision = Decision.fit(scores, trials.labels, name, fars)
+    old = encoder.decision
+    facts = {
+        "encoder": folder,
+        "list": name,
+        "n_target": decision.n_target,
+        "n_nontarget": n_nontarget,
+        **_measured(scores, trials.labels, speakers, fars),
+        "not_measured": {
+            far_name(far): n for far, n in needed.items() if far not in fars
+        },
+        "replaced": old and {"list": old.trials, "thresholds": old.thresholds},
+        "card": write_decision(folder, decision),
+    }
+    errors = min(facts["misses"]["EER"], facts["false_alarms"]["EER"])
+    if errors < _ERRORS:
+        click.echo(
+            f"Warning: {errors} errors stand behind the EER and its threshold, "
+            f"{_ERRORS} would measure them. Add speakers, or recordings.",
+            err=True,
+        )
+    return facts, "\n".join(_told(facts))
+
+
+def _trials(data: str, root: str | None):
+    """Name, trials, where their paths start, and speakers if known."""
+    from speechbrain_ram.corpora.folder import corpus_name, pair_folder
+    from speechbrain_ram.verification.speakers import known_speakers
+    from speechbrain_ram.verification.trials import (
+        check_utterances,
+        read_list_and_models,
+        speakers_beside,
+    )
+
+    if os.path.isdir(data):
+        if root:
+            raise click.UsageError("--root belongs to a list; -d is a folder.")
+        trials = pair_folder(data)
+        name = f"all pairs in {corpus_name(data)}"
+        return name, trials, data, known_speakers(trials)
+    trials = read_list_and_models(data)
+    root = root or os.path.dirname(data) or "."
+    check_utterances(trials, root)
+    speakers = known_speakers(trials, speaker_of=speakers_beside(data))
+    return Path(data).name, trials, root, speakers
+
+
+def _measured(scores, labels, speakers, fars) -> dict:
+    """Rates and thresholds, with intervals where the speakers are known."""
+    from speechbrain_ram.verification.bootstrap import (
+        bootstrap,
+        bootstrap_thresholds,
+    )
+    from speechbrain_ram.verification.metrics import error_curve, far_name
+
+    curve = error_curve(scores, labels)
+    rate, at_eer = curve.eer()
+    at = {"EER": at_eer, **{far_name(f): curve.at_far(f)[0] for f in fars}}
+    target = labels == 1
+    above = {name: scores >= value for name, value in at.items()}
+    facts = {
+        "eer": rate,
+        "thresholds": at,
+        "misses": {k: int((target & ~a).sum()) for k, a in above.items()},
+        "false_alarms": {k: int((~target & a).sum()) for k, a in above.items()},
+        "intervals": None,
+        "speakers": None,
+    }
+    if speakers is not None:
+        who = (scores, labels, speakers.enrol, speakers.test)
+        large = {"progress": len(labels) > 1_000_000}
+        spread = bootstrap_thresholds(*who, fars, **large)
+        wide = {name: [each.low, each.high] for name, each in spread.items()}
+        each = bootstrap(*who, (), **large)["EER"]
+        facts["intervals"] = {"eer": [each.low, each.high], "thresholds": wide}
+        facts["speakers"] = len(speakers.names)
+    return facts
+
+
+def _told(facts: dict) -> list[str]:
+    """The facts in lines."""
+
+    def within(ends, digits):
+        return f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+
+    n_target, n_nontarget = facts["n_target"], facts["n_nontarget"]
+    who, old = facts["speakers"], facts["replaced"]
+    ends = facts["intervals"] or {"eer": None, "thresholds": {}}
+    lines = [
+        f"{facts['list']}: {n_target:,} same-speaker and {n_nontarget:,} "
+        "different-speaker pairs" + (f" of {who} speakers" if who else ""),
+        f"EER {facts['eer']:.2f} %{within(ends['eer'], 2)}",
+    ]
+    for name, value in facts["thresholds"].items():
+        was = old and old["thresholds"].get(name)
+        lines.append(
+            f"Threshold {name}: cosine {value:.3f}"
+            f"{within(ends['thresholds'].get(name), 3)}, misses "
+            f"{facts['misses'][name]:,} of {n_target:,}, accepts "
+            f"{facts['false_alarms'][name]:,} of {n_nontarget:,}"
+            + ("" if was is None else f"; it was {was:.3f}")
+        )
+    for name, needed in facts["not_measured"].items():
+        lines.append(
+            f"Threshold {name}: not measured, it needs {needed:,} "
+            "different-speaker pairs"
+        )
+    if who:
+        lines.append(f"In brackets: the 95 % interval over {who} speakers.")
+    lines.append(
+        f"Saved in {facts['encoder']}, "
+        + (f"in place of those of {old['list']}." if old else "as its first.")
+    )
+    if not facts["card"]:
+        lines.append(
+            "Its README.md was changed by hand, or is missing: it does not say "
+            "these numbers."
+        )
+    return lines
