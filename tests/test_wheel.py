@@ -1,5 +1,6 @@
 """The wheel alone, away from the repository: it trains and verifies."""
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 SOURCES = ["speechbrain_ram", "recipes", "hparams"]
 FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
@@ -105,3 +108,22 @@ def test_a_recipe_brings_its_files(installed, tmp_path):
     python = installed / "python"
     said = run(python, "-m", program, "download", "data", cwd=tmp_path)
     assert said == "0 recordings, 38000 trials in 'data'\n"
+
+
+def test_a_pin_that_python_3_10_cannot_have_says_so():
+    """pip tries older and older versions of everything else, without end."""
+    text = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    looked_at = 0
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker and not pin.marker.evaluate({"python_version": "3.10"}):
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.metadata(pin.name)
+            if pin.specifier.contains(found["Version"]):
+                needs = SpecifierSet(found["Requires-Python"] or "")
+                assert needs.contains("3.10.13"), line
+                looked_at += 1
+    assert looked_at > 30
