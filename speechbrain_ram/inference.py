@@ -20,8 +20,10 @@ from speechbrain_ram.data.recordings import (
     Piece,
     Recording,
     Segment,
+    audible,
     describe,
     is_recording,
+    speech_seconds,
 )
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder, read_encoder
@@ -218,6 +220,18 @@ class SpeakerEncoder(LoadedEncoder):
                 "training diverge?"
             )
         return embeddings
+
+    def speech_seconds(self, recording: Recording) -> float:
+        """Seconds of a recording without its pauses, by the level alone.
+
+        Parts within 30 dB of the loud ones count, see
+        :func:`speechbrain_ram.data.recordings.speech_seconds`. An AudioError
+        says what :meth:`embed` would.
+        """
+        heard = audible(
+            self.embedder.plan(recording), describe(recording, 0), warn=False
+        )
+        return sum(speech_seconds(each, self.sample_rate) for each in heard)
 
     def score(self, a: Recording, b: Recording) -> float:
         """Cosine of two recordings' embeddings, in [-1, 1]."""
