@@ -21,8 +21,10 @@ from speechbrain_ram.data.recordings import (
     Piece,
     Recording,
     Segment,
+    audible,
     describe,
     is_recording,
+    speech_seconds,
 )
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder, read_encoder
@@ -67,6 +69,7 @@ class _Recordings(ABC):
 
     embedding_dim: int
     decision: Decision | None
+    sample_rate: int
 
     @property
     @abstractmethod
@@ -155,6 +158,18 @@ class _Recordings(ABC):
                 "training diverge?"
             )
         return embeddings
+
+    def speech_seconds(self, recording: Recording) -> float:
+        """Seconds of a recording without its pauses, by the level alone.
+
+        Parts within 30 dB of the loud ones count, see
+        :func:`speechbrain_ram.data.recordings.speech_seconds`. An AudioError
+        says what :meth:`embed` would.
+        """
+        heard = audible(
+            self.embedder.plan(recording), describe(recording, 0), warn=False
+        )
+        return sum(speech_seconds(each, self.sample_rate) for each in heard)
 
     def score(self, a: Recording, b: Recording) -> float:
         """Cosine of two recordings' embeddings, in [-1, 1]."""

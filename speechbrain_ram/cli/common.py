@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from speechbrain_ram.utils import is_user_error, json_text, one_line, printable
+from speechbrain_ram.utils import (
+    is_user_error,
+    json_text,
+    number,
+    one_line,
+    printable,
+)
 
 # PyTorch is imported where it is needed: --help must not wait for it.
 
@@ -187,9 +193,10 @@ def check_output(path: str, *endings: str) -> None:
 
 
 def number_or_name(threshold: str | None) -> float | str | None:
+    """A finite number, or else a threshold's name, or none."""
     try:
-        return float(threshold)
-    except (TypeError, ValueError):
+        return None if threshold is None else number(threshold)
+    except ValueError:
         return threshold
 
 

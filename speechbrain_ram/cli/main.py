@@ -9,19 +9,17 @@ recordings are broken); 2, an error.
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 import numpy as np
 
 import speechbrain_ram
-from speechbrain_ram.cli import making, thresholds
+from speechbrain_ram.cli import enrolment, making, thresholds
 from speechbrain_ram.cli.common import (
     JsonGroup,
     check_output,
     command,
     data_root_option,
-    database_option,
     device_option,
     encoder_option,
     load_encoder,
@@ -133,99 +131,6 @@ def embed(chosen, inputs, output, data_root, skip_bad, device):
         "left_out": list(failures.values()),
     }
     return facts, f"{len(rows)} embeddings in {output}"
-
-
-@main.command()
-@encoder_option
-@database_option
-@click.argument("name", required=False)
-@click.argument("files", nargs=-1, type=click.Path())
-@click.option(
-    "--folders",
-    type=click.Path(),
-    help="Enrol every subfolder of this one under its name instead.",
-)
-@device_option
-@command
-def enroll(chosen, database, name, files, folders, device):
-    """Enrol speaker NAME with FILES, or add to what is enrolled.
-
-    \b
-    speechbrain-ram enroll -e ENCODER -d people.db ada ada1.wav ada2.wav
-    speechbrain-ram enroll -e ENCODER -d people.db --folders people/
-    """
-    if bool(folders) == bool(name and files):
-        raise click.UsageError("Give NAME and FILES, or --folders.")
-    if folders:
-        from speechbrain_ram.data.manifest import find_recordings
-
-        parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
-        if not parents:
-            raise ValueError(
-                f"'{folders}' holds no folders. One for each speaker is "
-                "needed, with recordings in it."
-            )
-        found = {
-            p.name: [p / file for file in find_recordings(p)] for p in parents
-        }
-    else:
-        found = {name: [Path(file) for file in files]}
-    encoder = load_encoder(chosen, device)
-    opened = open_database(database, encoder)
-    everything = [file for group in found.values() for file in group]
-    rows = encoder.embed(everything, progress=True)
-    ends = np.cumsum([len(group) for group in found.values()])[:-1]
-    counts = opened.enrol_many(
-        dict(zip(found, np.split(rows, ends), strict=True))
-    )
-    text = [f"{who}: {count} recordings" for who, count in counts.items()]
-    return {"speakers": counts}, "\n".join(text)
-
-
-@main.command()
-@encoder_option
-@database_option
-@click.argument("file", type=click.Path())
-@click.option("--top", default=5, show_default=True, help="Candidates shown.")
-@threshold_option
-@device_option
-@command
-def identify(chosen, database, file, top, threshold, device):
-    """Find the enrolled speaker of FILE.
-
-    \b
-    speechbrain-ram identify -e ENCODER -d people.db who.wav
-
-    Exits with 0 if the best score reaches the threshold, else with 1.
-    """
-    encoder = load_encoder(chosen, device)
-    least = encoder.threshold(number_or_name(threshold))
-    embedding = encoder.embed(file)[0]
-    matches = open_database(database, encoder).identify(embedding, top)
-    known = matches[0].score >= least
-    facts = {
-        "speaker": matches[0].name if known else None,
-        "threshold": least,
-        "matches": [asdict(match) for match in matches],
-    }
-    lines = [facts["speaker"] or "unknown speaker", f"threshold {least:.3f}"]
-    lines += [f"{match.score:6.3f}  {match.name}" for match in matches]
-    return facts, "\n".join(lines), 0 if known else 1
-
-
-@main.command()
-@encoder_option
-@database_option
-@click.argument("name")
-@command
-def forget(chosen, database, name):
-    """Remove speaker NAME from the enrolled ones.
-
-    \b
-    speechbrain-ram forget -e ENCODER -d people.db ada
-    """
-    open_database(database, load_encoder(chosen)).remove(name)
-    return {"removed": name}, f"{name} removed"
 
 
 @main.command()
@@ -387,7 +292,7 @@ def info(chosen, database):
     return facts, "\n".join(f"{key}: {value}" for key, value in text.items())
 
 
-for each in (making, thresholds):
+for each in (making, enrolment, thresholds):
     for one in vars(each).values():
         if isinstance(one, click.Command):
             main.add_command(one)

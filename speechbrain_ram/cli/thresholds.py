@@ -38,7 +38,7 @@ _ERRORS = 30
 )
 @device_option
 @command
-def threshold(folder, data, root, device):
+def threshold(chosen, data, root, device):
     """Measure thresholds on your own recordings, and save them.
 
     \b
@@ -56,9 +56,9 @@ def threshold(folder, data, root, device):
     from speechbrain_ram.verification.metrics import far_name
     from speechbrain_ram.verification.scores import score_trials
 
-    check_replaceable(folder)
+    check_replaceable(chosen.path)
     name, trials, root, speakers = _trials(data, root)
-    encoder = load_encoder(folder, device)
+    encoder = load_encoder(chosen, device)
     found = extract(encoder.embedder, trials.utterances, root)
     scores = score_trials(trials, found.ids, found.matrix)
     needed = {far: round(_ERRORS / far) for far in FARS}
@@ -67,7 +67,7 @@ def threshold(folder, data, root, device):
     decision = Decision.fit(scores, trials.labels, name, fars)
     old = encoder.decision
     facts = {
-        "encoder": folder,
+        "encoder": chosen.path,
         "list": name,
         "n_target": decision.n_target,
         "n_nontarget": n_nontarget,
@@ -76,7 +76,7 @@ def threshold(folder, data, root, device):
             far_name(far): n for far, n in needed.items() if far not in fars
         },
         "replaced": old and {"list": old.trials, "thresholds": old.thresholds},
-        "card": write_decision(folder, decision),
+        "card": write_decision(chosen.path, decision),
     }
     errors = min(facts["misses"]["EER"], facts["false_alarms"]["EER"])
     if errors < _ERRORS:

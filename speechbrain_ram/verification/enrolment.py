@@ -17,7 +17,7 @@ import os
 import reprlib
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_ram.data.record import RecordError, check, checksum, seal
+from speechbrain_ram.verification.gates import (
+    EnrolmentError,
+    checked_name,
+    is_name,
+    misfits,
+    refuse_misfits,
+)
 from speechbrain_ram.verification.scores import unit_length
 
 _FORMAT = "speechbrain-ram enrolment 2"
@@ -55,11 +62,6 @@ _SETTINGS = (
 )
 _SECONDS = 60  # of one use, waiting for others not counted
 _BYTES = 2**16  # of a row, besides its vector
-_NAME = 1000  # characters
-
-
-class EnrolmentError(ValueError):
-    """The database or what is put into it is wrong; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,29 @@ class EnrolmentDatabase:
             with self._opened():
                 pass  # says now, not at the first search, what is wrong
 
-    def enrol(self, name: str, embeddings: np.ndarray) -> int:
+    def enrol(
+        self, name: str, embeddings: np.ndarray, agreement: float = -1.0
+    ) -> int:
         """Add recordings [N, E] or [E] to one speaker, as :meth:`enrol_many`
         does.
         """
-        return self.enrol_many({name: embeddings})[name]
+        return self.enrol_many({name: embeddings}, agreement)[name]
 
     def enrol_many(
-        self, recordings: Mapping[str, np.ndarray]
+        self,
+        recordings: Mapping[str, np.ndarray],
+        agreement: float = -1.0,
+        called: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, int]:
         """Add recordings to speakers' models: to all of them or, if it fails,
         none.
 
-        Returns how many recordings each model now averages.
+        It fails where a recording has a cosine below `agreement` with the
+        others of its speaker, see :func:`.gates.misfits`; `called` is what the
+        message calls the recordings. Returns how many each model now averages.
         """
         units = {
-            _checked_name(name): self._units(embeddings, f"Of '{name}', ")
+            checked_name(name): self._units(embeddings, f"Of '{name}', ")
             for name, embeddings in recordings.items()
         }
         for name, rows in units.items():
@@ -125,7 +134,7 @@ class EnrolmentDatabase:
                 f"'{self.path.parent}' is not a folder, so '{self.path.name}' "
                 "cannot be created in it."
             )
-        counts = {}
+        counts, wrong = {}, {}
         with self._opened("IMMEDIATE") as connection:
             for name, rows in units.items():
                 count, total = 0, np.zeros(self.embedding_dim, np.float32)
@@ -134,6 +143,7 @@ class EnrolmentDatabase:
                 ).fetchone()
                 if known:
                     count, total = known[1], self._total(*known)
+                wrong[name] = misfits(rows, agreement, total if count else None)
                 counts[name] = count + len(rows)
                 total = total + rows.sum(axis=0)
                 if not _is_model(total[None], counts[name]):
@@ -148,6 +158,7 @@ class EnrolmentDatabase:
                     "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?, ?)",
                     [name, counts[name], total, sums],
                 )
+            refuse_misfits(wrong, agreement, called or {})  # takes all back
         return counts
 
     def remove(self, name: str) -> None:
@@ -157,9 +168,7 @@ class EnrolmentDatabase:
                 "DELETE FROM speakers WHERE name = ?", [name]
             )
             if cursor.rowcount == 0:
-                raise EnrolmentError(
-                    f"Nobody called '{name}' is enrolled in '{self.path}'."
-                )
+                self._place([], name)
 
     def speakers(self) -> dict[str, int]:
         """Enrolled speakers and how many recordings made each model."""
@@ -197,15 +206,18 @@ class EnrolmentDatabase:
             for i in candidates[order]
         ]
 
+    def nearest(self, name: str) -> Match | None:
+        """The other speaker whose model is closest to this one's, if any."""
+        names, models = self.models()
+        model = models[self._place(names, name)]
+        others = [m for m in self.identify(model, top=2) if m.name != name]
+        return others[0] if others else None
+
     def score(self, name: str, embedding: np.ndarray) -> float:
         """Cosine between a recording and one enrolled speaker."""
         names, models = self.models()
-        if name not in names:
-            raise EnrolmentError(
-                f"Nobody called '{name}' is enrolled in '{self.path}'."
-            )
-        unit = self._units(embedding)[0]
-        return float(np.clip(models[names.index(name)] @ unit, -1.0, 1.0))
+        model = models[self._place(names, name)]
+        return float(np.clip(model @ self._units(embedding)[0], -1.0, 1.0))
 
     def models(self) -> tuple[list[str], np.ndarray]:
         """Sorted names, and unit vectors [S, E]; read again only after a
@@ -217,6 +229,13 @@ class EnrolmentDatabase:
             if self._cache is None or self._cache[0] != self._checked:
                 self._check_rows(connection)
         return self._cache[1:]
+
+    def _place(self, names: list[str], name: str) -> int:
+        if name not in names:
+            raise EnrolmentError(
+                f"Nobody called '{name}' is enrolled in '{self.path}'."
+            )
+        return names.index(name)
 
     def _units(self, embeddings: np.ndarray, whose: str = "") -> np.ndarray:
         """Length-normalise, after checking what came in."""
@@ -376,7 +395,7 @@ class EnrolmentDatabase:
 
     def _total(self, name, recordings, total, sums) -> np.ndarray:
         """The sum of unit vectors in a row, if the row is what was written."""
-        if not _is_name(name):
+        if not is_name(name):
             raise self._damaged(f"{reprlib.repr(name)} is not a name")
         if (
             type(recordings) is not int
@@ -419,22 +438,3 @@ def _is_model(totals: np.ndarray, counts: np.ndarray | int) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ne,ne->n", totals, totals))
     return (1e-3 * counts <= lengths) & (lengths <= 1.001 * counts)
-
-
-def _is_name(name) -> bool:
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= _NAME
-        and name == name.strip()
-        and name.isprintable()
-    )
-
-
-def _checked_name(name: str) -> str:
-    if not _is_name(name):
-        raise EnrolmentError(
-            f"{reprlib.repr(name)} is not a name for a speaker: one printable "
-            f"line of at most {_NAME} characters, without spaces around it, "
-            "is needed."
-        )
-    return name

@@ -1,0 +1,165 @@
+"""Tests of the gates of enrolment, and of the margin, as commands."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+from small_encoder import export_small, voice
+
+from speechbrain_ram.cli.main import main
+from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.verification.gates import agreements
+from speechbrain_ram.verification.scores import unit_length
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An encoder, and SPEAKER/FILE.wav: three recordings of two speakers."""
+    root = tmp_path_factory.mktemp("world")
+    export_small(root / "encoder")
+    for speaker, pitch in (("ada", 260), ("bob", 90)):
+        (root / "voices" / speaker).mkdir(parents=True)
+        for i in range(3):
+            wav = voice(1.0, pitch + i, seed=pitch + i)
+            soundfile.write(root / "voices" / speaker / f"{i}.wav", wav, 16000)
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEECHBRAIN_RAM_ENCODER", str(world / "encoder"))
+    monkeypatch.setenv("SPEECHBRAIN_RAM_DATABASE", str(tmp_path / "who.db"))
+    monkeypatch.chdir(world / "voices")
+
+    def run(words, code=0):
+        result = CliRunner().invoke(main, words.split())
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+#: All gates open.
+OPEN = "--least-seconds 0 --agreement -1 --near 2"
+
+
+def enrolled(run):
+    return json.loads(run("info --json -d who.db").stdout)
+
+
+def test_too_little_speech_is_refused(run, tmp_path):
+    files = "ada/0.wav ada/1.wav"
+    result = run(f"enroll ada {files} --least-seconds 4", code=2)
+    assert "'ada' has 2.0 s in 2 recordings; 4 s are needed" in result.stderr
+    assert not (tmp_path / "who.db").exists()
+    gates = "--agreement -1 --near 2"
+    result = run(f"enroll ada {files} {gates} --least-seconds 1.5")
+    assert result.stdout == "ada: 2 recordings, 2.0 s of speech added\n"
+    # whom there is speech enough of may get a short recording more
+    run(f"enroll ada ada/2.wav {gates} --least-seconds 4")
+
+
+def test_a_recording_of_somebody_else_is_named(run, world, tmp_path):
+    files = ["ada/0.wav", "ada/1.wav", "bob/0.wav"]
+    encoder = SpeakerEncoder.from_folder(world / "encoder")
+    scores = agreements(unit_length(encoder.embed(files)))
+    assert scores.argmin() == 2
+    gate = (scores[2] + scores[:2].min()) / 2
+    words = f"enroll ada {' '.join(files)} --least-seconds 0 --near 2"
+    result = run(f"{words} --agreement {gate}", code=2)
+    assert "1 recordings do not fit the others" in result.stderr
+    assert f"'bob/0.wav' of 'ada' ({scores[2]:.3f})." in result.stderr
+    assert not json.loads(run("info --json").stdout)["enrolled"]
+    result = run(f"{words} --agreement {gate} --json", code=2)
+    assert "'bob/0.wav' of 'ada'" in json.loads(result.stdout)["error"]
+    run(f"{words} --agreement {scores[2] - 0.01}")
+
+
+def test_a_second_name_is_warned_of(run):
+    run(f"enroll ada ada/0.wav ada/1.wav {OPEN}")
+    words = "enroll eve ada/1.wav ada/0.wav --least-seconds 0 --agreement -1"
+    result = run(f"{words} --near 0.99 --json")
+    assert (
+        "Warning: 'eve' is nearly 'ada', who is enrolled too: score 1.000"
+        in (result.stderr)
+    )
+    (pair,) = json.loads(result.stdout)["near"]
+    assert (pair["speaker"], pair["other"]) == ("eve", "ada")
+    # who is enrolled already was warned of then
+    assert "nearly" not in run(f"{words} --near 0.99").stderr
+
+
+def test_folders_that_are_one_person_are_warned_of_once(run, world, tmp_path):
+    for name in ("ann", "zoe"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        wav = (world / "voices" / "ada" / "0.wav").read_bytes()
+        (tmp_path / "two" / name / "a.wav").write_bytes(wav)
+    result = run(f"enroll --folders {tmp_path / 'two'} {OPEN} --near 0.9")
+    assert result.stderr.count("is nearly") == 1
+    assert "ann: 1 recordings" in result.stdout
+
+
+def test_a_small_lead_is_unsure(run):
+    run(f"enroll ada ada/0.wav {OPEN}")
+    words = "identify ada/1.wav --threshold -1"
+    facts = json.loads(run(f"{words} --margin 1 --json").stdout)
+    assert facts["verdict"] == "known" and facts["margin"] is None
+    run(f"enroll bob bob/0.wav {OPEN}")
+    result = run(f"{words} --margin 0 --top 1 --json")
+    facts = json.loads(result.stdout)
+    lead = facts["margin"]
+    assert facts["speaker"] == "ada" and lead > 0
+    assert len(facts["matches"]) == 1
+    run(f"{words} --margin {lead - 1e-3}")
+    result = run(f"{words} --margin {lead + 1e-3}", code=1)
+    assert result.stdout.startswith("unsure: ada or bob\nthreshold -1.000, ma")
+    facts = json.loads(
+        run(f"{words} --margin {lead + 1e-3} --json", code=1).stdout
+    )
+    assert facts["verdict"] == "unsure" and facts["speaker"] is None
+    words = "identify ada/1.wav --threshold 1.1"
+    facts = json.loads(run(f"{words} --margin 1.5 --json", code=1).stdout)
+    assert facts["verdict"] == "unknown"
+
+
+def test_an_encoder_without_thresholds_says_what_is_not_checked(run, tmp_path):
+    export_small(tmp_path / "bare", decision=False)
+    words = f"-e {tmp_path / 'bare'} ada ada/0.wav bob/0.wav --least-seconds 0"
+    result = run(f"enroll {words}")
+    assert "so --agreement and --near are not checked" in result.stderr
+    result = run(f"enroll {words} --agreement 0.9999 --near 2", code=2)
+    assert "of 'ada' (" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("enroll ada ada/0.wav --least-seconds nan", "--least-seconds is nan"),
+        ("enroll ada ada/0.wav --agreement nan", "threshold is named 'nan'"),
+        (
+            "enroll ada ada/0.wav --near FAR=7%",
+            "threshold is named 'FAR=7%'",
+        ),
+        ("identify ada/0.wav --margin nan", "--margin is nan, not 0 or more"),
+        ("enroll ada none.wav", "none.wav' does not exist"),
+    ],
+)
+def test_wrong_gates_are_one_line(run, tmp_path, words, says):
+    result = run(words, code=2)
+    (line,) = [each for each in result.stderr.splitlines() if "Error" in each]
+    assert says in line
+    assert not (tmp_path / "who.db").exists()
+
+
+def test_seconds_are_those_of_speech(world):
+    encoder = SpeakerEncoder.from_folder(world / "encoder")
+    speech = voice(2.0)
+    pause = 1e-3 * np.random.default_rng(0).standard_normal(48000)
+    with_pause = np.concatenate([speech, pause]).astype(np.float32)
+    assert encoder.speech_seconds(speech) == pytest.approx(2.0, abs=0.2)
+    assert encoder.speech_seconds(with_pause) == pytest.approx(2.0, abs=0.2)
+    assert encoder.speech_seconds(0.1 * with_pause) == pytest.approx(
+        encoder.speech_seconds(with_pause), abs=0.05
+    )
