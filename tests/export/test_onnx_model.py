@@ -7,12 +7,10 @@ import sys
 from unittest import mock
 
 import numpy as np
-import onnx
 import pytest
 import soundfile
 import torch
 from click.testing import CliRunner
-from onnx import TensorProto, helper
 from small_encoder import voice
 from wespeaker_model import (
     DIM,
@@ -35,7 +33,9 @@ from speechbrain_ram.verification import plots
 from speechbrain_ram.verification.scores import read_scores
 from speechbrain_ram.verification.store import StoreError
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+helper, TensorProto = onnx.helper, onnx.TensorProto
 
 #: As sherpa-onnx's scripts write it into WeSpeaker's and 3D-Speaker's files.
 WESPEAKER = {
@@ -68,7 +68,7 @@ def plain(state, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Recordings of three voices, two of which have one length, and a list."""
+    """Recordings of three voices, some of one length, and a list."""
     root = tmp_path_factory.mktemp("world")
     names = []
     for i, pitch in enumerate((95, 150, 230)):
