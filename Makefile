@@ -20,8 +20,9 @@ demo: $(INSTALLED)
 	@echo "cores; the first bar appears when Python has loaded PyTorch."
 	$(BIN)/python train_speaker_embeddings.py hparams/ram_resnet34.yaml
 
+# Two files at a time, each with one thread: twice as fast as one with two.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	@echo "Two to three hours; a dot a test, some of them take minutes. The"

@@ -74,6 +74,7 @@ setup(
             "kaldi-native-fbank",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "selenium",
             "setuptools>=70.1",  # which builds wheels by itself
