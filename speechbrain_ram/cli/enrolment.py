@@ -22,6 +22,10 @@ from speechbrain_ram.cli.common import (
 )
 from speechbrain_ram.utils import first_ten
 
+#: How much less the log-likelihood ratio may be than at the EER threshold, for
+#: a recording to agree with its speaker's others (benchmarks/bench_gates.py).
+_AGREEMENT = 2.0
+
 _THREADS = 4  # read recordings at once
 
 
@@ -44,10 +48,9 @@ _THREADS = 4  # read recordings at once
 )
 @click.option(
     "--agreement",
-    default="EER",
-    show_default=True,
     metavar="NUMBER|NAME",
-    help="Least score of a recording with the speaker's others.",
+    help="Least score of a recording with the speaker's others."
+    "  [default: at the EER, less what changes the log-likelihood ratio by 2]",
 )
 @click.option(
     "--near",
@@ -97,6 +100,7 @@ def enroll(
         for who, count in counts.items()
     ]
     facts = {"speakers": counts, "seconds": seconds, "near": alike}
+    facts["gates"] = {"least_seconds": least_seconds, **gates}
     return facts, "\n".join(text)
 
 
@@ -115,15 +119,22 @@ def _of_folders(folders: str) -> dict[str, list[Path]]:
 
 def _scores(encoder, gates: Mapping[str, str | None]) -> dict[str, float]:
     """The score of each gate; none where no threshold is saved."""
+    decision, defaults = encoder.decision, {}
+    if decision is not None:
+        at_eer = encoder.threshold()
+        defaults = {
+            "agreement": at_eer - _AGREEMENT * decision.llr_step(),
+            "near": max(decision.thresholds.values()),
+        }
     found, without = {}, []
     for name, value in gates.items():
         score = number_or_name(value)
-        if encoder.decision is None and not isinstance(score, float):
+        if isinstance(score, float) or (decision and score):
+            found[name] = encoder.threshold(score)
+        elif decision:
+            found[name] = defaults[name]
+        else:
             without.append(f"--{name}")
-            continue
-        found[name] = encoder.threshold(score)
-        if score is None:
-            found[name] = max(encoder.decision.thresholds.values())
     if without:
         click.echo(
             "Warning: no threshold is saved with this encoder, so "
@@ -210,7 +221,8 @@ def identify(chosen, database, file, top, threshold, margin, device):
     margin, else with 1.
     """
     encoder = load_encoder(chosen, device)
-    margin = _margin(encoder) if margin is None else margin
+    if margin is None:
+        margin = encoder.decision.llr_step() if encoder.decision else 0.0
     if not margin >= 0:
         raise ValueError(f"--margin is {margin}, not 0 or more.")
     least = encoder.threshold(number_or_name(threshold))
@@ -240,17 +252,6 @@ def identify(chosen, database, file, top, threshold, margin, device):
     ]
     lines += [f"{match.score:6.3f}  {match.name}" for match in matches[:top]]
     return facts, "\n".join(lines), 0 if verdict == "known" else 1
-
-
-def _margin(encoder) -> float:
-    """Cosine by which the log-likelihood ratio grows by 1, or else 0."""
-    decision = encoder.decision
-    slope = (
-        decision.calibration.weights[0]
-        if decision and decision.calibration
-        else 0
-    )
-    return 1 / slope if slope > 0 else 0.0
 
 
 @click.command()

@@ -303,6 +303,13 @@ class Decision:
             return None
         return float(self.calibration.apply([score])[0])
 
+    def llr_step(self) -> float:
+        """Cosine that raises the log-likelihood ratio by 1; 0 if it is not
+        calibrated.
+        """
+        slope = self.calibration.weights[0] if self.calibration else 0.0
+        return 1 / slope if slope > 0 else 0.0
+
     def shares(self, score: float) -> tuple[float, float]:
         """Share of target scores below a cosine, and of non-target scores
         above it.

@@ -96,8 +96,8 @@ def refuse_misfits(
             named.append(f"'{name}' of '{speaker}' ({score:.3f})")
     if named:
         raise EnrolmentError(
-            f"{len(named)} recordings do not fit the others of their speaker, "
-            f"by a score of {least:.3f} or more: {first_ten(named)}. Is "
-            "somebody else in them, or much noise? Nobody was enrolled. Leave "
-            "them out, or give a lower agreement (--agreement)."
+            "Recordings do not fit the others of their speaker by a score of "
+            f"{least:.3f} or more: {first_ten(named)}. Is somebody else in "
+            "them, or much noise? Nobody was enrolled. Leave them out, or give "
+            "a lower agreement (--agreement)."
         )

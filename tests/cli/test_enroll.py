@@ -69,7 +69,7 @@ def test_a_recording_of_somebody_else_is_named(run, world, tmp_path):
     gate = (scores[2] + scores[:2].min()) / 2
     words = f"enroll ada {' '.join(files)} --least-seconds 0 --near 2"
     result = run(f"{words} --agreement {gate}", code=2)
-    assert "1 recordings do not fit the others" in result.stderr
+    assert "Recordings do not fit the others" in result.stderr
     assert f"'bob/0.wav' of 'ada' ({scores[2]:.3f})." in result.stderr
     assert not json.loads(run("info --json").stdout)["enrolled"]
     result = run(f"{words} --agreement {gate} --json", code=2)
@@ -131,6 +131,24 @@ def test_an_encoder_without_thresholds_says_what_is_not_checked(run, tmp_path):
     assert "so --agreement and --near are not checked" in result.stderr
     result = run(f"enroll {words} --agreement 0.9999 --near 2", code=2)
     assert "of 'ada' (" in result.stderr
+
+
+def test_the_gates_are_those_of_the_encoder(run, world):
+    decision = SpeakerEncoder.from_folder(world / "encoder").decision
+    low, high = (
+        decision.llr(each) for each in (0.3, 0.3 + decision.llr_step())
+    )
+    assert high - low == pytest.approx(1)
+    words = "enroll ada ada/0.wav --least-seconds 0 --json"
+    gates = json.loads(run(words).stdout)["gates"]
+    assert gates["agreement"] == pytest.approx(
+        decision.threshold("EER") - 2 * decision.llr_step()
+    )
+    assert gates["near"] == decision.threshold("FAR=1%")
+    facts = json.loads(run("identify ada/0.wav --json").stdout)
+    assert facts["least_margin"] == decision.llr_step()
+    gates = json.loads(run(f"{words} --agreement FAR=1%").stdout)["gates"]
+    assert gates["agreement"] == decision.threshold("FAR=1%")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_one_misfit_and_nobody_is_enrolled(tmp_path):
     recordings = {"ada": _voices(0), "bob": _voices(1, 2, 1)}
     with pytest.raises(
         EnrolmentError,
-        match=r"^1 recordings do not .* 0\.500 or more: 'c.wav' of 'bob' \(0\.",
+        match=r"^Recordings do not fit .* 0\.500 or more: 'c.wav' of 'bob' \(0",
     ):
         database.enrol_many(recordings, 0.5, names)
     with pytest.raises(EnrolmentError, match=r": 'recording 2' of 'bob' \("):
