@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import re
-import shutil
 import socket
 import threading
 import time
@@ -289,36 +288,6 @@ def test_an_encoder_without_thresholds(tmp_path):
     folder = export_small(tmp_path / "encoder", decision=False)
     with pytest.raises(ValueError, match="No threshold was saved"):
         demo.create_app(SpeakerEncoder.from_folder(folder))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no chromedriver: the page was NOT tried in a browser")
-    options = webdriver.ChromeOptions()
-    profile = tmp_path_factory.mktemp("profile")
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--use-fake-ui-for-media-stream",
-        "--use-fake-device-for-media-stream",
-        "--window-size=960,1000",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver)
-    browser = webdriver.Chrome(options, service)
-    yield browser
-    browser.quit()
 
 
 def wait_for(condition, seconds=60):

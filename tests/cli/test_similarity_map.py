@@ -98,3 +98,20 @@ def test_the_page_holds_everything_and_escapes_it(points, tmp_path):
     np.testing.assert_allclose(
         [row[:2] for row in data["points"]], points, atol=1e-4
     )
+
+
+def test_the_page_tells_neighbours_apart_by_shape(points, browser, tmp_path):
+    """Where colours cannot be told: circle, square and triangle."""
+    path = tmp_path / "map.html"
+    write_html(points, [f"s{i % 4}" for i in range(36)], ["n"] * 36, path)
+    browser.get(path.as_uri())
+    masks = browser.execute_script(
+        "return [...document.querySelectorAll('nav canvas')].map(c => "
+        "c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
+        ".filter((_, i) => i % 4 == 3).map(alpha => alpha > 127).join(''))"
+    )
+    assert len(masks) == 4 and len(set(masks)) == 3 and masks[0] == masks[3]
+    ink = "const c = document.querySelector('main canvas'); return c.getContext"
+    ink += "('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
+    assert browser.execute_script(ink)
+    assert not browser.get_log("browser")
