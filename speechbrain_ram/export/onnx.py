@@ -27,7 +27,7 @@ import torch
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.encoder import LoadedEncoder
 from speechbrain_ram.export.onnx_file import described
-from speechbrain_ram.export.onnx_model import HOME, settings
+from speechbrain_ram.export.onnx_model import OURS, settings
 from speechbrain_ram.features import KaldiFbank
 from speechbrain_ram.utils import atomic_path, needs_extra
 
@@ -97,8 +97,7 @@ def export_sherpa(
     metadata = {
         "framework": "wespeaker",  # what its extractor calls this interface
         "language": language,
-        "url": HOME,
-        "comment": f"speechbrain-ram, fingerprint {encoder.fingerprint}",
+        "comment": f"{OURS} {encoder.fingerprint}",
         "sample_rate": encoder.sample_rate,
         "output_dim": encoder.embedding_dim,
         # 0 multiplies the client's samples in [-1, 1] by 32768 first

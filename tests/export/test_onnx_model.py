@@ -27,7 +27,7 @@ from speechbrain_ram.cli.main import main
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.export import onnx_file
 from speechbrain_ram.export.limits import EncoderError
-from speechbrain_ram.export.onnx_model import HOME
+from speechbrain_ram.export.onnx_model import OURS
 from speechbrain_ram.inference import OnnxEncoder
 from speechbrain_ram.verification import plots
 from speechbrain_ram.verification.scores import read_scores
@@ -429,7 +429,7 @@ def test_files_that_are_refused(world, tmp_path, model, match):
     [
         (graph(), r"\(none\) do not say how .* Give --frontend wespeaker or"),
         (noted(framework="nemo"), r"\(the framework 'nemo'\) do not say"),
-        (noted(url=HOME), "those of an earlier speechbrain-ram"),
+        (noted(comment=f"{OURS} 1234"), "those of an earlier speechbrain-ram"),
         (front_end(n_mels=81), "front_end.n_mels is 81, allowed is 80"),
         (front_end(sample_rate=8000), "front_end.sample_rate is 8000"),
         (front_end(scale="1"), "front_end.scale is '1', allowed is a number"),
