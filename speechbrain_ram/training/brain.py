@@ -196,9 +196,10 @@ class SpeakerBrain(RobustBrain):
             self._set_margin(schedule(epochs_done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("lr_factor", 1.0)
-        self.frozen = epochs_done < getattr(self.hparams, "frozen_epochs", 0)
-        if self.frozen:  # its batch statistics too
-            self.modules[ENCODER].eval()
+        frozen = epochs_done < getattr(self.hparams, "frozen_epochs", 0)
+        if frozen or self.frozen:  # its batch statistics too
+            self.modules[ENCODER].train(not frozen)
+        self.frozen = frozen
 
     def undo_unless(self, good, buffers):
         """Put back what a bad step has changed, and do not diagnose it."""

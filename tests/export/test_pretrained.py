@@ -245,6 +245,11 @@ def test_the_encoder_waits_for_its_classifier(
         same = [torch.equal(before[name], after[name]) for name in names]
         # batch statistics are frozen too, and begin to move at once
         assert all(same) is (epoch <= frozen_epochs)
+    # Thawed within an epoch, it goes on with batch statistics in that epoch.
+    mean = torch.load(at[1] / "embedding_model.ckpt")["norm.running_mean"]
+    assert torch.equal(before["norm.running_mean"], mean) is (
+        frozen_epochs >= 1
+    )
     near = (after["linear.weight"] - before["linear.weight"]).abs().max()
     assert 0 < near < 1e-5
     groups = torch.load(at[2] / "optimizer.ckpt")["param_groups"]
