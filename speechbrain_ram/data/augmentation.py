@@ -4,7 +4,7 @@ Runs in the workers that read the crops. What happens to an utterance is a
 function of (seed, epoch, utterance ID), like its crop: a resumed run, or one
 with other workers, hears the same. SpeechBrain's classes mix and convolve;
 the recordings come from local folders and only the piece that is needed is
-read.
+read. What needs no recordings is in :mod:`.synthetic`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from speechbrain.processing.signal_processing import reverberate
 
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import build_manifest, find_recordings
+from speechbrain_ram.data.synthetic import DISTORTIONS, SYNTHETIC, distortion
 
 #: Signal-to-noise ratios in dB of MUSAN's parts, as WeSpeaker draws them.
 MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}
@@ -169,6 +170,73 @@ def musan_and_rirs(
     if not choices:
         return None
     return RandomAugmentation(choices, weights, probability)
+
+
+class Chain:
+    """Augmentations of a waveform [T], one after the other."""
+
+    def __init__(self, *links: RandomAugmentation):
+        self.links = links
+
+    def __call__(self, waveform: torch.Tensor, key: str) -> torch.Tensor:
+        """Change a waveform; the same key gives the same changes."""
+        for i, link in enumerate(self.links):
+            waveform = link(waveform, f"{key}/{i}" if i else key)
+        return waveform
+
+
+def make_augmentation(
+    musan: str | os.PathLike | None = None,
+    rirs: str | os.PathLike | None = None,
+    synthetic: Sequence[str] = (),
+    probability: float = 0.6,
+    sample_rate: int = 16000,
+) -> Chain | None:
+    """Recorded noise and rooms, then synthetic ones.
+
+    Each synthetic distortion changes every second utterance.
+
+    Arguments
+    ---------
+    musan, rirs, probability, sample_rate
+        As for :func:`musan_and_rirs`.
+    synthetic : sequence of str
+        Any of :data:`.synthetic.SYNTHETIC`; masks, which are of features, are
+        not for here.
+
+    Returns
+    -------
+    Chain or None
+        None where nothing is given.
+
+    Raises
+    ------
+    ManifestError
+        A folder is missing or has no usable recordings.
+    ValueError
+        There is no such distortion.
+
+    Example
+    -------
+    >>> make_augmentation() is None
+    True
+    >>> make_augmentation(synthetic=["room"])(torch.randn(800), "key").shape
+    torch.Size([800])
+    """
+    unknown = [name for name in synthetic if name not in SYNTHETIC]
+    if unknown:
+        raise ValueError(
+            f"synthetic has {', '.join(map(repr, unknown))}, allowed are "
+            f"{', '.join(SYNTHETIC)}."
+        )
+    recorded = musan_and_rirs(musan, rirs, probability, sample_rate)
+    links = [] if recorded is None else [recorded]
+    links += [
+        RandomAugmentation([distortion(name, sample_rate)], [1.0], 0.5)
+        for name in DISTORTIONS
+        if name in synthetic
+    ]
+    return Chain(*links) if links else None
 
 
 def _randint(high: int) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_ram.data.synthetic import feature_masks
 from speechbrain_ram.losses import set_margin
 from speechbrain_ram.training.advice import advice
 from speechbrain_ram.training.checkpoints import CheckpointError
@@ -21,7 +21,7 @@ from speechbrain_ram.training.layout import precision_warning, set_layout
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
 from speechbrain_ram.training.steps import ENCODER
-from speechbrain_ram.utils import first_ten, gathered, one_line
+from speechbrain_ram.utils import gathered
 from speechbrain_ram.verification.embedder import Embedder, Padding
 from speechbrain_ram.verification.embeddings import extract
 from speechbrain_ram.verification.metrics import eer, min_dcf
@@ -58,6 +58,7 @@ class SpeakerBrain(RobustBrain):
     encoder_lr_factor    optional: the encoder's rate is this times the rate
     average_checkpoints  optional: the encoder of the end is the mean over so
                          many last epochs, not the best one's
+    synthetic            optional: with 'masks', :func:`.feature_masks`
     margin_diagnostics   False leaves them out of the log, see
                          :mod:`speechbrain_ram.training.diagnostics`
     ===================  ====================================================
@@ -105,6 +106,8 @@ class SpeakerBrain(RobustBrain):
         self.started = 0.0  # the epoch, here
         self.seen_before = 0
         self.n_diagnosed: tuple = ()
+        synthetic = getattr(self.hparams, "synthetic", ())
+        self.masks = feature_masks() if "masks" in synthetic else None
         self.diagnostics = None
         loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
         if getattr(self.hparams, "margin_diagnostics", True) and hasattr(
@@ -153,6 +156,8 @@ class SpeakerBrain(RobustBrain):
         waveforms, lengths = batch.sig
         feats = self.modules.compute_features(waveforms)
         feats = self.modules.mean_var_norm(feats, lengths)
+        if self.masks is not None and stage == sb.Stage.TRAIN:
+            feats = self.masks(feats)
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and not self.frozen
         ):
@@ -372,21 +377,9 @@ class SpeakerBrain(RobustBrain):
         self.modules.eval()  # a run that had been finished trains nothing
         embedded, self.dev_embeddings = self.dev_embeddings, None
         if self.n_averaged > 1:
-            newest = self.checkpointer.choose_checkpoints(
-                ckpt_predicate=lambda each: each.meta["end-of-epoch"],
-                max_num_checkpoints=self.n_averaged,
+            self.checkpointer.load_mean(
+                ["embedding_model", "classifier"], self.n_averaged
             )
-            try:
-                for name in ("embedding_model", "classifier"):
-                    mean = average_checkpoints(newest, name, _read_weights)
-                    self.checkpointer.recoverables[name].load_state_dict(mean)
-            except Exception as error:  # of torch, whatever the bytes say
-                places = first_ten([f"'{each.path}'" for each in newest])
-                raise CheckpointError(
-                    f"{name} of the checkpoints {places} cannot be averaged "
-                    f"({type(error).__name__}: {one_line(error)[:300]}). Is "
-                    "one of them damaged?"
-                ) from error
             return
         best = self.checkpointer.choose_checkpoints(
             min_key=self.best_key, max_num_checkpoints=1
@@ -442,7 +435,3 @@ class SpeakerBrain(RobustBrain):
             "EER": eer(scores, labels),
             "minDCF(0.01)": min_dcf(scores, labels, p_target=0.01),
         }
-
-
-def _read_weights(path, map_location):
-    return torch.load(path, map_location, weights_only=True)

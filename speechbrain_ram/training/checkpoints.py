@@ -22,6 +22,7 @@ from speechbrain.utils.checkpoints import (
     METAFNAME,
     Checkpoint,
     Checkpointer,
+    average_checkpoints,
     ckpt_recency,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
@@ -39,7 +40,7 @@ from speechbrain_ram.training.checkpoint_files import (
     read_checkpoint,
     write_meta,
 )
-from speechbrain_ram.utils import of_rank_0, together
+from speechbrain_ram.utils import first_ten, of_rank_0, one_line, together
 
 logger = get_logger(__name__)
 
@@ -276,6 +277,27 @@ class SafeCheckpointer(Checkpointer):
         finally:
             self.recoverables = everything
 
+    def load_mean(self, names: Sequence[str], number: int) -> None:
+        """Load the mean weights of the last `number` epochs' ends.
+
+        `names` are those of the modules among the recoverables.
+        """
+        newest = self.choose_checkpoints(
+            ckpt_predicate=lambda each: each.meta["end-of-epoch"],
+            max_num_checkpoints=number,
+        )
+        try:
+            for name in names:
+                mean = average_checkpoints(newest, name, _read_weights)
+                self.recoverables[name].load_state_dict(mean)
+        except Exception as error:  # of torch, whatever the bytes say
+            places = first_ten([f"'{each.path}'" for each in newest])
+            raise CheckpointError(
+                f"{name} of the checkpoints {places} cannot be averaged "
+                f"({type(error).__name__}: {one_line(error)[:300]}). Is one "
+                "of them damaged?"
+            ) from error
+
     # -- internals --------------------------------------------------------
 
     def _new_checkpoint_dirpath(self) -> Path:
@@ -411,3 +433,7 @@ def is_full_disk(error: BaseException) -> bool:
         errno.ENOSPC,
         errno.EDQUOT,
     )
+
+
+def _read_weights(path, map_location):
+    return torch.load(path, map_location, weights_only=True)

@@ -22,6 +22,7 @@ from speechbrain.core import RunOptions
 
 from speechbrain_ram.data.names import read_text
 from speechbrain_ram.data.plain import PlainError, parse_yaml
+from speechbrain_ram.data.synthetic import SYNTHETIC
 
 _OPTIONS = "The options"  # what an error calls them
 
@@ -72,11 +73,13 @@ def _between(low: float, high: float, or_equal: bool = True) -> Rule:
     )
 
 
-def _list(rule: Rule, words: str, length: int | None = None) -> Rule:
+def _list(
+    rule: Rule, words: str, length: int | None = None, least: int = 1
+) -> Rule:
     return Rule(
         lambda v: (
             isinstance(v, list)
-            and len(v) > 0
+            and len(v) >= least
             and len(v) == (length or len(v))
             and all(map(rule.allows, v))
         ),
@@ -112,6 +115,12 @@ RULES = {
     "speeds": _list(
         _between(0.5, 2),
         "a list of 1 or more numbers from 0.5 to 2, such as [1.0,0.9,1.1],",
+    ),
+    "synthetic": _list(
+        Rule(lambda v: v in SYNTHETIC, ""),
+        f"a list of any of {', '.join(SYNTHETIC)}, such as "
+        f"[{SYNTHETIC[0]},{SYNTHETIC[1]}],",
+        least=0,
     ),
     "batch_size": _whole(1),
     "num_workers": _whole(0),

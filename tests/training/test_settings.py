@@ -39,6 +39,8 @@ def check(command_line, file=SYNTHETIC):
         ("--channels [1,1,1,0.5]", "--channels is [1, 1, 1, 0.5]; a list of"),
         ("--speeds 0.9", "--speeds is 0.9; a list of 1 or more numbers"),
         ("--speeds []", "--speeds is []; a list of 1 or more numbers"),
+        ("--synthetic [room,cave]", "--synthetic is ['room', 'cave']; a list"),
+        ("--synthetic room", "--synthetic is 'room'; a list of any of room,"),
         ("--batch_size 0", "--batch_size is 0; a whole number, 1 or more,"),
         ("--number_of_epochs 1.5", "--number_of_epochs is 1.5; a whole"),
         (
