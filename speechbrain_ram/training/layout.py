@@ -7,9 +7,9 @@ import time
 
 import torch
 
-# From so many channels in the first stage on, a CPU is faster in the default
-# layout (docs/speed.md); below 16, torch's CPU backward pass crashes in the
-# other one.
+# From so many channels in the first stage on, a CPU without AVX512 is faster in
+# the default layout (docs/speed.md); below 16, torch's CPU backward pass
+# crashes in the other one.
 _WIDE, _NARROWEST = 32, 16
 
 
@@ -19,13 +19,16 @@ def set_layout(
     """Give an encoder a memory layout, and say whether it is channels_last.
 
     None chooses: channels_last on a GPU, and on a CPU for a first stage of 16
-    to 31 channels. A function of width and device alone, because the layout
-    changes the last bits of a run.
+    to 31 channels, with AVX512 for wider ones too. A function of width and
+    device alone, because the layout changes the last bits of a run.
     """
     width = getattr(encoder, "channels", [_WIDE])[0]  # or of another class
     on_cpu = device_type == "cpu"
     if channels_last is None:
-        channels_last = not on_cpu or _NARROWEST <= width < _WIDE
+        any_width = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        channels_last = not on_cpu or (
+            width >= _NARROWEST and (any_width or width < _WIDE)
+        )
     if channels_last and on_cpu and width < _NARROWEST:
         raise ValueError(
             f"channels_last with {width} channels in the first stage crashes "

@@ -9,19 +9,26 @@ from speechbrain_ram.training.layout import precision_warning, set_layout
 
 
 @pytest.mark.parametrize(
-    "width, device_type, wanted, chosen",
+    "width, device_type, capability, wanted, chosen",
     [
-        (8, "cpu", None, False),
-        (16, "cpu", None, True),
-        (32, "cpu", None, False),
-        (32, "cpu", True, True),
-        (16, "cpu", False, False),
-        (8, "cuda", None, True),
-        (32, "cuda", None, True),
-        (32, "cuda", False, False),
+        (8, "cpu", "AVX2", None, False),
+        (8, "cpu", "AVX512", None, False),
+        (16, "cpu", "AVX2", None, True),
+        (16, "cpu", "AVX512", None, True),
+        (32, "cpu", "AVX2", None, False),
+        (32, "cpu", "AVX512", None, True),
+        (32, "cpu", "AVX2", True, True),
+        (16, "cpu", "AVX2", False, False),
+        (32, "cpu", "AVX512", False, False),
+        (8, "cuda", "AVX2", None, True),
+        (32, "cuda", "AVX2", None, True),
+        (32, "cuda", "AVX2", False, False),
     ],
 )
-def test_layouts(width, device_type, wanted, chosen):
+def test_layouts(width, device_type, capability, wanted, chosen, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.cpu, "get_cpu_capability", lambda: capability
+    )
     encoder = ResNet34(channels=(width, 16, 16, 16))
     assert set_layout(encoder, device_type, wanted) == chosen
     weight = encoder.stages[0][0].conv1.weight
@@ -29,7 +36,7 @@ def test_layouts(width, device_type, wanted, chosen):
 
 
 def test_an_encoder_of_another_class():
-    assert not set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", None)
+    assert not set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", False)
     assert set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", True)
 
 
