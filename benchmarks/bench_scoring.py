@@ -1,11 +1,14 @@
 """Scoring and score normalisation of a list, beside SpeechBrain's loop.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_scoring.py [--quick]
+    ... bench_scoring.py --wespeaker CHECKOUT
 
 The size of VoxCeleb1-E: 145,000 utterances, 600,000 trials, a cohort of
 6,000 speakers; random embeddings of 512 dimensions. SpeechBrain's VoxCeleb
 recipe compares both sides of every trial with the whole cohort, one trial
 after the other; that loop is timed on a sample of trials and extrapolated.
+WeSpeaker's `get_mean_std`, of a checkout of theirs, does a whole list at once;
+the scores that its loop makes of it, line by line, are one expression here.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import types
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small list")
     parser.add_argument("--output", help="folder of the table")
+    parser.add_argument("--wespeaker", metavar="CHECKOUT", help="of theirs")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     size = QUICK if args.quick else FULL
     if args.peak:
-        run(args.peak, *world(size))
+        if args.wespeaker:
+            wespeaker(args.wespeaker, *world(size))
+        else:
+            run(args.peak, *world(size))
         print(resident_peak())
         return
     table = Table(
@@ -74,6 +83,8 @@ def main() -> None:
         args.output,
     )
     trials, matrix, cohort = world(size)
+    if args.wespeaker:
+        beside_wespeaker(table, args, trials, matrix, cohort)
     sample = np.random.default_rng(1).integers(0, len(trials), 2000)
     steps = {
         "cosine": (2000, None, 3),
@@ -187,6 +198,58 @@ def compare(step, trials, matrix, cohort, chosen, top) -> None:
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
+def wespeaker(checkout, trials, matrix, cohort) -> np.ndarray:
+    """Adaptive s-norm by WeSpeaker's function, from embeddings to scores."""
+    for name in ("fire", "kaldiio"):  # what only its command line needs
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.path.insert(0, str(checkout))
+    path = Path(checkout) / "wespeaker" / "bin" / "score_norm.py"
+    spec = spec_from_file_location("score_norm", path)
+    module = module_from_spec(spec)
+    # Its package imports what only its command line needs.
+    package = types.ModuleType("wespeaker")
+    package.__path__ = [str(Path(checkout) / "wespeaker")]
+    sys.modules.setdefault("wespeaker", package)
+    spec.loader.exec_module(module)
+    sides = []
+    unit = unit_length(matrix)
+    cosines = (unit[trials.enrol] * unit[trials.test]).sum(axis=1)
+    for side in (trials.enrol, trials.test):
+        used, where = np.unique(side, return_inverse=True)
+        mean, deviation = module.get_mean_std(matrix[used], cohort, TOP)
+        sides.append((cosines - mean[where]) / deviation[where])
+    return 0.5 * (sides[0] + sides[1])
+
+
+def beside_wespeaker(table, args, trials, matrix, cohort) -> None:
+    """Whole lists by turns, the same numbers, the memory of each."""
+    cases = {
+        "ours": lambda: run("as-norm1", trials, matrix, cohort),
+        "wespeaker": lambda: wespeaker(args.wespeaker, trials, matrix, cohort),
+    }
+    ours, theirs = (case() for case in cases.values())
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    seconds = alternate(cases, 3, warmup=0)
+    middle = {name: statistics.median(each) for name, each in seconds.items()}
+    memory = {
+        "ours": in_a_process_of_its_own("as-norm1", args.quick),
+        "wespeaker": in_a_process_of_its_own(
+            "as-norm1", args.quick, args.wespeaker
+        ),
+    }
+    for name, each in seconds.items():
+        table.note(f"as-norm1 beside WeSpeaker, {name}", each)
+    table.add(
+        "as-norm1, WeSpeaker's",
+        f"{middle['wespeaker']:.2f} (whole list)",
+        f"{middle['ours']:.2f}",
+        f"{middle['wespeaker'] / middle['ours']:.2f}",
+        " / ".join(f"{size / 1e9:.2f} GB" for size in memory.values())
+        + " (ours / theirs)",
+        "",
+    )
+
+
 def read_and_score(table: Table, n: int) -> None:
     """The largest public list, CN-Celeb's: read it, score it."""
     rng = np.random.default_rng(0)
@@ -230,9 +293,13 @@ def verdict(reached: bool) -> str:
     return "met" if reached else "MISSED"
 
 
-def in_a_process_of_its_own(step: str, quick: bool) -> int:
-    """Peak memory in bytes of one run of ours."""
+def in_a_process_of_its_own(
+    step: str, quick: bool, checkout: str | None = None
+) -> int:
+    """Peak memory in bytes of one run of ours, or of WeSpeaker's."""
     command = [sys.executable, __file__, "--peak", step]
+    if checkout:
+        command += ["--wespeaker", checkout]
     done = subprocess.run(
         command + ["--quick"] * quick,
         capture_output=True,
