@@ -44,7 +44,7 @@ from study_watch import CHECKPOINTER, lists_of, read_watched
 from tqdm import tqdm
 
 import speechbrain_ram
-from speechbrain_ram.data.manifest import read_manifest
+from speechbrain_ram.data.manifest import find_recordings, read_manifest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -232,6 +232,25 @@ def finish_run(
 # -- the study ------------------------------------------------------------
 
 
+def thinned(data_folder: Path, target: Path, utterances: int) -> Path:
+    """Link a corpus with so many utterances a training speaker; 0 is all."""
+    if not utterances:
+        return data_folder
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "train").mkdir(parents=True)
+    for each in data_folder.iterdir():
+        if each.name != "train":
+            (target / each.name).symlink_to(each)
+    for speaker in (data_folder / "train").iterdir():
+        folder = target / "train" / speaker.name
+        folder.mkdir()
+        for recording in find_recordings(speaker)[:utterances]:
+            path = folder / recording
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(speaker / recording)
+    return target
+
+
 @contextmanager
 def stopping(pool: ThreadPoolExecutor) -> Iterator[None]:
     """Leave at a signal: trainings write a checkpoint, none is begun."""
@@ -261,6 +280,7 @@ def run_study(
 ) -> list[str]:
     """Do all that is missing; returns what failed, which may be tried again."""
     work.mkdir(parents=True, exist_ok=True)
+    data_folder = thinned(data_folder, work / "corpus", grid.utterances)
     half_of = write_study_trials(data_folder, work / "trials.txt")
     if grid.watch_every:  # not after hours of training
         lists_of(data_folder, work / "trials.txt", also)

@@ -70,12 +70,14 @@ class Grid:
     overhead_seconds: float
     training_utterances: int
     watch_every: int = 0  # epochs, see study_watch.py; 0 watches none
+    utterances: int = 0  # of each training speaker, the first; 0 is all
 
     @property
     def fingerprint(self) -> str:
         """Of all that changes a result: records of another are not ours."""
         what = [self.recipe.name, self.settings, self.options, self.scale]
         what.append(self.replicates)
+        what += [self.utterances] * bool(self.utterances)
         text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
