@@ -34,14 +34,18 @@ WIDTHS = {"full": (32, 64, 128, 256), "half": (16, 32, 64, 128)}
 def machine() -> str:
     """The hardware and versions that a table was made with."""
     cpu = platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
     if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        about = Path("/proc/cpuinfo").read_text()
+        if "amx_bf16" in about:
+            capability += ", AMX"
+        for line in about.splitlines():
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
     parts = [
         f"{cpu}, {os.cpu_count()} cores",
-        torch.backends.cpu.get_cpu_capability(),
+        capability,
         f"{torch.get_num_threads()} thread(s)",
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchaudio {torchaudio.__version__}",

@@ -17,7 +17,7 @@ from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
 from speechbrain_ram.training.distributed import unwrapped
 from speechbrain_ram.training.fused import FusedMarginClassifier
-from speechbrain_ram.training.layout import precision_warning, set_layout
+from speechbrain_ram.training.layout import precision_advice, set_layout
 from speechbrain_ram.training.robust_brain import RobustBrain
 from speechbrain_ram.training.state import are_numbers, is_number_or_none
 from speechbrain_ram.training.steps import ENCODER
@@ -242,10 +242,12 @@ class SpeakerBrain(RobustBrain):
             n_steps // self.grad_accumulation_factor,
             n_epochs,
         )
+        slow = precision_advice(self.device_type, self.precision)
+        if slow is not None:
+            (notes if self.precision == "fp32" else warnings).append(slow)
         for note in notes:
             logger.info(note)
-        slow = precision_warning(self.device_type, self.precision)
-        for warning in [*warnings, *filter(None, [slow])]:
+        for warning in warnings:
             logger.warning(warning)
         try:
             super().on_fit_start()

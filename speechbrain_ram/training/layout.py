@@ -40,21 +40,38 @@ def set_layout(
     return channels_last
 
 
-def precision_warning(device_type: str, precision: str) -> str | None:
-    """What a CPU would gain from float32, measured for a fifth of a second.
+def precision_advice(device_type: str, precision: str) -> str | None:
+    """Which precision a CPU is faster in, if another than the one chosen.
 
-    Flags do not tell: with avx512_bf16 and without AMX, bfloat16 was slower.
+    One convolution is measured in both, for a fifth of a second, since flags do
+    not tell: with avx512_bf16 and without AMX, bfloat16 was slower. In float32
+    nothing is measured without AMX, where bfloat16 has never been faster.
     """
-    if device_type != "cpu" or precision not in ("bf16", "fp16"):
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "fp32" and _has_amx():
+        kinds["fp32"] = torch.bfloat16
+    if device_type != "cpu" or precision not in kinds:
         return None
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ratio = _seconds_of(half) / _seconds_of(torch.float32)
+    other = "bf16" if precision == "fp32" else "fp32"
+    ratio = _seconds_of(kinds[precision]) / _seconds_of(torch.float32)
+    if precision == "fp32":
+        ratio = 1 / ratio
     if ratio < 1:
         return None
     return (
         f"A convolution with --precision {precision} takes {ratio:.1f} times "
-        "as long as in float32 on this CPU. --precision fp32 is faster here."
+        f"as long as with {other} on this CPU. --precision {other} is faster "
+        "here."
     )
+
+
+def _has_amx() -> bool:
+    """Whether a CPU multiplies matrices of bfloat16, where Linux says so."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return False
 
 
 def _seconds_of(dtype: torch.dtype, rounds: int = 5) -> float:

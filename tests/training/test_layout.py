@@ -5,7 +5,7 @@ import torch
 
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.training import layout
-from speechbrain_ram.training.layout import precision_warning, set_layout
+from speechbrain_ram.training.layout import precision_advice, set_layout
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,23 @@ def test_the_layout_that_crashes_torch():
         set_layout(ResNet34(channels=(8, 16, 16, 16)), "cpu", True)
 
 
-def test_slow_precision_is_said(monkeypatch):
+@pytest.mark.parametrize("amx", [True, False])
+def test_slow_precision_is_said(monkeypatch, amx):
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.7, torch.float16: 0.5}
     monkeypatch.setattr(layout, "_seconds_of", lambda kind: seconds[kind])
-    warning = precision_warning("cpu", "bf16")
-    assert "--precision bf16 takes 1.7 times as long" in warning
-    assert precision_warning("cpu", "fp16") is None  # it pays
-    assert precision_warning("cpu", "fp32") is None
-    assert precision_warning("cuda", "bf16") is None
+    monkeypatch.setattr(layout, "_has_amx", lambda: amx)
+    warning = precision_advice("cpu", "bf16")
+    assert "--precision bf16 takes 1.7 times as long as with fp32" in warning
+    assert precision_advice("cpu", "fp16") is None  # it pays
+    assert precision_advice("cpu", "fp32") is None
+    assert precision_advice("cuda", "bf16") is None
+    seconds[torch.bfloat16] = 0.5
+    assert precision_advice("cpu", "bf16") is None
+    advice = precision_advice("cpu", "fp32")
+    assert (advice is not None) == amx
+    if amx:
+        assert "--precision fp32 takes 2.0 times as long as with bf16" in advice
+        assert "--precision bf16 is faster" in advice
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
