@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from conftest import RECIPE, REPOSITORY, run_recipe
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from test_fake_cuda import TF32, speech_like
-from training.test_fused import CASES, batch, gradients
+from training.test_fused import CASES, gradients, objective
+from training.test_fused_sub_centers import batch
 
 from speechbrain_ram.data.audio import as_floats
 from speechbrain_ram.features import make_front_end
@@ -77,7 +78,7 @@ OBJECTIVES = pytest.mark.parametrize("name, form", CASES)
 
 @OBJECTIVES
 def test_a_loss_and_its_gradient(name, form):
-    wrapper = LogSoftmaxWrapper(make_objective(name, 0.2, 30.0, form))
+    wrapper = LogSoftmaxWrapper(objective(name, 0.2, 30.0, form))
     cosines = torch.rand(32, 1, 500, dtype=torch.float64) * 1.6 - 0.8
     targets = torch.randint(500, (32, 1))
 
@@ -94,14 +95,18 @@ def test_a_loss_and_its_gradient(name, form):
 
 
 @OBJECTIVES
-def test_the_fused_loss_and_its_gradients(name, form, tf32):
-    loss_fn = make_objective(name, 0.2, 30.0, form)
-    x, weight, labels = batch(64, 3000, 128, torch.float64, near=0.3)
+@pytest.mark.parametrize("centers", [1, 3])
+def test_the_fused_loss_and_its_gradients(name, form, tf32, centers):
+    loss_fn = objective(name, 0.2, 30.0, form)
+    x, weight, labels = batch(64, 3000, centers, 128, torch.float64, near=0.3)
+    if centers == 1:
+        weight = weight[:, 0]
 
     def plain(x, weight):
-        cosines = F.linear(F.normalize(x), F.normalize(weight))
-        one_hot = F.one_hot(labels, len(weight))
-        return F.cross_entropy(loss_fn(cosines, one_hot), labels)
+        rows = F.normalize(weight.reshape(-1, 128))
+        cosines = F.linear(F.normalize(x), rows).reshape(64, 3000, centers)
+        one_hot = F.one_hot(labels, 3000)
+        return F.cross_entropy(loss_fn(cosines.amax(dim=2), one_hot), labels)
 
     def fused(x, weight):
         return fused_margin_loss(x, weight, labels.to(DEVICE), loss_fn, 700)

@@ -5,6 +5,10 @@ on them can be counted. The rounding of TF32 products is done by hand.
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,3 +228,17 @@ def test_extraction_away_from_the_cpu(tmp_path):
     assert found.matrix.shape == (5, 3) and seen == [("meta", 5)]
     samples = dict.fromkeys(range(32), 16000 * 8)
     assert list(map(len, embedder.batches(samples))) == [15, 15, 2]
+
+
+def test_the_suite_for_gpus_runs_its_lines():
+    """On the CPU, so that it has not grown stale when a GPU is there."""
+    suite = Path(__file__).with_name("test_cuda.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(suite)],
+        env={**os.environ, "TEST_DEVICE": "cpu"},
+        cwd=suite.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -11,9 +11,11 @@ from conftest import REPOSITORY, run_recipe
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.data.audio import AudioError
-from speechbrain_ram.data.manifest import ManifestError
+from speechbrain_ram.data.manifest import ManifestError, read_manifest
+from speechbrain_ram.data.synthetic import feature_masks
 from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.resnet import ResNet34
+from speechbrain_ram.training import brain
 from speechbrain_ram.verification.scores import read_scores
 from speechbrain_ram.verification.trials import TrialError, read_trials
 
@@ -401,3 +403,35 @@ def test_the_fused_loss_trains_the_same(
         # As printed: three digits.
         for name in names:
             assert ours[name] == pytest.approx(theirs[name], rel=0.011), name
+
+
+def test_made_up_distortions(tiny_corpus, tmp_path, monkeypatch):
+    """Crops by workers, features in training only; the seed says how."""
+    masked = []
+
+    def counted():
+        masks = feature_masks()
+        masks.register_forward_hook(lambda *args: masked.append(args[2].shape))
+        return masks
+
+    monkeypatch.setattr(brain, "feature_masks", counted)
+    wanted = ["room", "noise", "microphone", "codec", "masks"]
+    runs = [tmp_path / name for name in ("first", "second", "plain")]
+    for run, options in zip(
+        runs,
+        (
+            {"synthetic": wanted, "num_workers": 0},
+            {"synthetic": wanted, "num_workers": 1},
+            {},
+        ),
+        strict=True,
+    ):
+        run_recipe(tiny_corpus, run, number_of_epochs=1, **options)
+    first, second, plain = map(weights, runs)
+    assert_same(first, second)
+    crops = len(read_manifest(runs[0] / "manifests" / "train.csv"))
+    assert sum(shape[0] for shape in masked) == 2 * crops
+    name = "embedding_model"
+    assert not torch.equal(
+        next(iter(first[name].values())), next(iter(plain[name].values()))
+    )
