@@ -194,7 +194,7 @@ def make_augmentation(
 ) -> Chain | None:
     """Recorded noise and rooms, then synthetic ones.
 
-    Each synthetic distortion changes every second utterance.
+    Each synthetic distortion changes 3 utterances of 10.
 
     Arguments
     ---------
@@ -232,7 +232,7 @@ def make_augmentation(
     recorded = musan_and_rirs(musan, rirs, probability, sample_rate)
     links = [] if recorded is None else [recorded]
     links += [
-        RandomAugmentation([distortion(name, sample_rate)], [1.0], 0.5)
+        RandomAugmentation([distortion(name, sample_rate)], [1.0], 0.3)
         for name in DISTORTIONS
         if name in synthetic
     ]

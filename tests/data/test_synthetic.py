@@ -169,9 +169,9 @@ def test_a_chain_by_keys():
     first = [augment(waveform, key) for key in keys]
     again = [augment(waveform, key) for key in reversed(keys)][::-1]
     assert all(map(torch.equal, first, again))
-    # A quarter passes through neither.
+    # 0.7 x 0.7 of them pass through neither.
     unchanged = sum(torch.equal(each, waveform) for each in first)
-    assert 6 <= unchanged <= 26
+    assert 17 <= unchanged <= 42
 
 
 def test_masks_are_not_of_waveforms():
