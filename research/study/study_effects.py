@@ -1,11 +1,11 @@
-"""What each addition of channels.yaml buys, from the records alone.
+"""What each system of a watched grid changes, beside the grid's baseline.
 
     python research/study/study_effects.py research/study/records/channels.jsonl
 
-A system is named after its additions. The effect of one is the mean EER of the
-trainings that have it minus the mean of those that have not: each other
-addition is in half of either, so that it cancels, but for what two of them do
-together. Standard errors come from the seeds.
+EER in % after the last epoch, means over seeds, on the dev speakers (the mean
+of both halves) and on the other test set. Differences are paired: the same
+draws of speakers for all systems, the same seeds. The intervals are of 95 %,
+over speakers alone; the range tells how far seeds lie apart.
 """
 
 from __future__ import annotations
@@ -16,61 +16,65 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from study_plan import HALVES, Run, read_grid, read_records
+from study_plan import HALVES, Grid, Run, read_grid, read_records
 
 HERE = Path(__file__).resolve().parent
 
 
-def error_rates(record: Mapping) -> dict[str, float]:
-    """EER in % of the last epoch: on the dev speakers, and on other lists."""
-    lists = record["trajectory"][-1]["lists"]
-    found = {"dev": float(np.mean([lists[half]["EER"] for half in HALVES]))}
-    return found | {
-        name: each["EER"] for name, each in lists.items() if name not in HALVES
+def rates_of(record: Mapping) -> dict[str, np.ndarray]:
+    """List -> EER and its bootstrap draws, [1 + replicates], of the end."""
+    lists = {
+        name: np.array([each["EER"], *each["draws"]])
+        for name, each in record["trajectory"][-1]["lists"].items()
     }
+    dev = np.mean([lists.pop(half) for half in HALVES], axis=0)
+    return {"dev": dev, **lists}
 
 
-def additions_of(system: str) -> set[str]:
-    """The words of its name."""
-    return set(system.split()) - {"plain"}
+def by_system(
+    grid: Grid, records: Mapping[Run, Mapping]
+) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+    """System -> seed -> :func:`rates_of`, in the grid's order."""
+    found: dict[str, dict] = {system: {} for system in grid.systems}
+    for run, record in records.items():
+        found[run.system][run.seed] = rates_of(record)
+    return {system: seeds for system, seeds in found.items() if seeds}
 
 
-def effects(
-    records: Mapping[Run, Mapping],
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """Addition -> list -> (effect, standard error), in points of EER.
+def difference(
+    ours: Mapping[int, Mapping], base: Mapping[int, Mapping], name: str
+) -> tuple[float, float, float]:
+    """EER minus the baseline's on a list: value, low, high, by paired seeds."""
+    seeds = sorted(set(ours) & set(base))
+    change = np.mean([ours[s][name] - base[s][name] for s in seeds], axis=0)
+    # A basic bootstrap, as everywhere in the study.
+    low, high = 2 * change[0] - np.percentile(change[1:], [97.5, 2.5])
+    return float(change[0]), float(low), float(high)
 
-    The error is NaN where no system has two seeds.
-    """
-    rates = {run: error_rates(record) for run, record in records.items()}
-    systems = sorted({run.system for run in rates})
-    names = sorted(set().union(*map(additions_of, systems)))
-    found: dict[str, dict[str, tuple[float, float]]] = {n: {} for n in names}
-    for each in next(iter(rates.values())):
-        by_system = {
-            s: [r[each] for run, r in rates.items() if run.system == s]
-            for s in systems
-        }
-        spread = [np.var(v, ddof=1) for v in by_system.values() if len(v) > 1]
-        variance = np.mean(spread) if spread else np.nan
+
+def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
+    """In Markdown."""
+    systems = by_system(grid, records)
+    base = systems[grid.baseline]
+    names = list(next(iter(base.values())))
+    head = ["system", "seeds"]
+    for name in names:
+        head += [f"{name}, EER %", f"minus {grid.baseline}", "range"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for system, seeds in systems.items():
+        row = [system, str(len(seeds))]
         for name in names:
-            sides = [
-                [
-                    v
-                    for s, v in by_system.items()
-                    if (name in additions_of(s)) == w
-                ]
-                for w in (True, False)
-            ]
-            means = [np.mean([np.mean(v) for v in side]) for side in sides]
-            error = np.sqrt(
-                sum(
-                    np.sum([variance / len(v) for v in side]) / len(side) ** 2
-                    for side in sides
-                )
-            )
-            found[name][each] = (float(means[0] - means[1]), float(error))
-    return found
+            values = [each[name][0] for each in seeds.values()]
+            row.append(f"{np.mean(values):.2f}")
+            paired = system != grid.baseline and set(seeds) & set(base)
+            if paired:
+                value, low, high = difference(seeds, base, name)
+                row.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+            else:
+                row.append("")
+            row.append(f"{min(values):.2f} to {max(values):.2f}")
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,20 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("--grid", type=Path, default=HERE / "channels.yaml")
     args = parser.parse_args(arguments)
-    records = read_records(args.records, read_grid(args.grid))
-    if not records:
-        parser.error(f"'{args.records}' has no finished run of this grid")
-    lists = list(error_rates(next(iter(records.values()))))
-    print("| training | seed | " + " | ".join(lists) + " |")
-    print("| --- | ---: |" + " ---: |" * len(lists))
-    for run, record in records.items():
-        rates = " | ".join(f"{v:.2f}" for v in error_rates(record).values())
-        print(f"| {run.system} | {run.seed} | {rates} |")
-    print("\n| addition | " + " | ".join(lists) + " |")
-    print("| --- |" + " ---: |" * len(lists))
-    for name, each in effects(records).items():
-        cells = " | ".join(f"{v:+.2f} ± {e:.2f}" for v, e in each.values())
-        print(f"| {name} | {cells} |")
+    grid = read_grid(args.grid)
+    records = read_records(args.records, grid)
+    if grid.baseline not in {run.system for run in records}:
+        parser.error(
+            f"'{args.records}' has no finished run of '{grid.baseline}', "
+            "which the others are compared with"
+        )
+    print(table(grid, records))
 
 
 if __name__ == "__main__":

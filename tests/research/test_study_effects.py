@@ -1,6 +1,5 @@
-"""The design of channels.yaml, and what is computed of it."""
+"""Systems beside their baseline, from records with known effects."""
 
-import itertools
 import sys
 
 import numpy as np
@@ -13,74 +12,75 @@ import study_effects
 from speechbrain_ram.data.synthetic import SYNTHETIC
 
 GRID = plan.read_grid(STUDY / "channels.yaml")
-ADDITIONS = [*SYNTHETIC, "variance", "speeds"]
 
 
-def test_each_addition_and_each_pair_are_as_often_there_as_not():
-    named = [study_effects.additions_of(system) for system in GRID.systems]
-    assert set().union(*named) == set(ADDITIONS) and len(named) == 8
-    for name in ADDITIONS:
-        assert sum(name in each for each in named) == 4
-    for pair in itertools.combinations(ADDITIONS, 2):
-        assert sum(set(pair) <= each for each in named) == 2
+def test_each_addition_is_by_itself():
+    for system in GRID.systems:
+        overrides = GRID.overrides_of(system)
+        assert overrides.get("synthetic", []) == [system] * (
+            system in SYNTHETIC
+        )
+        assert overrides["std_norm"] == (system == "variance")
+    assert set(GRID.systems) == {*SYNTHETIC, "plain", "variance"}
 
 
-@pytest.mark.parametrize("system", GRID.systems)
-def test_a_system_does_what_its_name_says(system):
-    additions = study_effects.additions_of(system)
-    overrides = GRID.overrides_of(system)
-    assert overrides["std_norm"] == ("variance" in additions)
-    distortions = additions - {"variance", "speeds"}
-    assert set(overrides.get("synthetic", ())) == distortions
-    speeds = overrides.get("speeds", [1.0])
-    assert (len(speeds) == 3) == ("speeds" in additions)
-    epochs = overrides.get(
-        "number_of_epochs", GRID.settings["number_of_epochs"]
-    )
-    assert epochs * len(speeds) == GRID.settings["number_of_epochs"]
-
-
-def record(run, rates):
-    a, b, other = rates
-    lists = {"A": {"EER": a}, "B": {"EER": b}, "alnum70": {"EER": other}}
+def record(eer, other, draws=(0.0, 1.0)):
+    """Both halves around `eer`; draws that the systems share."""
+    lists = {
+        name: {"EER": rate, "draws": [rate + d for d in draws]}
+        for name, rate in (("A", eer - 1), ("B", eer + 1), ("alnum70", other))
+    }
     return {"trajectory": [{"lists": {}}, {"lists": lists}]}
 
 
-def test_effects_of_a_sum_are_its_terms():
-    """And two seeds 0.2 apart give their standard error."""
-    buys = {name: 0.1 * i - 0.3 for i, name in enumerate(ADDITIONS)}
-    records = {}
-    for system, seed in itertools.product(GRID.systems, (1, 2)):
-        run = GRID.run(system, GRID.margins[0], seed)
-        rate = 6.0 + sum(map(buys.get, study_effects.additions_of(system)))
-        rate += 0.2 * (seed - 1)
-        records[run] = record(run, (rate - 1, rate + 1, 10 + 2 * rate))
-    found = study_effects.effects(records)
-    assert set(found) == set(ADDITIONS)
-    # The variance of two values 0.2 apart is 0.02; a side has eight runs.
-    error = np.sqrt(0.02 / 8 + 0.02 / 8)
-    for name, lists in found.items():
-        assert lists["dev"] == pytest.approx((buys[name], error))
-        assert lists["alnum70"] == pytest.approx((2 * buys[name], 2 * error))
+def made_up(effects):
+    return {
+        GRID.run(system, GRID.margins[0], seed): record(
+            6.0 + effect + 0.2 * seed, 9.0 + 2 * effect
+        )
+        for system, effect in effects.items()
+        for seed in (1, 2)
+    }
 
 
-def test_the_tables(tmp_path, capsys):
+def test_differences_are_paired():
+    """What seeds and speakers do to both is no part of them."""
+    records = made_up({"plain": 0.0, "room": -0.5})
+    systems = study_effects.by_system(GRID, records)
+    for name, expected in (("dev", -0.5), ("alnum70", -1.0)):
+        found = study_effects.difference(
+            systems["room"], systems["plain"], name
+        )
+        assert found == pytest.approx((expected,) * 3)
+
+
+def test_the_interval_is_a_basic_bootstraps():
+    draws = np.linspace(-1, 3, 401)
+    ours = {1: {"dev": np.array([5.0, *(5.0 + draws)])}}
+    base = {1: {"dev": np.full(402, 4.0)}}
+    value, low, high = study_effects.difference(ours, base, "dev")
+    assert value == 1.0
+    assert low == pytest.approx(2 - (1 + 2.9)) and high == pytest.approx(1.9)
+
+
+def test_the_table(tmp_path, capsys):
     file = tmp_path / "records.jsonl"
-    for system in GRID.systems:
-        run = GRID.run(system, GRID.margins[0], 1)
+    for run, each in made_up({"plain": 0.0, "noise": 0.25}).items():
         about = {key: getattr(run, key) for key in run.__dataclass_fields__}
-        whole = {"grid": GRID.fingerprint, **about}
-        plan.append_record(file, {**whole, **record(run, (5.0, 6.0, 9.0))})
+        plan.append_record(file, {"grid": GRID.fingerprint, **about, **each})
     study_effects.main([str(file)])
-    said = capsys.readouterr().out
-    assert "| plain | 1 | 5.50 | 9.00 |" in said
-    assert "| room | +0.00 ± nan | +0.00 ± nan |" in said
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("| plain | 2 | 6.30 |  | 6.20 to 6.40 | 9.00 |")
+    assert (
+        "| noise | 2 | 6.55 | +0.25 [+0.25, +0.25] | 6.45 to 6.65 |" in said[3]
+    )
+    assert len({line.count("|") for line in said}) == 1
 
 
-def test_no_records(tmp_path, capsys):
+def test_no_baseline(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study_effects.main([str(tmp_path / "none.jsonl")])
-    assert "has no finished run of this grid" in capsys.readouterr().err
+    assert "no finished run of 'plain'" in capsys.readouterr().err
 
 
 def test_a_thinned_corpus(data_folder, tmp_path):  # noqa: F811
