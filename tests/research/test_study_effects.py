@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from test_study import STUDY, data_folder, plan, study  # noqa: F401, fixture
 
 sys.path.insert(0, str(STUDY))
@@ -93,3 +94,16 @@ def test_a_thinned_corpus(data_folder, tmp_path):  # noqa: F811
         assert found == names[:2] and all((kept / n).is_file() for n in found)
     assert (few / "dev").resolve() == (data_folder / "dev").resolve()
     assert study.thinned(data_folder, tmp_path / "few", 2) == few  # again
+
+
+def test_the_recipes_page_has_the_records_numbers():
+    records = plan.read_records(STUDY / "records" / "channels.jsonl", GRID)
+    page = (REPOSITORY / "recipes" / "SpeechOcean762" / "README.md").read_text(
+        encoding="utf-8"
+    )
+    lines = study_effects.table(GRID, records).splitlines()
+    assert len(lines) > 2
+    for line in lines[2:]:
+        cells = line.split(" | ")
+        row = [cells[0], *cells[2:4], *cells[5:7]]
+        assert f"{' | '.join(row)} |" in page, row
