@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from test_study import (
     REPLICATES,
     STUDY,
@@ -310,3 +311,17 @@ def test_the_report_of_a_watched_grid(grid, records, tmp_path, monkeypatch):
         report.main()
         assert drawn.stat().st_size > 5000
         drawn.unlink()
+
+
+def test_the_page_has_the_records_numbers():
+    grid = plan.read_grid(STUDY / "long.yaml")
+    records = plan.read_records(STUDY / "records" / "long.jsonl", grid)
+    page = (REPOSITORY / "docs" / "study-long.md").read_text(encoding="utf-8")
+    rows = [
+        line
+        for line in study_wear.wear_table(grid, records).splitlines()
+        if line.startswith("| ") and line.split(" | ")[2] not in ("0", "seeds")
+    ]
+    assert len(rows) >= 2 * len({run.system for run in records})
+    for row in rows:
+        assert row in page, row
