@@ -25,7 +25,11 @@ def set_layout(
     width = getattr(encoder, "channels", [_WIDE])[0]  # or of another class
     on_cpu = device_type == "cpu"
     if channels_last is None:
-        any_width = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        # Not an encoder of another class: it may be a narrow one, and crash.
+        any_width = (
+            hasattr(encoder, "channels")
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        )
         channels_last = not on_cpu or (
             width >= _NARROWEST and (any_width or width < _WIDE)
         )
@@ -47,15 +51,17 @@ def precision_advice(device_type: str, precision: str) -> str | None:
     not tell: with avx512_bf16 and without AMX, bfloat16 was slower. In float32
     nothing is measured without AMX, where bfloat16 has never been faster.
     """
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision == "fp32" and _has_amx():
-        kinds["fp32"] = torch.bfloat16
+    kinds = {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     if device_type != "cpu" or precision not in kinds:
         return None
+    if precision == "fp32" and not _has_amx():
+        return None
     other = "bf16" if precision == "fp32" else "fp32"
-    ratio = _seconds_of(kinds[precision]) / _seconds_of(torch.float32)
-    if precision == "fp32":
-        ratio = 1 / ratio
+    ratio = _seconds_of(kinds[precision]) / _seconds_of(kinds[other])
     if ratio < 1:
         return None
     return (

@@ -35,8 +35,12 @@ def test_layouts(width, device_type, capability, wanted, chosen, monkeypatch):
     assert weight.is_contiguous(memory_format=torch.channels_last) == chosen
 
 
-def test_an_encoder_of_another_class():
-    assert not set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", False)
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_an_encoder_of_another_class(capability, monkeypatch):
+    monkeypatch.setattr(
+        torch.backends.cpu, "get_cpu_capability", lambda: capability
+    )
+    assert not set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", None)
     assert set_layout(torch.nn.Conv2d(3, 3, 3), "cpu", True)
 
 
