@@ -19,13 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import types
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Table, alternate
+from harness import Table, alternate, wespeaker_importable
 
 from speechbrain_ram.verification.scores import (
     normalise,
@@ -55,14 +53,15 @@ def main() -> None:
     parser.add_argument("--wespeaker", metavar="CHECKOUT", help="of theirs")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    size = QUICK if args.quick else FULL
+    size, beside = (QUICK, QUICK) if args.quick else (FULL, BESIDE)
+    if args.wespeaker:
+        wespeaker_importable(args.wespeaker)
     if args.peak:
-        if args.wespeaker:
-            size = QUICK if args.quick else BESIDE
+        data = world(beside if args.wespeaker else size)
         if args.peak == "wespeaker":
-            wespeaker(args.wespeaker, *world(size))
+            wespeaker(*data)
         else:
-            run(args.peak, *world(size))
+            run(args.peak, *data)
         print(resident_peak())
         return
     table = Table(
@@ -87,7 +86,7 @@ def main() -> None:
     )
     trials, matrix, cohort = world(size)
     if args.wespeaker:
-        beside_wespeaker(table, args, QUICK if args.quick else BESIDE)
+        beside_wespeaker(table, args, beside)
     sample = np.random.default_rng(1).integers(0, len(trials), 2000)
     steps = {
         "cosine": (2000, None, 3),
@@ -201,25 +200,16 @@ def compare(step, trials, matrix, cohort, chosen, top) -> None:
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
-def wespeaker(checkout, trials, matrix, cohort) -> np.ndarray:
+def wespeaker(trials, matrix, cohort) -> np.ndarray:
     """Adaptive s-norm by WeSpeaker's function, from embeddings to scores."""
-    for name in ("fire", "kaldiio"):  # what only its command line needs
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.path.insert(0, str(checkout))
-    path = Path(checkout) / "wespeaker" / "bin" / "score_norm.py"
-    spec = spec_from_file_location("score_norm", path)
-    module = module_from_spec(spec)
-    # Its package imports what only its command line needs.
-    package = types.ModuleType("wespeaker")
-    package.__path__ = [str(Path(checkout) / "wespeaker")]
-    sys.modules.setdefault("wespeaker", package)
-    spec.loader.exec_module(module)
+    from wespeaker.bin.score_norm import get_mean_std
+
     sides = []
     unit = unit_length(matrix)
     cosines = (unit[trials.enrol] * unit[trials.test]).sum(axis=1)
     for side in (trials.enrol, trials.test):
         used, where = np.unique(side, return_inverse=True)
-        mean, deviation = module.get_mean_std(matrix[used], cohort, TOP)
+        mean, deviation = get_mean_std(matrix[used], cohort, TOP)
         sides.append((cosines - mean[where]) / deviation[where])
     return 0.5 * (sides[0] + sides[1])
 
@@ -229,7 +219,7 @@ def beside_wespeaker(table, args, size) -> None:
     data = world(size)
     cases = {
         "as-norm1": lambda: run("as-norm1", *data),
-        "wespeaker": lambda: wespeaker(args.wespeaker, *data),
+        "wespeaker": lambda: wespeaker(*data),
     }
     ours, theirs = (case() for case in cases.values())
     np.testing.assert_allclose(ours, theirs, atol=2e-3)

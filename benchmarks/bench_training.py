@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import soundfile
 import speechbrain as sb
 import torch
 from bench_loader import CROP, RATE, theirs
-from harness import WIDTHS, Table, add_sizes
+from harness import WIDTHS, Table, add_sizes, wespeaker_importable
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
@@ -348,10 +347,7 @@ class TheirHead(torch.nn.Module):
 
 def wespeaker(checkout, width, n_speakers):
     """WeSpeaker's ResNet34 of this width, and AM-Softmax."""
-    # Its __init__ imports what only its command line needs.
-    package = types.ModuleType("wespeaker")
-    package.__path__ = [f"{checkout}/wespeaker"]
-    sys.modules["wespeaker"] = package
+    wespeaker_importable(checkout)
     from wespeaker.models import projections, resnet
 
     encoder = resnet.ResNet(

@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,19 @@ def machine() -> str:
             f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
         )
     return "; ".join(parts)
+
+
+def wespeaker_importable(checkout: str) -> None:
+    """Let WeSpeaker's modules be imported from a checkout of theirs.
+
+    Without their package's __init__ and the libraries that only their command
+    lines need.
+    """
+    package = types.ModuleType("wespeaker")
+    package.__path__ = [f"{checkout}/wespeaker"]
+    sys.modules["wespeaker"] = package
+    for name in ("fire", "kaldiio"):
+        sys.modules.setdefault(name, types.ModuleType(name))
 
 
 def clock(device: str = "cpu", wall: bool = False) -> float:

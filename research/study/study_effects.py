@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from study_plan import HALVES, Grid, Run, read_grid, read_records
+from study_results import interval
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,9 +48,8 @@ def difference(
     """EER minus the baseline's on a list: value, low, high, by paired seeds."""
     seeds = sorted(set(ours) & set(base))
     change = np.mean([ours[s][name] - base[s][name] for s in seeds], axis=0)
-    # A basic bootstrap, as everywhere in the study.
-    low, high = 2 * change[0] - np.percentile(change[1:], [97.5, 2.5])
-    return float(change[0]), float(low), float(high)
+    value = float(change[0])
+    return value, *interval(value, change[1:])
 
 
 def table(grid: Grid, records: Mapping[Run, Mapping]) -> str:
