@@ -23,6 +23,7 @@ from speechbrain.core import RunOptions
 from speechbrain_ram.data.names import read_text
 from speechbrain_ram.data.plain import PlainError, parse_yaml
 from speechbrain_ram.data.synthetic import SYNTHETIC
+from speechbrain_ram.utils import is_number
 
 _OPTIONS = "The options"  # what an error calls them
 
@@ -46,17 +47,14 @@ class Rule:
     words: str
 
 
-def _is_number(value: Any, whole: bool = False) -> bool:
-    kinds = int if whole else (int, float)
-    plain = isinstance(value, kinds) and not isinstance(value, bool)
-    return plain and math.isfinite(value)
-
-
 def _whole(low: int, high: float = math.inf) -> Rule:
     words = f"a whole number from {low} to {high}"
     if high == math.inf:
         words = f"a whole number, {low} or more,"
-    return Rule(lambda v: _is_number(v, True) and low <= v <= high, words)
+    return Rule(
+        lambda v: is_number(v) and isinstance(v, int) and low <= v <= high,
+        words,
+    )
 
 
 def _between(low: float, high: float, or_equal: bool = True) -> Rule:
@@ -67,7 +65,7 @@ def _between(low: float, high: float, or_equal: bool = True) -> Rule:
         words = f"a number{', 0 or more,' if or_equal else ' above 0'}"
     return Rule(
         lambda v: (
-            _is_number(v) and (low <= v <= high if or_equal else low < v < high)
+            is_number(v) and (low <= v <= high if or_equal else low < v < high)
         ),
         words,
     )

@@ -52,6 +52,8 @@ def check(command_line, file=SYNTHETIC):
         ("--resample", "--resample has no value; True or False is needed."),
         ("--mixdown no", "--mixdown is 'no'; True or False is needed."),
         ("--max_grad_norm -1", "--max_grad_norm is -1.0; a number, 0 or more"),
+        ("--max_hours " + 400 * "9", f"{400 * '9'}; a number, 0 or more, is"),
+        ("--num_workers " + 400 * "9", f"{400 * '9'}; a whole number, 0 or"),
         ("--output_folder 26", "--output_folder is 26; a path (./7, not 7)"),
         ("--trials_root 7", "--trials_root is 7; a path"),
         ("--marign 0.2", "no option --marign in '{}'. Is --margin meant?"),
