@@ -43,6 +43,10 @@ def advice(
     if hasattr(loss_fn, "scale") and n_classes:
         loss_fn = at_the_end(loss_fn, rise)
         notes.append(margin_note(loss_fn, n_classes))
+        if isinstance(rise, MarginRise) and rise.end and rise.initial:
+            notes.append(
+                f"The margin rises to {rise.final:g} from {rise.initial:.2f}."
+            )
         warnings.append(margin_warning(loss_fn, n_classes))
     warnings += schedule_warnings(learning_rate, rise, n_steps, n_epochs)
     return notes, list(filter(None, warnings))
@@ -60,6 +64,29 @@ def margin_worth(loss_fn: torch.nn.Module, n_classes: int) -> float | None:
     if not known or loss_fn.form != "paper":
         return None
     return equivalent_am_margin(loss_fn.largest_lead, loss_fn.scale, n_classes)
+
+
+def margin_for(
+    am_margin: float, loss_fn: RealAdditiveMargin, n_classes: int
+) -> float:
+    """The margin of form ``paper`` that is worth `am_margin` at most."""
+    needed = paper_margin_for(am_margin, loss_fn.scale, n_classes)
+    if isinstance(loss_fn, RealAdditiveAngularMargin):
+        return 2 * math.asin(min(needed / 2, 1))  # whose greatest lead it is
+    return needed
+
+
+def set_start(schedule: object, loss_fn: object, n_classes: int) -> None:
+    """Let the margin of form ``paper`` rise from ln(C) / s, not from 0.
+
+    That acts like AM-Softmax's 0; under less hardly anything is learned while
+    the rise has not begun. A schedule with an `initial` of its own keeps it.
+    """
+    if not isinstance(schedule, MarginRise) or schedule.initial is not None:
+        return
+    if n_classes and margin_worth(loss_fn, n_classes) is not None:
+        least = margin_for(0.0, loss_fn, n_classes)
+        schedule.initial = min(least, schedule.final)
 
 
 def margin_note(loss_fn: torch.nn.Module, n_classes: int) -> str:
@@ -85,9 +112,7 @@ def margin_warning(loss_fn: torch.nn.Module, n_classes: int) -> str | None:
     meant = loss_fn.largest_lead
     if meant < LEAST_MARGIN:
         meant = 0.2
-    needed = paper_margin_for(meant, loss_fn.scale, n_classes)
-    if angular:  # the angle whose greatest lead is `needed`
-        needed = 2 * math.asin(min(needed / 2, 1))
+    needed = margin_for(meant, loss_fn, n_classes)
     text = (
         f"Margin {loss_fn.margin:g} of form paper (equation 12) is next to "
         f"none: {n_classes:,} classes at scale {loss_fn.scale:g} leave "

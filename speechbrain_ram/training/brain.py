@@ -12,7 +12,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_ram.data.synthetic import feature_masks
 from speechbrain_ram.losses import set_margin
-from speechbrain_ram.training.advice import advice
+from speechbrain_ram.training.advice import advice, set_start
 from speechbrain_ram.training.checkpoints import CheckpointError
 from speechbrain_ram.training.diagnostics import MarginDiagnostics, is_diagnosed
 from speechbrain_ram.training.distributed import unwrapped
@@ -234,11 +234,14 @@ class SpeakerBrain(RobustBrain):
         hparams = self.hparams
         n_epochs = hparams.epoch_counter.limit
         n_steps = self.steps_per_epoch * n_epochs
+        loss_fn = getattr(hparams.compute_cost, "loss_fn", None)
+        schedule = getattr(hparams, "margin_schedule", None)
+        set_start(schedule, loss_fn, self.n_classes)
         notes, warnings = advice(
-            getattr(hparams.compute_cost, "loss_fn", None),
+            loss_fn,
             self.n_classes,
             hparams.learning_rate,
-            getattr(hparams, "margin_schedule", None),
+            schedule,
             n_steps // self.grad_accumulation_factor,
             n_epochs,
         )

@@ -117,8 +117,9 @@ class MarginRise:
         The margin from `end` on.
     start, end : float
         Epochs done when the rise begins and ends; equal for none.
-    initial : float
-        The margin until `start`.
+    initial : float, optional
+        The margin until `start`; None is 0, or what the Brain puts here for
+        equation 12 (:func:`.advice.set_start`).
 
     Raises
     ------
@@ -137,7 +138,7 @@ class MarginRise:
         final: float,
         start: float = 0.0,
         end: float = 0.0,
-        initial: float = 0.0,
+        initial: float | None = None,
     ):
         if not 0 <= start <= end:
             raise ValueError(
@@ -153,7 +154,8 @@ class MarginRise:
         """The margin after so many (fractions of) epochs."""
         if epochs_done >= self.end:
             return self.final
+        initial = self.initial or 0.0
         if epochs_done <= self.start:
-            return self.initial
+            return initial
         done = (epochs_done - self.start) / (self.end - self.start)
-        return self.initial + (self.final - self.initial) * (1 - 0.001**done)
+        return initial + (self.final - initial) * (1 - 0.001**done)

@@ -22,6 +22,7 @@ from speechbrain_ram.training.advice import (
     margin_warning,
     margin_worth,
     schedule_warnings,
+    set_start,
     verdict,
 )
 from speechbrain_ram.training.schedules import MarginRise, WarmupDecay
@@ -136,6 +137,42 @@ def test_a_rising_margin_counts_as_what_it_becomes():
     later = at_the_end(now, MarginRise(0.5, 1, 2))
     assert (now.margin, later.margin) == (0.1, 0.5)
     assert at_the_end(now, None) is now
+
+
+@pytest.mark.parametrize(
+    "objective, form, expected",
+    [
+        ("ram", "paper", math.log(5994) / 30),
+        ("raam", "paper", 2 * math.asin(math.log(5994) / 60)),
+        ("ram", "released", 0.0),
+        ("ram", "hinge", 0.0),
+        ("am", "paper", 0.0),
+        ("aam", "paper", 0.0),
+        ("softmax", "paper", 0.0),
+    ],
+)
+def test_a_margin_rises_from_what_is_worth_nothing(objective, form, expected):
+    """Not from less: equation 12 at 0 hardly pulls."""
+    loss_fn = make_objective(objective, 0.5, 30, form)
+    rise = MarginRise(0.5, 1, 2)
+    set_start(rise, loss_fn, 5994)
+    assert [rise(0), rise(1), rise(2)] == pytest.approx([expected] * 2 + [0.5])
+    if expected:
+        assert margin_worth(
+            make_objective(objective, rise(0), 30, form), 5994
+        ) == pytest.approx(0)
+        notes, _ = advice.advice(loss_fn, 5994, None, rise, 100, 10)
+        assert notes[1] == f"The margin rises to 0.5 from {expected:.2f}."
+
+
+def test_the_start_of_a_rise_that_is_given_or_beyond_its_end():
+    loss_fn = make_objective("ram", 0.1)
+    given, high = MarginRise(0.5, 1, 2, initial=0.0), MarginRise(0.1, 1, 2)
+    set_start(given, loss_fn, 5994)
+    set_start(high, loss_fn, 5994)
+    assert (given(0), high(0)) == (0.0, 0.1)
+    set_start(None, loss_fn, 5994)  # no schedule, and one of another class
+    set_start(lambda epochs_done: 0.1, loss_fn, 5994)
 
 
 def test_of_a_margin_around_any_loss_only_the_floor_is_known():
