@@ -195,8 +195,6 @@ def check_settings(
         _check_names(recipe, given, where)
         try:
             resolved = resolve_references(file, overrides).read()
-        except OSError:
-            raise
         except Exception as error:  # of expressions, whatever they compute
             raise ValueError(
                 f"{where} cannot be read: a reference (!ref) or a file that "

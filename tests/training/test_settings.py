@@ -176,3 +176,12 @@ def test_what_stands_within_the_encoder_is_checked(tmp_path):
     )
     with pytest.raises(ValueError, match="'encoder: n_mels' is 0; a whole"):
         check_settings(tmp_path / "recipe.yaml")
+
+
+def test_a_missing_file_that_a_recipe_includes_is_named(tmp_path):
+    """Not as if the recipe were missing."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SYNTHETIC.read_text().replace("encoder.yaml", "none.yaml"))
+    message = f"'{file}' cannot be read: a reference .* includes .*none.yaml"
+    with pytest.raises(ValueError, match=message):
+        check("--lr 0.1", file)
