@@ -190,15 +190,11 @@ class SpeakerBrain(RobustBrain):
 
     def on_fit_batch_start(self, batch, should_step):
         """Set the learning rate of this step."""
-        epochs_done = self.hparams.epoch_counter.current - 1
-        epochs_done += (self.step - 1) / self.steps_per_epoch
+        epochs_done = self._epochs_done(self.step)
         if self.diagnostics is not None:
             self.n_diagnosed = self.diagnostics.counts()
         self.rate = self.hparams.learning_rate(self.optimizer_step, epochs_done)
-        schedule = getattr(self.hparams, "margin_schedule", None)
-        # One that never rises leaves the margin that the loss was made with.
-        if schedule is not None and getattr(schedule, "end", None) != 0:
-            self._set_margin(schedule(epochs_done))
+        self._schedule_margin(epochs_done)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("lr_factor", 1.0)
         frozen = epochs_done < getattr(self.hparams, "frozen_epochs", 0)
@@ -211,6 +207,18 @@ class SpeakerBrain(RobustBrain):
         super().undo_unless(good, buffers)
         if self.diagnostics is not None:
             self.diagnostics.forget_unless(good, *self.n_diagnosed)
+
+    def _epochs_done(self, step):
+        """Before a step of this epoch, counted from 1."""
+        before = self.hparams.epoch_counter.current - 1
+        return before + (step - 1) / self.steps_per_epoch
+
+    def _schedule_margin(self, epochs_done):
+        """Give the objective the margin of this moment."""
+        schedule = getattr(self.hparams, "margin_schedule", None)
+        # One that never rises leaves the margin that the loss was made with.
+        if schedule is not None and getattr(schedule, "end", None) != 0:
+            self._set_margin(schedule(epochs_done))
 
     def _set_margin(self, margin):
         """Give the objective another margin, where it has one."""
@@ -279,6 +287,8 @@ class SpeakerBrain(RobustBrain):
             self.train_set.set_epoch(epoch)
             self.started = time.perf_counter()
             self.seen_before = self.tally.n_seen  # by an interrupted run
+        elif stage == sb.Stage.VALID:  # which may come first after a resume
+            self._schedule_margin(self._epochs_done(self.steps_per_epoch))
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log; after a validation also verify, and save a checkpoint."""
