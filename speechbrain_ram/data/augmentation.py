@@ -17,11 +17,15 @@ from pathlib import Path
 
 import torch
 from speechbrain.augment.time_domain import AddNoise
-from speechbrain.processing.signal_processing import reverberate
 
 from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import build_manifest, find_recordings
-from speechbrain_ram.data.synthetic import DISTORTIONS, SYNTHETIC, distortion
+from speechbrain_ram.data.synthetic import (
+    DISTORTIONS,
+    SYNTHETIC,
+    distortion,
+    echo,
+)
 
 #: Signal-to-noise ratios in dB of MUSAN's parts, as WeSpeaker draws them.
 MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}
@@ -72,7 +76,7 @@ class Reverberation:
     ) -> torch.Tensor:
         """Convolve; [B, T] to [B, T], of the same mean amplitude."""
         return torch.cat(
-            [reverberate(one[None], self.rirs.draw()) for one in waveforms]
+            [echo(one[None], self.rirs.draw()) for one in waveforms]
         )
 
 

@@ -16,6 +16,7 @@ from functools import partial
 
 import soundfile
 import torch
+import torch.nn.functional as F
 from speechbrain.augment.freq_domain import SpectrogramDrop
 from speechbrain.augment.time_domain import AddNoise
 from speechbrain.processing.signal_processing import reverberate
@@ -54,7 +55,16 @@ def room(
     silence = torch.zeros(round(gap / 1000 * sample_rate))
     response = torch.cat([torch.ones(1), silence, tail])
     response /= response.abs().max()
-    return torch.cat([reverberate(one[None], response) for one in waveforms])
+    return torch.cat([echo(one[None], response) for one in waveforms])
+
+
+def echo(waveform: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """SpeechBrain's ``reverberate``, [1, T] to [1, T], without wrapping round.
+
+    Its convolution is circular: the echo of the end would begin the crop.
+    """
+    padded = F.pad(waveform, (0, response.shape[-1]))
+    return reverberate(padded, response)[..., : waveform.shape[-1]]
 
 
 def coloured_noise(waveforms: torch.Tensor) -> torch.Tensor:

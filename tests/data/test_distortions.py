@@ -12,6 +12,7 @@ from speechbrain_ram.data.synthetic import (
     codec,
     coloured_noise,
     distortion,
+    echo,
     feature_masks,
     microphone,
     room,
@@ -82,6 +83,20 @@ def test_a_room_answers_a_click():
         times.append(3 * (last - first) / RATE)
     assert 0.08 < min(times) < 0.25 and 0.5 < max(times) < 0.8
     assert -3.1 < min(ratios) < 0 and 9 < max(ratios) < 12.1
+
+
+def test_the_echo_of_the_end_does_not_begin_the_crop():
+    """Of a crop that is silent but for its end, and of any room."""
+    late = torch.zeros(1, RATE)
+    late[0, -200:] = 1.0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert room(late)[0, : RATE - 200].abs().max() < 1e-5
+    response = torch.zeros(RATE)
+    response[40], response[5000] = 1.0, 0.5  # the direct sound comes late
+    heard = echo(late, response)[0]
+    assert heard[: RATE - 200].abs().max() < 1e-5
+    assert heard[RATE - 200 :].std() < 1e-5 < heard[-1]
 
 
 def test_noise_falls_by_0_to_6_decibels_an_octave():
