@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", help="folder of the table")
     arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu"
     table = Table(
-        "features",
+        "features" + ("" if on_cpu else f"-{arguments.device}"),
         "Front-ends",
         "80 bands, 25 ms windows, 10 ms hop. Milliseconds of the batch, "
         "median, and times the duration of its audio.",

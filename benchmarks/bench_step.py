@@ -147,9 +147,10 @@ def main() -> None:
                 f"{1000 * stages[name][stage]:.1f}" for stage in Step.STAGES
             )
             profile.add(width, batch, name, *each)
-    table.write()
-    if not args.quick:
-        profile.write()
+        # A run that is cut off leaves what it has.
+        table.write()
+        if not args.quick:
+            profile.write()
 
 
 def measure(steps, of, rounds, profiled, results) -> None:
