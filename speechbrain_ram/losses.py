@@ -386,7 +386,8 @@ def make_objective(
     """
     check_form(form)  # a typo in a setting that is not used is a typo still
     real, _, inner = str(objective).rpartition("real-")
-    if inner != str(objective) and not real and inner not in ("ram", "raam"):
+    no_margin = ("softmax", "ram", "raam")  # that could become a real one
+    if inner != str(objective) and not real and inner not in no_margin:
         return RealMargin(make_objective(inner, margin, scale), form)
     if objective == "ram":
         return RealAdditiveMargin(margin, scale, form)

@@ -171,6 +171,7 @@ def test_an_objective_by_the_name_of_its_class(name, trivial, form):
     "name, message",
     [
         ("real-ram", "objective is 'real-ram', allowed are softmax"),
+        ("real-softmax", "objective is 'real-softmax', allowed are softmax"),
         ("real-", "objective is '', allowed are softmax"),
         ("real-real-am", "objective is 'real-real-am', allowed are softmax"),
         (3, "objective is 3, allowed"),

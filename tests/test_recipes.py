@@ -391,6 +391,21 @@ def test_a_loss_that_the_yaml_names_takes_another_margin():
     assert same_logits(loss_fn, expected)
 
 
+@pytest.mark.parametrize(
+    "objective, expected",
+    [
+        ("softmax", "softmax, scale 30"),
+        ("am", "am, margin 0.2, scale 30"),
+        ("ram", "ram, margin 0.2, scale 30, form hinge"),
+        ("real-a.B", "real-a.B, margin 0.2, scale 30, form hinge"),
+    ],
+)
+def test_the_objective_of_a_model_card(objective, expected):
+    settings = {"margin": 0.2, "scale": 30, "form": "hinge"}
+    settings["objective"] = objective
+    assert cli_train.objective_of(settings) == expected
+
+
 def give_margin(loss_fn, objective):
     """As the Brain of a recipe with this `objective`, a margin of 0.4."""
     brain = torch.nn.Module()

@@ -201,7 +201,9 @@ def _datasets(hparams, run, train_csv, valid_csv, reading):
     """Crops to train on and to validate with, and the label encoder."""
     augment = None
     if hparams.get("make_augmentation"):
-        augment = hparams["make_augmentation"]()
+        augment = hparams["make_augmentation"](
+            sample_rate=reading["sample_rate"]
+        )
     return speaker_datasets(
         train_csv,
         valid_csv,
@@ -234,6 +236,19 @@ def _classifier(hparams, run, label_encoder):
     return classifier
 
 
+def objective_of(hparams):
+    """What the exported folder's README says of the objective."""
+    name = str(hparams["objective"])
+    text = "{objective}, scale {scale}"
+    if name != "softmax":
+        text = "{objective}, margin {margin}, scale {scale}"
+    if name in ("ram", "raam") or name.startswith("real-"):
+        text += ", form {form}"
+    if hparams.get("sub_centers", 1) > 1:
+        text += ", {sub_centers} sub-centres a speaker"
+    return text.format(**hparams)
+
+
 def find_run(hparams_file, hparams, run_opts, overrides):
     """The run that this command begins or continues, and its manifests."""
     output = Path(hparams["output_folder"])
@@ -258,12 +273,7 @@ def find_run(hparams_file, hparams, run_opts, overrides):
         hparams["make_corpus"]()
     manifests = prepare_data(hparams["prepare"], run, output)
     files = data_files(*manifests, hparams.get("trials"))
-    objective = "{objective}, margin {margin}, scale {scale}"
-    if hparams["objective"] in ("ram", "raam"):
-        objective += ", form {form}"
-    if hparams.get("sub_centers", 1) > 1:
-        objective += ", {sub_centers} sub-centres a speaker"
-    facts = {"objective": objective.format(**hparams), **hparams["facts"]}
+    facts = {"objective": objective_of(hparams), **hparams["facts"]}
     if run is None:
         labels = speaker_labels(manifests[0], hparams["speeds"])
         run = begin_run(output, settings, epochs, labels, files, facts)
