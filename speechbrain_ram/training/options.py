@@ -138,7 +138,7 @@ RULES = {
     "lr_gamma": _POSITIVE,
     "warmup_steps": _whole(0),
     "warmup_epochs": _NOT_NEGATIVE,
-    "max_grad_norm": _NOT_NEGATIVE,
+    "max_grad_norm": _POSITIVE,
     "grad_accumulation_factor": _whole(1),
     "verify_every": _whole(1),
     # Interruption and faults

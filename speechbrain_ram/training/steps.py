@@ -118,6 +118,7 @@ def fused_on_cuda(opt_class: Callable) -> Callable:
         except (TypeError, RuntimeError):  # it has no such kind, or not here
             return opt_class(parameters)
         optimizer.register_load_state_dict_pre_hook(_as_fused)
+        optimizer.register_step_pre_hook(_start_momentum)
         return optimizer
 
     return make
@@ -127,6 +128,24 @@ def _as_fused(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """A checkpoint of the other kind, such as one from a CPU."""
     groups = [{**group, "fused": True} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Begin SGD's momentum at 0 when a parameter first has a gradient.
+
+    The fused kind wants buffers for all parameters of a group or for none, so
+    that it fails when an encoder thaws; and those that it makes in a step that
+    it then skips are memory as it was found.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for each in group["params"]:
+                if each.grad is None:
+                    continue
+                if optimizer.state[each].get("momentum_buffer") is None:
+                    optimizer.state[each]["momentum_buffer"] = torch.zeros_like(
+                        each
+                    )
 
 
 def skips_on_the_device(optimizer: torch.optim.Optimizer | None) -> bool:
@@ -174,6 +193,10 @@ class SkippingBrain(sb.Brain):
         scale, n_before = self.scaler.get_scale(), self.optimizer_step
         norm = torch.nn.utils.get_total_norm(grads) / scale
         good_loss, good = good, good & norm.isfinite()
+        if len(self.optimizer.param_groups) > 1:  # SpeechBrain clips the first
+            torch.nn.utils.clip_grads_with_norm_(
+                self.modules.parameters(), self.max_grad_norm, norm
+            )
         if self.defers:
             self.optimizer.found_inf = (~good).float()
             self.optimizers_step()

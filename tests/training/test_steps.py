@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import re
 from collections import Counter
 
@@ -120,6 +121,66 @@ def test_steps_counted_later_are_the_same_steps(
     ]
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
+
+
+def test_momentum_begins_at_nothing_whenever_a_parameter_joins():
+    """Where the first step is bad, and where an encoder thaws later."""
+
+    def trained(opt_class, bad):
+        early, late = (torch.nn.Parameter(torch.ones(9000)) for _ in "ab")
+        optimizer = opt_class([early, late])
+        if bad:
+            early.grad = torch.full_like(early, float("nan"))
+            for _ in range(20):
+                torch.full_like(early, 7e5)  # what freed memory holds
+            optimizer.found_inf = torch.tensor(1.0)
+            optimizer.step()
+            optimizer.found_inf = torch.tensor(0.0)
+        for step in range(4):
+            early.grad = torch.ones_like(early)
+            late.grad = torch.full_like(late, 0.3) if step else None
+            optimizer.step()
+        return torch.stack([early, late]).detach()
+
+    sgd = functools.partial(
+        torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
+    )
+    expected = trained(sgd, bad=False)
+    for bad in (False, True):
+        assert torch.allclose(trained(fused_on_cuda(sgd), bad), expected)
+
+
+def test_frozen_epochs_on_a_gpu(tiny_corpus, tmp_path, as_on_a_gpu):
+    """The momentum of the encoder begins later than the classifier's."""
+    folder = run(tiny_corpus, tmp_path, number_of_epochs=2, frozen_epochs=1)
+    assert "epoch: 2" in (folder / "train_log.txt").read_text()
+
+
+def test_gradients_of_two_rates_are_shortened_together(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    step, norms = torch.optim.SGD.step, []
+
+    def noted(self, *args, **kwargs):
+        groups = [
+            [p.grad for p in group["params"] if p.grad is not None]
+            for group in self.param_groups
+        ]
+        norms.append([float(torch.nn.utils.get_total_norm(g)) for g in groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    run(
+        tiny_corpus,
+        tmp_path,
+        number_of_epochs=1,
+        max_grad_norm=0.5,
+        encoder_lr_factor=0.1,
+    )
+    assert len(norms) == 5
+    for each in norms:
+        assert len(each) == 2 and min(each) > 0
+        assert math.hypot(*each) == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
