@@ -404,7 +404,7 @@ def make_objective(
     if objective == "aam":
         check_margin(margin, scale, RealAdditiveAngularMargin._largest_margin)
         return AdditiveAngularMargin(margin=float(margin), scale=float(scale))
-    if "." in str(objective):
+    if isinstance(objective, str) and "." in objective:
         check_margin(margin, scale, math.pi)
         return _own_objective(objective, margin, scale)
     raise ValueError(
@@ -419,11 +419,20 @@ def _own_objective(name: str, margin: float, scale: float) -> torch.nn.Module:
         found: Any = pydoc.locate(name)
         if found is None:
             raise ValueError("there is none in the folders of PYTHONPATH")
-        return found(margin=margin, scale=scale)
-    except (pydoc.ErrorDuringImport, TypeError, ValueError) as error:
+        loss_fn = found(margin=margin, scale=scale)
+        logits = loss_fn(torch.zeros(2, 3), torch.eye(3)[:2])
+        if getattr(logits, "shape", None) != (2, 3):
+            raise ValueError("of cosines [2, 3] it does not make logits [2, 3]")
+        if isinstance(loss_fn, torch.nn.Module) and loss_fn.state_dict():
+            # The optimiser and checkpoints would not know of them.
+            raise ValueError("it has parameters or buffers, which stay as made")
+        return loss_fn
+    except Exception as error:  # of code that is not ours
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"objective is {name!r}, a class of this name that takes margin "
-            f"and scale is needed: {error}."
+            "and scale, and makes logits of cosines and one-hot targets, is "
+            f"needed: {why}."
         ) from error
 
 

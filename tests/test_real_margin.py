@@ -131,6 +131,21 @@ class Curved(torch.nn.Module):
         return self.scale * (one_hot * target + (1 - one_hot) * cosines)
 
 
+class Scalar(Curved):
+    """A loss instead of logits."""
+
+    def forward(self, cosines, one_hot):
+        return super().forward(cosines, one_hot).mean()
+
+
+class Learnt(Curved):
+    """With a scale that no optimiser would know of."""
+
+    def __init__(self, margin, scale):
+        super().__init__(margin, scale)
+        self.scale = torch.nn.Parameter(torch.tensor(float(scale)))
+
+
 class Frozen(Curved):
     """One that is turned into something else when it is made."""
 
@@ -177,7 +192,15 @@ def test_an_objective_by_the_name_of_its_class(name, trivial, form):
         (3, "objective is 3, allowed"),
         ("real-nowhere.Loss", "is 'nowhere.Loss', a class .* none in the fold"),
         ("torch.nn.Linear", "'torch.nn.Linear', .*argument 'margin'"),
-        ("test_real_margin.batch", "takes margin and scale is needed: "),
+        ("test_real_margin.batch", "that takes margin and scale, .* needed: "),
+        (5.5, "objective is 5.5, allowed"),
+        ("collections.OrderedDict", "is needed: TypeError: .*not callable"),
+        (
+            "real-collections.OrderedDict",
+            "is needed: TypeError: .*not callable",
+        ),
+        ("test_real_margin.Scalar", "of cosines .* does not make logits"),
+        ("test_real_margin.Learnt", "parameters or buffers, which stay"),
     ],
 )
 def test_a_name_that_is_no_objective(name, message):

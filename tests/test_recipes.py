@@ -1,5 +1,6 @@
 """Each recipe end to end, in miniature: prepare, train, verify, table."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -304,17 +305,18 @@ def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
     )
     # 23 utterances, one held out, at three speeds: 8 steps of 9 an epoch.
     per_epoch = len(margins) // 3
-    rise = MarginRise(0.5, start=1, end=2)
+    # From what is worth nothing among 4 speakers at three speeds.
+    rise = MarginRise(0.5, start=1, end=2, initial=math.log(12) / 32)
     expected = [rise(step / per_epoch) for step in range(len(margins))]
     assert margins == pytest.approx(expected)
-    assert (margins[0], margins[-1]) == (0.0, 0.5)
+    assert margins[-1] == 0.5
 
     # What is exported is the mean of the last two epochs.
     states = [
         torch.load(path / "embedding_model.ckpt")
-        for path in (run / "save").glob("CKPT*")
+        for path in sorted((run / "save").glob("CKPT*"))
         if "end-of-epoch: true" in (path / "CKPT.yaml").read_text()
-    ]
+    ][-2:]  # the best one may be kept beside them
     assert len(states) == 2
     weights = read_folder(run / "inference").weights
     for name, value in weights.items():

@@ -7,6 +7,7 @@ leave by a signal or --max_hours, with a checkpoint written
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -327,6 +328,9 @@ def main(argv):
     leave_on_signals()
     keep_freed_memory()
     sb.utils.distributed.ddp_init_group(run_opts)
+    if run_opts["device"] == "cuda" and "LOCAL_RANK" in os.environ:
+        # SpeechBrain would put all processes of torchrun on the first GPU.
+        run_opts.device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(run_opts["device"])
     try:
         train(hparams_file, run_opts, overrides)

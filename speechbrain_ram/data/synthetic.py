@@ -29,12 +29,12 @@ DISTORTIONS = ("room", "noise", "microphone", "codec")
 SYNTHETIC = (*DISTORTIONS, "masks")
 
 #: Formats of soundfile that a crop is written in and read again, with the rate
-#: that they are for; None is the crop's own.
+#: that they are for.
 CODECS = (
     ("WAV", "ULAW", 8000),
     ("WAV", "GSM610", 8000),
-    ("MP3", "MPEG_LAYER_III", None),
-    ("OGG", "OPUS", None),
+    ("MP3", "MPEG_LAYER_III", 16000),
+    ("OGG", "OPUS", 16000),
 )
 
 
@@ -110,9 +110,8 @@ def codec(
     lengths: torch.Tensor | None = None,
     sample_rate: int = 16000,
 ) -> torch.Tensor:
-    """Through mu-law or GSM at 8 kHz, MP3 or Opus, each as often."""
+    """Through mu-law or GSM at 8 kHz, MP3 or Opus at 16, each as often."""
     form, subtype, rate = CODECS[int(torch.randint(len(CODECS), ()))]
-    rate = rate or sample_rate
     sent = resample(waveforms, sample_rate, rate)
     sent = sent / sent.abs().amax(dim=-1, keepdim=True).clamp(min=1)
     received = []

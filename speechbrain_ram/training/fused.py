@@ -114,7 +114,7 @@ def make_classifier(
 
     Raises
     ------
-    TypeError
+    ValueError
         Fused is wanted with a loss_fn that it does not know.
 
     Example
@@ -128,6 +128,10 @@ def make_classifier(
     if fused is None:
         fused = out_neurons >= FUSED_FROM and _is_known(loss_fn)
     if fused:
+        try:
+            _check_loss_fn(loss_fn)
+        except TypeError as error:  # in a YAML it is a wrong value
+            raise ValueError(str(error)) from None
         return FusedMarginClassifier(
             input_size, out_neurons, loss_fn, sub_centers=sub_centers
         )

@@ -399,7 +399,7 @@ class Own(AngularMargin):
 )
 def test_a_loss_that_may_compute_something_else_is_not_fused(loss_fn, name):
     assert type(make_classifier(8, FUSED_FROM, loss_fn)) is Classifier
-    with pytest.raises(TypeError, match=f"is {name}, all.*--fused_loss Fal"):
+    with pytest.raises(ValueError, match=f"is {name}, all.*--fused_loss Fal"):
         make_classifier(8, 2, loss_fn, True)
 
 

@@ -29,7 +29,10 @@ def test_the_values_are_those_of_the_records():
         eer = sum(record["EER"].values()) / len(record["EER"])
         if not 9 <= eer <= 15:
             sides[eer > 15].append(record["training"])
-    assert tuple(map(len, sides)) == (92, 11)
+    page = " ".join(PAGE.split())
+    low, high = map(len, sides)
+    said = f"runs, {low} came below 9 % EER and {high} stayed above 15 %"
+    assert said in page
     for name, cells in rows("What healthy values look like").items():
         for runs, cell in zip(sides, cells, strict=True):
             values = [run[name] for run in runs if name in run]
