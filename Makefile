@@ -25,7 +25,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	@echo "More than an hour on two cores; a line a test, some take minutes."
+	@echo "Three quarters of an hour on two cores; a line a test, some take minutes."
 	@echo "The tests on real speech need SPEECHOCEAN762."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or real" -vv -n 2 --dist worksteal
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import statistics
 import subprocess
 import sys
 
@@ -400,6 +402,28 @@ def test_the_page_shows_what_the_records_say(name):
         for row in table.split("\n"):
             if row.startswith("| RAM"):
                 assert f"| {row.split(' | ')[6]} |" in evidence
+
+
+def test_the_pages_less_luck_is_that_of_the_records():
+    rates = {}
+    lines = (STUDY / "records" / "cpu.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        if record["margin"] == 0.35:
+            of_seeds = rates.setdefault(record["system"], {})
+            of_seeds[record["seed"]] = statistics.mean(record["EER"].values())
+    page = (REPOSITORY / "docs" / "study.md").read_text()
+    table = page.partition("## Less luck")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| (RAM.*?) \| (.*?) \| (.*?) \| (.*?) \|$", table, re.M
+    )
+    assert len(rows) == 3
+    for system, *cells in rows:
+        each = [rates[system][seed] for seed in sorted(rates[system])]
+        assert cells == [
+            ", ".join(f"{rate:.2f}" for rate in each),
+            f"{statistics.mean(each):.2f}",
+            f"{statistics.stdev(each):.2f}",
+        ]
 
 
 def test_figures(grid, tmp_path):
