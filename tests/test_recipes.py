@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from hyperpyyaml import resolve_references
 from speechbrain.nnet.losses import AdditiveAngularMargin
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_ram.cli import train as cli_train
 from speechbrain_ram.cli import verify as cli_verify
@@ -312,12 +313,14 @@ def test_strong_voxceleb(voxceleb, noises, tmp_path, monkeypatch):
     assert margins[-1] == 0.5
 
     # What is exported is the mean of the last two epochs.
-    states = [
-        torch.load(path / "embedding_model.ckpt")
+    ends = [
+        path
         for path in sorted((run / "save").glob("CKPT*"))
         if "end-of-epoch: true" in (path / "CKPT.yaml").read_text()
-    ][-2:]  # the best one may be kept beside them
-    assert len(states) == 2
+    ]
+    best = Checkpointer(run / "save").find_checkpoint(min_key="EER").path
+    assert len(ends) >= 2 and set(ends) == {*ends[-2:], best}
+    states = [torch.load(path / "embedding_model.ckpt") for path in ends[-2:]]
     weights = read_folder(run / "inference").weights
     for name, value in weights.items():
         if value.is_floating_point():

@@ -74,7 +74,7 @@ class Reverberation:
     def __call__(
         self, waveforms: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Convolve; [B, T] to [B, T], of the same mean amplitude."""
+        """Convolve; [B, T] to [B, T], as loud, what echoes after T included."""
         return torch.cat(
             [echo(one[None], self.rirs.draw()) for one in waveforms]
         )

@@ -122,8 +122,7 @@ def codec(
         received.append(torch.from_numpy(soundfile.read(file)[0]))
     back = resample(torch.stack(received).to(sent), rate, sample_rate)
     missing = max(waveforms.shape[-1] - back.shape[-1], 0)
-    back = torch.nn.functional.pad(back, (0, missing))
-    return back[..., : waveforms.shape[-1]]
+    return F.pad(back, (0, missing))[..., : waveforms.shape[-1]]
 
 
 def distortion(name: str, sample_rate: int = 16000) -> Callable:

@@ -51,6 +51,7 @@ def check(command_line, file=SYNTHETIC):
         ("--max_fault_share 5", "--max_fault_share is 5; a number from 0 to 1"),
         ("--resample", "--resample has no value; True or False is needed."),
         ("--mixdown no", "--mixdown is 'no'; True or False is needed."),
+        ("--max_grad_norm -1", "--max_grad_norm is -1.0; a number above 0 is"),
         ("--max_grad_norm 0", "--max_grad_norm is 0.0; a number above 0 is"),
         ("--max_hours " + 400 * "9", f"{400 * '9'}; a number, 0 or more, is"),
         ("--num_workers " + 400 * "9", f"{400 * '9'}; a whole number, 0 or"),
