@@ -121,13 +121,18 @@ def main() -> None:
         seconds, operations, stages = {}, {}, {}
         each = [steps] if device == "cpu" else [{n: steps[n]} for n in steps]
         for some in each:
-            measure(
-                some,
-                (WIDTHS[width], batch, device),
-                rounds,
-                profiled,
-                (seconds, operations, stages),
-            )
+            try:
+                measure(
+                    some,
+                    (WIDTHS[width], batch, device),
+                    rounds,
+                    profiled,
+                    (seconds, operations, stages),
+                )
+            except (EOFError, OSError):  # the process said why, and died
+                print(f"Left out: {', '.join(some)}, {width}:{batch}")
+        if "stock" not in seconds:  # what all rows are compared with
+            continue
         stock = statistics.median(seconds["stock"])
         for name, values in seconds.items():
             table.note(f"{width} N={batch} {name}", values)
@@ -142,7 +147,7 @@ def main() -> None:
                 f"{reached / 1e9:,.0f}",
                 f"{100 * reached / ceilings['bf16' in name]:.0f} %",
             )
-        for name in profiled:
+        for name in filter(stages.get, profiled):
             each = (
                 f"{1000 * stages[name][stage]:.1f}" for stage in Step.STAGES
             )

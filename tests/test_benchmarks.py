@@ -101,12 +101,14 @@ def test_a_case_in_a_process_of_its_own():
 def test_on_a_gpu_one_training_step_is_held_at_a_time(
     monkeypatch, tmp_path, device, most
 ):
-    """Six of them do not fit into its memory."""
+    """Six of them do not fit into its memory, nor does a batch of 9."""
     held, most_held = set(), []
 
     class Held:
         def __init__(self, build, channels, batch, on, **options):
             assert on == device
+            if batch == 9 and (device == "cpu" or options):
+                raise EOFError
             held.add(self)
             most_held.append(len(held))
 
@@ -128,11 +130,15 @@ def test_on_a_gpu_one_training_step_is_held_at_a_time(
         torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"
     )
     command = ["bench_step.py", "--device", device, "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*command, "--sizes", "full:512"])
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--sizes", "full:9", "full:512"]
+    )
     bench_step.main()
-    assert max(most_held) == most and len(most_held) == 6 and not held
+    stock = device == "cuda"  # of a batch of 9
+    assert max(most_held) == most and len(most_held) == 6 + stock and not held
     suffix = "" if device == "cpu" else "-cuda"
     table = (tmp_path / f"step{suffix}.md").read_text(encoding="utf-8")
     assert table.count("| full | 512 |") == 6
+    assert table.count("| full | 9 |") == stock
     profile = (tmp_path / f"step_profile{suffix}.md").read_text("utf-8")
     assert profile.count("| full | 512 |") == 2
