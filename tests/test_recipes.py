@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -367,16 +368,42 @@ def fine_tuned(run, voxceleb, noises, **settings):
 
 
 def test_strong_cnceleb(cnceleb, noises, tmp_path):
-    """Joined utterances are trained on, and embedded at the end."""
-    run = train(
-        "recipes/CNCeleb/hparams/ram_resnet34_strong.yaml",
-        tmp_path / "strong",
-        **cnceleb,
-        **noises,
-        number_of_epochs=1,
-    )
-    assert list((run / "manifests" / "joined").rglob("*-join*.flac"))
-    assert (run / "inference" / "encoder.json").is_file()
+    """Joined utterances are trained on, and embedded at the end.
+
+    A run that goes on finds them, and what was lost of them is put back.
+    """
+
+    def trained():
+        run = train(
+            "recipes/CNCeleb/hparams/ram_resnet34_strong.yaml",
+            tmp_path / "strong",
+            **cnceleb,
+            **noises,
+        )
+        return read_folder(run / "inference").weights, {
+            file: (file.read_bytes(), file.stat().st_mtime_ns)
+            for file in sorted((run / "manifests").rglob("*.*"))
+            if file.suffix in (".csv", ".flac", ".txt")
+        }
+
+    weights, files = trained()
+    joined = [file for file in files if "-join" in file.name]
+    assert len(joined) == 12
+    manifests = tmp_path / "strong" / "manifests"
+    for lost in ([], [manifests / "train.csv", joined[0]], joined):
+        for found in Checkpointer(tmp_path / "strong/save").find_checkpoints():
+            if found.meta.get("epoch") != 1:
+                shutil.rmtree(found.path)
+        for file in lost:
+            file.unlink()
+        if lost == joined:
+            shutil.rmtree(manifests / "joined")
+        again, found = trained()
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+        assert list(found) == list(files)
+        assert all(found[file][0] == files[file][0] for file in files)
+        assert [f for f in files if found[f] != files[f]] == sorted(lost)
+        files = found
 
 
 @pytest.mark.parametrize("objective", ["softmax", "am", "aam", "ram", "raam"])

@@ -60,6 +60,7 @@ def prepare_cnceleb(
     cnceleb1: str = "CN-Celeb_flac",
     cnceleb2: str | None = "CN-Celeb2_flac",
     join_below: float | None = None,
+    joined: str | os.PathLike | None = None,
     valid_fraction: float = 0.02,
     seed: int = 1986,
     sample_rate: int = 16000,
@@ -91,7 +92,11 @@ def prepare_cnceleb(
         `cnceleb2` trains on CN-Celeb1 alone.
     join_below : float, optional
         Seconds: shorter utterances of one speaker and genre are joined, up
-        to this length, into new files in ``OUTPUT_DIR/joined``.
+        to this length, into new files.
+    joined : path, optional
+        The folder of these files, which `join_below` needs; outside of the
+        corpora. A run that goes on has another `output_dir`, but the same
+        joined files.
     valid_fraction, seed, sample_rate, resample, mixdown, min_duration
         As for :func:`speechbrain_ram.corpora.folder.prepare_folder`.
     verify, skip_bad, workers
@@ -105,15 +110,16 @@ def prepare_cnceleb(
     ------
     ManifestError
         Missing folders or lists, a speaker in both corpora, a training
-        speaker in the test.
+        speaker in the test, `join_below` without `joined`.
     TrialError
         Wrong trial lists, or lists naming files that are not there.
     """
     data_root, output_dir = Path(data_root), Path(output_dir)
-    first = _corpus_folder(data_root, cnceleb1, output_dir)
+    written = _written_folders(output_dir, join_below, joined)
+    first = _corpus_folder(data_root, cnceleb1, written)
     parts = {"CN-Celeb1": (first, first / "dev" / "dev.lst")}
     if cnceleb2 is not None:
-        second = _corpus_folder(data_root, cnceleb2, output_dir)
+        second = _corpus_folder(data_root, cnceleb2, written)
         parts["CN-Celeb2"] = (second, second / "spk.lst")
 
     trials = {
@@ -136,7 +142,7 @@ def prepare_cnceleb(
         rows = join_short(
             rows,
             data_root,
-            output_dir / "joined",
+            joined,
             join_below,
             _genre,
             sample_rate,
@@ -182,15 +188,28 @@ def _training_recordings(data_root, parts, trials) -> list[tuple[str, str]]:
     return recordings
 
 
-def _corpus_folder(data_root: Path, name: str, output_dir: Path) -> Path:
-    """The folder of one part, after a look at it."""
+def _written_folders(output_dir, join_below, joined) -> list[Path]:
+    """Where something is written: joined recordings need a place to stay."""
+    if join_below is not None and joined is None:
+        raise ManifestError(
+            f"join_below is {join_below}, but `joined`, the folder of the "
+            "joined recordings, is not given. Is it a recipe of yours, older "
+            "than this version? Add `joined: !ref <manifests>/joined` to its "
+            "'prepare'."
+        )
+    return [output_dir] if joined is None else [output_dir, Path(joined)]
+
+
+def _corpus_folder(data_root: Path, name: str, written: list[Path]) -> Path:
+    """The folder of one part, after a look at it: nothing is written there."""
     folder = data_root / name
     if not (folder / "data").is_dir():
         raise ManifestError(
             f"'{folder}/data' does not exist. Unpack the corpus into "
             f"'{data_root}', or say where it is (--cnceleb1, --cnceleb2)."
         )
-    check_outside(output_dir, folder)
+    for each in written:
+        check_outside(each, folder)
     return folder
 
 

@@ -236,7 +236,9 @@ def prepare_data(
     """Call a recipe's `prepare`; a run that goes on keeps its manifests.
 
     The corpus is looked at again in either case. A run that goes on has it
-    compared with its own manifests: a RunError says where it is another.
+    compared with its own manifests: a RunError says where it is another. For
+    that, `prepare` is called with another `output_dir`, which is deleted: what
+    manifests name as files lies elsewhere.
     """
     if run is None:
         return prepare()

@@ -120,9 +120,10 @@ def test_first_part_alone_and_folders_elsewhere(tmp_path, root):
 
 
 def test_joining_short_utterances(tmp_path, root):
+    joining = {"join_below": 1.1, "joined": tmp_path / "joined"}
     plain = {row.id: row for row in prepare(root, tmp_path)}
     before = sorted(os.walk(root))
-    rows = prepare(root, tmp_path, join_below=1.1)
+    rows = prepare(root, tmp_path, **joining)
     total = sum(row.stop - row.start for row in plain.values())
     assert sum(row.stop - row.start for row in rows) == total  # none lost
     joined = [row for row in rows if row.id not in plain]
@@ -151,12 +152,21 @@ def test_joining_short_utterances(tmp_path, root):
     # A rerun writes nothing again; a half file is replaced.
     path = joined[0].path(root)
     stamps = {row.id: os.stat(row.path(root)).st_mtime_ns for row in joined}
-    prepare(root, tmp_path, join_below=1.1)
+    prepare(root, tmp_path, **joining)
     for row in joined:
         assert os.stat(row.path(root)).st_mtime_ns == stamps[row.id]
     os.truncate(path, 100)
-    prepare(root, tmp_path, join_below=1.1)
+    prepare(root, tmp_path, **joining)
     assert soundfile.info(path).frames == joined[0].stop
+
+
+def test_joined_recordings_need_a_folder(tmp_path, root):
+    with pytest.raises(ManifestError, match="join_below is 1.1, but `joined`"):
+        prepare(root, tmp_path, join_below=1.1)
+    within = root / "CN-Celeb2_flac" / "joined"
+    with pytest.raises(ManifestError, match="joined' lies within the corpus"):
+        prepare(root, tmp_path, join_below=1.1, joined=within)
+    assert not within.exists() and not (tmp_path / "out").exists()
 
 
 def test_joining_keeps_to_one_kind(tmp_path):
