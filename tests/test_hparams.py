@@ -7,6 +7,7 @@ import torch
 from conftest import REPOSITORY
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
+from speechbrain_ram.data.shards import at_rate
 from speechbrain_ram.training.options import NEEDED, check_settings
 
 FILES = sorted(
@@ -109,6 +110,8 @@ def test_loads_and_has_what_the_script_reads(file, tmp_path, monkeypatch):
         hparams = load_hyperpyyaml(stream, overrides)
     for key in (*NEEDED, "trials"):
         assert key in hparams, key
+    prepare = at_rate(hparams["prepare"], 8000)
+    assert prepare.keywords["sample_rate"] == 8000
     feats = torch.zeros(2, 40, hparams["encoder"]["n_mels"])
     embedding = hparams["modules"]["embedding_model"].eval()(feats)
     classifier = hparams["make_classifier"](out_neurons=3)

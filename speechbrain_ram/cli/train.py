@@ -28,6 +28,7 @@ from speechbrain_ram.data.dataset import (
     speaker_labels,
 )
 from speechbrain_ram.data.manifest import embedding_names, read_manifest
+from speechbrain_ram.data.shards import at_rate
 from speechbrain_ram.export.architecture import read_hyperparams
 from speechbrain_ram.export.folder import (
     read_folder,
@@ -272,7 +273,9 @@ def find_run(hparams_file, hparams, run_opts, overrides):
         check_settings_of(run, settings, epochs, output)
     if hparams.get("make_corpus"):
         hparams["make_corpus"]()
-    manifests = prepare_data(hparams["prepare"], run, output)
+    # As training reads: the rate may be that of --pretrained.
+    prepare = at_rate(hparams["prepare"], hparams["encoder"]["sample_rate"])
+    manifests = prepare_data(prepare, run, output)
     files = data_files(*manifests, hparams.get("trials"))
     facts = {"objective": objective_of(hparams), **hparams["facts"]}
     if run is None:

@@ -17,6 +17,7 @@ workers and ranks and after any interruption.
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import tarfile
 import wave
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,7 @@ def prepare_shards(
     data_root: str | os.PathLike,
     output_dir: str | os.PathLike,
     shards: str | os.PathLike,
+    sample_rate: int = 16000,
     **options,
 ) -> tuple[Path, str]:
     """Prepare a corpus and pack its training part: for the YAML's ``prepare``.
@@ -130,6 +133,8 @@ def prepare_shards(
         Takes the manifests, the packed one too.
     shards : path
         Folder of the shards.
+    sample_rate : int
+        The rate in Hz that training needs, for both.
     **options
         As for :func:`pack_shards`.
 
@@ -138,13 +143,21 @@ def prepare_shards(
     tuple of path
         The packed manifest of training, the loose one of validation.
     """
-    train_csv, valid_csv = prepare(output_dir=output_dir)
+    train_csv, valid_csv = at_rate(prepare, sample_rate)(output_dir=output_dir)
     packed = Path(output_dir) / "packed.csv"
     with atomic_path(packed) as temporary:
         shutil.copy(
-            pack_shards(train_csv, data_root, shards, **options), temporary
+            pack_shards(train_csv, data_root, shards, sample_rate, **options),
+            temporary,
         )
     return packed, valid_csv
+
+
+def at_rate(prepare: Callable, sample_rate: int) -> Callable:
+    """A `prepare` for recordings of a rate, where it has that argument."""
+    if "sample_rate" not in inspect.signature(prepare).parameters:
+        return prepare
+    return partial(prepare, sample_rate=sample_rate)
 
 
 def _assign(rows, sample_rate, shard_bytes, seed) -> list[list[Utterance]]:

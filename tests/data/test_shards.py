@@ -26,7 +26,7 @@ from speechbrain_ram.data.manifest import (
     write_manifest,
 )
 from speechbrain_ram.data.record import read_recorded, write_recorded
-from speechbrain_ram.data.shards import pack_shards
+from speechbrain_ram.data.shards import at_rate, pack_shards
 
 
 @pytest.fixture
@@ -282,9 +282,24 @@ prepare: !name:speechbrain_ram.data.shards.prepare_shards
     shards: {corpus}/shards
     progress: False
 """
-    train_csv, valid_csv = load_hyperpyyaml(yaml)["prepare"]()
+    prepare = load_hyperpyyaml(yaml)["prepare"]
+    train_csv, valid_csv = prepare()
     assert all(is_packed(row.wav) for row in read_manifest(train_csv))
     assert not any(is_packed(row.wav) for row in read_manifest(valid_csv))
+    # The rate is that of what is prepared and of what is packed.
+    with pytest.raises(ManifestError, match="16000 Hz, 8000 Hz is needed"):
+        at_rate(prepare, 8000)()
+    prepare.keywords["prepare"].keywords["resample"] = True
+    prepare.keywords.update(resample=True, shards=corpus / "at8")
+    for row in read_manifest(at_rate(prepare, 8000)()[0]):
+        assert row.duration == row.stop / 8000
+
+
+def test_a_prepare_of_ones_own_need_not_take_a_rate():
+    def prepare(output_dir):
+        return output_dir
+
+    assert at_rate(prepare, 8000) is prepare
 
 
 def test_command_line(corpus):

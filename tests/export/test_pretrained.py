@@ -11,10 +11,12 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.utils.checkpoints import Checkpointer
-from wespeaker_model import make_state, write_model
+from wespeaker_model import CONFIG, make_state, write_model
 
 from speechbrain_ram.classifier import SubCenterClassifier
+from speechbrain_ram.corpora.convert import convert_tree
 from speechbrain_ram.corpora.synthetic import SyntheticCorpus
+from speechbrain_ram.data.manifest import ManifestError
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.folder import (
     encoder_section,
@@ -188,6 +190,33 @@ def test_fine_tuning_an_imported_encoder(tiny_corpus, tmp_path):
     )
     log = (tuned / "train_log.txt").read_text()
     assert "epoch: 2" in log and "epoch: 3" not in log
+
+
+def test_recordings_are_of_the_folders_rate(tiny_corpus, tmp_path):
+    """In preparation, and so before training, as in training."""
+    eight = CONFIG.replace("resample_rate: 16000", "resample_rate: 8000")
+    model = write_model(tmp_path / "model", make_state(width=16), eight)
+    import_encoder("wespeaker", model, tmp_path / "e")
+    settings = {
+        "pretrained": str(tmp_path / "e"),
+        "channels": [16, 32, 64, 128],
+        "number_of_epochs": 1,
+        "verify_untrained": False,
+    }
+    needed = "16000 Hz, 8000 Hz is needed. `--resample True`"
+    with pytest.raises(ManifestError, match=needed):
+        run_recipe(tiny_corpus, tmp_path / "run", **settings)
+    run = run_recipe(tiny_corpus, tmp_path / "run", resample=True, **settings)
+    assert read_folder(run / "inference").architecture["sample_rate"] == 8000
+    assert not (run / "training_faults.txt").exists()
+
+    folders = [tiny_corpus.train_root, tiny_corpus.test_root]
+    for folder, name in zip(folders, ("dev", "test"), strict=True):
+        convert_tree(folder, tmp_path / name, "wav", 8000, workers=1)
+    corpus = SyntheticCorpus(
+        tmp_path / "dev", tmp_path / "test", tiny_corpus.trials
+    )
+    run_recipe(corpus, tmp_path / "at8", **settings)
 
 
 def test_options_that_contradict_the_folder(tiny_corpus, tmp_path):
