@@ -47,7 +47,6 @@ from speechbrain_ram.training.faults import (
 from speechbrain_ram.training.options import check_device, check_settings
 from speechbrain_ram.training.run import (
     begin_run,
-    check_files_of,
     check_settings_of,
     data_files,
     prepare_data,
@@ -275,14 +274,14 @@ def find_run(hparams_file, hparams, run_opts, overrides):
         hparams["make_corpus"]()
     # As training reads: the rate may be that of --pretrained.
     prepare = at_rate(hparams["prepare"], hparams["encoder"]["sample_rate"])
-    manifests = prepare_data(prepare, run, output)
-    files = data_files(*manifests, hparams.get("trials"))
+    trials = hparams.get("trials")
+    manifests = prepare_data(prepare, run, output, trials)
     facts = {"objective": objective_of(hparams), **hparams["facts"]}
     if run is None:
         labels = speaker_labels(manifests[0], hparams["speeds"])
+        files = data_files(*manifests, trials)
         run = begin_run(output, settings, epochs, labels, files, facts)
     else:
-        check_files_of(run, files, output)
         run = run.corrected(facts)
         run.write(output)
     return run, manifests

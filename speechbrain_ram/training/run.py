@@ -9,6 +9,7 @@ else is refused. The split and the labels are read back, never drawn again.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import json
 import logging
@@ -231,14 +232,17 @@ def _ways_out(folder: str | os.PathLike) -> str:
 
 
 def prepare_data(
-    prepare: Callable, run: Run | None, folder: str | os.PathLike
+    prepare: Callable,
+    run: Run | None,
+    folder: str | os.PathLike,
+    trials: str | os.PathLike | None,
 ) -> tuple[Path, Path]:
     """Call a recipe's `prepare`; a run that goes on keeps its manifests.
 
-    The corpus is looked at again in either case. A run that goes on has it
-    compared with its own manifests: a RunError says where it is another. For
-    that, `prepare` is called with another `output_dir`, which is deleted: what
-    manifests name as files lies elsewhere.
+    The corpus is looked at again in either case. A run that goes on has it,
+    and the development `trials`, compared with its own: a RunError says where
+    they are others. For that, `prepare` gets an `output_dir` that is deleted:
+    the recordings that manifests name lie elsewhere.
     """
     if run is None:
         return prepare()
@@ -252,17 +256,31 @@ def prepare_data(
             shutil.copy2(cache, fresh)
         with _quiet():  # its own split is not the run's
             manifests = prepare(output_dir=fresh)
-        for manifest in fresh.iterdir():
-            if not (kept / manifest.name).exists():  # was deleted
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(manifest, kept)
         train_csv, valid_csv = (kept / each.name for each in manifests)
-        _refuse(_other_utterances(kept, fresh), folder)
+        with _put_back(fresh, kept):
+            _refuse(_other_utterances(kept, fresh), folder)
+            files = data_files(train_csv, valid_csv, trials)
+            check_files_of(run, files, folder)
         if (fresh / cache.name).exists():
             os.replace(fresh / cache.name, cache)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return train_csv, valid_csv
+
+
+@contextmanager
+def _put_back(fresh: Path, kept: Path) -> Iterator[None]:
+    """What was deleted is there, and stays if the block finds it right."""
+    kept.mkdir(parents=True, exist_ok=True)
+    lost = [each for each in fresh.iterdir() if not (kept / each.name).exists()]
+    try:
+        for manifest in lost:
+            shutil.copy2(manifest, kept)
+        yield
+    except BaseException:
+        for manifest in lost:
+            (kept / manifest.name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -279,7 +297,7 @@ def _quiet() -> Iterator[None]:
 def _other_utterances(kept: Path, fresh: Path) -> list[str]:
     """How two folders of manifests differ, whatever their split is."""
     names = sorted(each.name for each in fresh.glob("*.csv"))
-    if all(_same_bytes(kept / name, fresh / name) for name in names):
+    if filecmp.cmpfiles(kept, fresh, names, shallow=False)[0] == names:
         return []
     there, here = (
         {
@@ -309,10 +327,6 @@ def _other_utterances(kept: Path, fresh: Path) -> list[str]:
             f"end: '{first}', {there[first]} -> {here[first]}"
         )
     return lines
-
-
-def _same_bytes(first: Path, second: Path) -> bool:
-    return first.exists() and first.read_bytes() == second.read_bytes()
 
 
 def _some(what: str, names: set[str]) -> str:

@@ -282,6 +282,32 @@ def test_manifests_that_were_edited_or_deleted(tiny_corpus, run):
     assert file.read_text() == original
 
 
+@pytest.mark.parametrize("what", ["corpus", "version"])
+def test_what_was_deleted_comes_back_as_it_was(
+    tiny_corpus, run, tmp_path, monkeypatch, what
+):
+    """Or not at all, from a corpus or a split that is another."""
+    from speechbrain_ram.corpora import folder
+
+    file = run / "manifests" / "train.csv"
+    original = file.read_bytes()
+    file.unlink()
+    if what == "corpus":
+        other = copy_corpus(tiny_corpus, tmp_path / "b")
+        min(other.iterdir()).rename(other / "zoe")
+        refused(tiny_corpus, run, "only there", data_root=str(other))
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                folder,
+                "split_by_utterance",
+                lambda rows, *_: (rows[:-3], rows[-3:]),
+            )
+            refused(tiny_corpus, run, "another run")
+    run_recipe(tiny_corpus, run)
+    assert file.read_bytes() == original
+
+
 def test_your_corpus_names_its_folder_and_card(tiny_corpus, tmp_path):
     from hyperpyyaml import load_hyperpyyaml
 
