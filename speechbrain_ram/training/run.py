@@ -262,7 +262,7 @@ def prepare_data(
             files = data_files(train_csv, valid_csv, trials)
             check_files_of(run, files, folder)
         if (fresh / cache.name).exists():
-            os.replace(fresh / cache.name, cache)
+            shutil.move(fresh / cache.name, cache)  # to another disk, too
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return train_csv, valid_csv

@@ -1,5 +1,6 @@
 """One output folder, one run: what continues, what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -306,6 +307,27 @@ def test_what_was_deleted_comes_back_as_it_was(
             refused(tiny_corpus, run, "another run")
     run_recipe(tiny_corpus, run)
     assert file.read_bytes() == original
+
+
+def test_manifests_on_another_disk(tiny_corpus, run, monkeypatch):
+    """A file is not renamed from one disk to another."""
+
+    def as_between_disks(rename):
+        def renamed(source, target):
+            if (".prepared" in str(source)) != (".prepared" in str(target)):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            rename(source, target)
+
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, as_between_disks(getattr(os, name)))
+    (run / "manifests" / "train.csv").unlink()
+    cache = run / "manifests" / "headers.cache"
+    for content in (cache.read_bytes(), b"damaged"):
+        cache.write_bytes(content)
+        run_recipe(tiny_corpus, run)
+        assert cache.stat().st_size > len(b"damaged")
 
 
 def test_your_corpus_names_its_folder_and_card(tiny_corpus, tmp_path):
