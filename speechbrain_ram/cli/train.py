@@ -203,7 +203,7 @@ def _datasets(hparams, run, train_csv, valid_csv, reading):
     augment = None
     if hparams.get("make_augmentation"):
         augment = hparams["make_augmentation"](
-            sample_rate=reading["sample_rate"]
+            sample_rate=reading["sample_rate"], resample=reading["resample"]
         )
     return speaker_datasets(
         train_csv,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from speechbrain.augment.time_domain import AddNoise
 
-from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.audio import Audio
 from speechbrain_ram.data.manifest import build_manifest, find_recordings
 from speechbrain_ram.data.synthetic import (
     DISTORTIONS,
@@ -32,16 +32,27 @@ MUSAN_SNR = {"noise": (0, 15), "music": (5, 15), "speech": (10, 30)}
 
 
 class NoiseBank:
-    """Pieces of the mono recordings of one rate in a folder, drawn at random.
+    """Pieces of the mono recordings in a folder, at one rate, drawn at random.
 
-    A ``noise_funct`` for SpeechBrain's ``AddNoise``.
+    `resample` allows recordings of other rates. A ``noise_funct`` for
+    SpeechBrain's ``AddNoise``.
     """
 
-    def __init__(self, folder: str | os.PathLike, sample_rate: int = 16000):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        sample_rate: int = 16000,
+        resample: bool = False,
+    ):
         names = [(name, "") for name in find_recordings(folder)]
-        rows = build_manifest(folder, names, sample_rate=sample_rate)
-        self.recordings = [(row.path(folder), row.stop) for row in rows]
-        self.sample_rate = sample_rate
+        rows = build_manifest(
+            folder, names, sample_rate=sample_rate, resample=resample
+        )
+        self.recordings = [
+            (row.path(folder), row.stop, round(row.stop / row.duration))
+            for row in rows
+        ]
+        self.audio = Audio(sample_rate, resample)
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -51,12 +62,12 @@ class NoiseBank:
 
         The piece is taken at random; shorter recordings are repeated.
         """
-        path, frames = self.recordings[_randint(len(self.recordings))]
+        path, frames, rate = self.recordings[_randint(len(self.recordings))]
         if length is None:
-            return read_audio(path, 0, frames, self.sample_rate)
-        start = _randint(max(frames - length, 0) + 1)
-        stop = min(start + length, frames)
-        piece = read_audio(path, start, stop, self.sample_rate)
+            return self.audio.read(path, 0, frames)
+        wanted = math.ceil(length * rate / self.audio.sample_rate)
+        start = _randint(max(frames - wanted, 0) + 1)
+        piece = self.audio.read(path, start, min(start + wanted, frames))
         return piece.repeat(math.ceil(length / len(piece)))[:length]
 
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
@@ -124,6 +135,7 @@ def musan_and_rirs(
     rirs: str | os.PathLike | None,
     probability: float = 0.6,
     sample_rate: int = 16000,
+    resample: bool = False,
 ) -> RandomAugmentation | None:
     """Reverberate, or add noise, music or speech: WeSpeaker's recipe.
 
@@ -141,6 +153,8 @@ def musan_and_rirs(
         Share of utterances that are changed.
     sample_rate : int
         In Hz.
+    resample : bool
+        Whether recordings of another rate are converted to it.
 
     Returns
     -------
@@ -160,12 +174,12 @@ def musan_and_rirs(
     choices: list[Callable] = []
     weights: list[float] = []
     if rirs is not None:
-        choices.append(Reverberation(NoiseBank(rirs, sample_rate)))
+        choices.append(Reverberation(NoiseBank(rirs, sample_rate, resample)))
         weights.append(1.0)
     if musan is not None:
         sizes = []
         for part, (low, high) in MUSAN_SNR.items():
-            bank = NoiseBank(Path(musan) / part, sample_rate)
+            bank = NoiseBank(Path(musan) / part, sample_rate, resample)
             choices.append(
                 AddNoise(noise_funct=bank, snr_low=low, snr_high=high)
             )
@@ -195,6 +209,7 @@ def make_augmentation(
     synthetic: Sequence[str] = (),
     probability: float = 0.6,
     sample_rate: int = 16000,
+    resample: bool = False,
 ) -> Chain | None:
     """Recorded noise and rooms, then synthetic ones.
 
@@ -202,7 +217,7 @@ def make_augmentation(
 
     Arguments
     ---------
-    musan, rirs, probability, sample_rate
+    musan, rirs, probability, sample_rate, resample
         As for :func:`musan_and_rirs`.
     synthetic : sequence of str
         Any of :data:`.synthetic.SYNTHETIC`; masks, which are of features, are
@@ -233,7 +248,7 @@ def make_augmentation(
             f"synthetic has {', '.join(map(repr, unknown))}, allowed are "
             f"{', '.join(SYNTHETIC)}."
         )
-    recorded = musan_and_rirs(musan, rirs, probability, sample_rate)
+    recorded = musan_and_rirs(musan, rirs, probability, sample_rate, resample)
     links = [] if recorded is None else [recorded]
     links += [
         RandomAugmentation([distortion(name, sample_rate)], [1.0], 0.3)

@@ -58,6 +58,21 @@ def test_short_recordings_are_repeated(tmp_path):
     assert torch.equal(NoiseBank(tmp_path).draw(12)[5:10], torch.arange(5) / 8)
 
 
+@pytest.mark.parametrize("rate", [8000, 11025, 48000])
+def test_another_rate_is_converted_where_that_is_allowed(tmp_path, rate):
+    """A piece lasts as long, and its tone stays the tone that it was."""
+    write(tmp_path / "a.wav", np.sin(np.arange(RATE) / RATE * 2000 * np.pi))
+    with pytest.raises(ManifestError, match=f"16000 Hz, {rate} Hz is needed"):
+        NoiseBank(tmp_path, rate)
+    bank = NoiseBank(tmp_path, rate, resample=True)
+    assert len(bank.draw()) == rate
+    for length in (rate // 2 + 1, 3 * rate):  # the longer one is repeated
+        piece = bank.draw(length)
+        assert piece.shape == (length,)
+        heard = torch.fft.rfft(piece).abs().argmax() / length * rate
+        assert abs(heard - 1000) < 2
+
+
 @pytest.mark.parametrize("snr", [-5, 0, 20])
 def test_signal_to_noise_ratio(folders, snr):
     bank = NoiseBank(folders[0] / "noise")

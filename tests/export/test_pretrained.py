@@ -206,7 +206,8 @@ def test_recordings_are_of_the_folders_rate(tiny_corpus, tmp_path):
     needed = "16000 Hz, 8000 Hz is needed. `--resample True`"
     with pytest.raises(ManifestError, match=needed):
         run_recipe(tiny_corpus, tmp_path / "run", **settings)
-    run = run_recipe(tiny_corpus, tmp_path / "run", resample=True, **settings)
+    rooms = {"resample": True, "rirs": str(tiny_corpus.test_root)}
+    run = run_recipe(tiny_corpus, tmp_path / "run", **rooms, **settings)
     assert read_folder(run / "inference").architecture["sample_rate"] == 8000
     assert not (run / "training_faults.txt").exists()
 
