@@ -60,6 +60,7 @@ from speechbrain_ram.verification.scores import (
     read_scores,
     speaker_means,
     trial_vectors,
+    within_whitening,
     write_scores,
 )
 from speechbrain_ram.verification.speakers import (
@@ -113,7 +114,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
     )
     if options.kaldi:
         embeddings = embeddings.renamed(given.places)
-    mean, cohort = embed_cohort(options, encoder, given.cohort)
+    centre, cohort = embed_cohort(options, encoder, given.cohort)
     follower = rank() > 0
     leave_group()
     if follower:
@@ -121,7 +122,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
 
     calibration = None
     for trials in given.dev:
-        stages, qualities = score(options, trials, embeddings, mean, cohort)
+        stages, qualities = score(options, trials, embeddings, centre, cohort)
         calibration = fit_calibration(
             stages[-1], trials.labels, qualities, options.calibration_prior
         )
@@ -129,7 +130,7 @@ def main(argv: Sequence[str], program: str | None = None) -> dict[str, Metrics]:
 
     results, intervals = {}, {}
     for name, trials in given.lists.items():
-        scored = score(options, trials, embeddings, mean, cohort)
+        scored = score(options, trials, embeddings, centre, cohort)
         folder = output / name
         folder.mkdir(exist_ok=True)
         systems = written(options, folder, trials, *scored, calibration)
@@ -322,10 +323,10 @@ def read_cohort(options) -> list[Utterance]:
 
 def embed_cohort(
     options, encoder, rows: list[Utterance]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Mean to centre with, and one unit vector a training speaker."""
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """What to centre and whiten with, and one unit vector a speaker."""
     if not rows:
-        return None, None
+        return {}, None
     embeddings = embed(
         options,
         encoder,
@@ -333,18 +334,20 @@ def embed_cohort(
         options.cohort_root or options.data_root,
         Path(options.output) / "cohort.safetensors",
     )
-    mean = None
-    if options.center:
-        mean = embeddings.matrix.mean(axis=0, dtype=np.float64)
     speakers = [row.spk_id for row in rows]
-    return mean, speaker_means(embeddings.matrix, speakers, mean)[1]
+    centre = {}
+    if options.center or options.whiten:
+        centre["mean"] = embeddings.matrix.mean(axis=0, dtype=np.float64)
+    if options.whiten:
+        centre["whitening"] = within_whitening(embeddings.matrix, speakers)
+    return centre, speaker_means(embeddings.matrix, speakers, **centre)[1]
 
 
 def score(
-    options, trials: TrialList, embeddings: EmbeddingSet, mean, cohort
+    options, trials: TrialList, embeddings: EmbeddingSet, centre, cohort
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Cosines, then normalised ones if asked for; and quality measures."""
-    sides = trial_vectors(trials, embeddings.ids, embeddings.matrix, mean)
+    sides = trial_vectors(trials, embeddings.ids, embeddings.matrix, **centre)
     stages = [sides.cosines()]
     if options.normalise:
         stages.append(

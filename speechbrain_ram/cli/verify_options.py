@@ -103,6 +103,8 @@ def parse(
     add("--cohort_root", help="its corpus folder (default: DATA_ROOT)")
     add("--cohort_per_speaker", type=count, help="recordings (default: all)")
     add("--center", **_SWITCH, help="subtract the cohort's mean")
+    text = "and make speakers vary alike in all directions (WCCN)"
+    add("--whiten", **_SWITCH, help=text)
     add("--normalise", choices=METHODS, help="score normalisation")
     add("--top_n", type=count, default=300, help="of adaptive normalisation")
     add("--calibrate_on", metavar="LIST", help="fit calibration on a list")
@@ -243,8 +245,11 @@ def check_options(parser, options: argparse.Namespace) -> None:
     if options.scores and len(options.trials) > 1:
         parser.error("--scores can be compared on one list of trials only")
     needs_cohort = options.normalise or "cohort_mean" in options.qualities
-    if (needs_cohort or options.center) and not options.cohort:
-        parser.error("--normalise, --center and cohort_mean need --cohort")
+    centred = options.center or options.whiten
+    if (needs_cohort or centred) and not options.cohort:
+        parser.error(
+            "--normalise, --center, --whiten and cohort_mean need --cohort"
+        )
     if options.qualities and not options.calibrate_on:
         parser.error("--qualities need --calibrate_on")
     if not options.name:

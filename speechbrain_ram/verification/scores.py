@@ -1,10 +1,10 @@
 """From embeddings to scores: cosine similarity over a trial list.
 
 Embeddings come as one matrix [U, E] with the U names of its rows. Each row is
-optionally centred with the mean of the training set ("sub-mean"), then scaled
-to unit length; a model's vector is the mean of its utterances' unit vectors,
-scaled to unit length again. The score of a trial is the dot product of its
-two sides. Nothing of the size [trials, E] is ever built.
+optionally centred with the mean of the training set ("sub-mean"), whitened
+within speakers, then scaled to unit length; a model's vector is the mean of its
+utterances' unit vectors, scaled to unit length again. The score of a trial is
+the dot product of its two sides. Nothing of the size [trials, E] is ever built.
 
 A score file has one trial a line, ``ENROL TEST SCORE LABEL``, in the order of
 its trial list.
@@ -66,11 +66,13 @@ def trial_vectors(
     ids: Sequence[str],
     matrix: np.ndarray,
     mean: np.ndarray | None = None,
+    whitening: np.ndarray | None = None,
 ) -> TrialVectors:
     """Unit vectors of the utterances and models that a list names.
 
     `ids` names the rows of `matrix` [U, E] and holds at least the utterances
-    of the list; `mean` [E] is subtracted from every embedding first. An
+    of the list; `mean` [E] is subtracted from every embedding first, which is
+    then multiplied by `whitening` [E, E], of :func:`within_whitening`. An
     utterance on both sides gets one row.
     """
     known = {name: row for row, name in enumerate(ids)}
@@ -83,7 +85,7 @@ def trial_vectors(
             "another list?"
         )
     picked = matrix[[known[name] for name in names]]
-    vectors = unit_length(picked, mean, names)
+    vectors = unit_length(picked, mean, names, whitening)
     rows = {name: row for row, name in enumerate(names)}
     test_rows = np.array([rows[n] for n in trials.test_ids], np.int32)
     if trials.models is None:
@@ -107,9 +109,10 @@ def unit_length(
     matrix: np.ndarray,
     mean: np.ndarray | None = None,
     names: Sequence[str] | None = None,
+    whitening: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Subtract `mean` [E] from rows [U, E], scale them to length 1: a copy,
-    float32.
+    """Subtract `mean` [E] from rows [U, E], multiply them by `whitening`
+    [E, E], scale them to length 1: a copy, float32.
 
     A row without direction (zero, NaN, infinite) is a ValueError that calls it
     by its name in `names`.
@@ -117,6 +120,8 @@ def unit_length(
     matrix = np.array(matrix, dtype=np.float32)
     if mean is not None:
         matrix -= np.asarray(mean, dtype=np.float32)
+    if whitening is not None:
+        matrix = matrix @ np.asarray(whitening, dtype=np.float32)
     lengths = np.sqrt(np.einsum("ue,ue->u", matrix, matrix))
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if bad.size:
@@ -134,13 +139,56 @@ def speaker_means(
     matrix: np.ndarray,
     speakers: Sequence[str],
     mean: np.ndarray | None = None,
+    whitening: np.ndarray | None = None,
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """One unit vector a speaker: the usual cohort for score normalisation.
 
-    `speakers` says whose utterance each row of `matrix` is. Returns the names
-    in order of appearance, and the means of their unit vectors, scaled to
-    length 1.
+    `speakers` says whose utterance each row of `matrix` is; `mean` and
+    `whitening` as for :func:`trial_vectors`. Returns the names in order of
+    appearance, and the means of their unit vectors, scaled to length 1.
     """
+    names, codes = _speakers_of(matrix, speakers)
+    sums = np.zeros((len(names), matrix.shape[1]), dtype=np.float32)
+    np.add.at(sums, codes, unit_length(matrix, mean, whitening=whitening))
+    return names, unit_length(sums, names=names)
+
+
+def within_whitening(matrix: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
+    """A map [E, E] after which speakers vary alike in all directions.
+
+    Within-class covariance normalisation (Hatch, Kajarekar and Stolcke,
+    Interspeech 2006): with S the covariance of embeddings around their
+    speaker's mean, W W^T is the inverse of S + trace(S)/E I. The second half
+    keeps directions in which few speakers were seen from being blown up.
+
+    `speakers` says whose embedding each row of `matrix` [U, E] is. Raises a
+    ValueError where no speaker has two that differ.
+    """
+    names, codes = _speakers_of(matrix, speakers)
+    size = matrix.shape[1]
+    means = np.zeros((len(names), size))
+    np.add.at(means, codes, matrix)
+    means /= np.bincount(codes)[:, None]
+    scatter = np.zeros((size, size))
+    for start in range(0, len(matrix), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        difference = matrix[part] - means[codes[part]]
+        scatter += difference.T @ difference
+    share = scatter.trace() / size
+    if not share > 0:
+        raise ValueError(
+            f"whitening needs speakers with two embeddings that differ, got "
+            f"{len(matrix)} embeddings of {len(names)} speakers. Is "
+            "--cohort_per_speaker 1, or has each one recording?"
+        )
+    root = np.linalg.cholesky(scatter / share + np.eye(size))
+    return np.linalg.inv(root).T
+
+
+def _speakers_of(
+    matrix: np.ndarray, speakers: Sequence[str]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names in order of appearance, and each row's."""
     if len(matrix) != len(speakers):
         raise ValueError(
             f"one speaker an embedding is needed, got {len(matrix)} "
@@ -148,10 +196,7 @@ def speaker_means(
         )
     column = UniqueNames()
     column.add(np.array(speakers, dtype=object))
-    names, codes = column.finish()
-    sums = np.zeros((len(names), matrix.shape[1]), dtype=np.float32)
-    np.add.at(sums, codes, unit_length(matrix, mean))
-    return names, unit_length(sums, names=names)
+    return column.finish()
 
 
 def write_scores(

@@ -17,11 +17,16 @@ from speechbrain_ram.data.audio import read_audio
 from speechbrain_ram.data.manifest import (
     Utterance,
     build_manifest,
+    read_manifest,
     write_manifest,
 )
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.verification.metrics import evaluate
-from speechbrain_ram.verification.scores import read_scores, write_scores
+from speechbrain_ram.verification.scores import (
+    read_scores,
+    within_whitening,
+    write_scores,
+)
 from speechbrain_ram.verification.trials import read_trials
 
 SCRIPT = REPOSITORY / "verify_speakers.py"
@@ -209,6 +214,32 @@ def test_everything_at_once(verify, world, tmp_path):
     ]
     assert (tmp_path / "cohort.safetensors").is_file()
     assert not (tmp_path / "one").exists()  # the dev list is not reported
+
+
+def test_whitening_is_of_lists_and_cohort(verify, world, tmp_path):
+    """As scores that are computed by hand from the embeddings."""
+    cohort = {"cohort": world / "train.csv", "normalise": "s-norm"}
+    verify.main(arguments(world, tmp_path, "two", whiten=True, **cohort))
+    rows = read_manifest(world / "train.csv")
+    speakers = np.array([row.spk_id for row in rows])
+    encoder = SpeakerEncoder.from_folder(world / "run" / "inference")
+    known = encoder.embed([row.path(world / "wav") for row in rows])
+    known = known.astype(np.float64)
+    whitening = within_whitening(known, speakers)
+    unit = (known - known.mean(0)) @ whitening
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    others = np.stack([unit[speakers == s].sum(0) for s in SPEAKERS])
+    others /= np.linalg.norm(others, axis=1, keepdims=True)
+    place = {row.id: unit[i] for i, row in enumerate(rows)}
+    trials, scores = read_scores(tmp_path / "two" / "scores.txt")
+    for i in range(0, len(trials), 5):
+        one = place[trials.enrol_ids[trials.enrol[i]]]
+        other = place[trials.test_ids[trials.test[i]]]
+        expected = [
+            (one @ other - np.mean(others @ side)) / np.std(others @ side)
+            for side in (one, other)
+        ]
+        assert scores[i] == pytest.approx(np.mean(expected), abs=1e-3)
 
 
 def test_models_beside_a_list_are_used(verify, world, tmp_path):

@@ -16,6 +16,7 @@ from speechbrain_ram.verification.scores import (
     speaker_means,
     trial_vectors,
     unit_length,
+    within_whitening,
     write_scores,
 )
 from speechbrain_ram.verification.trials import TrialError, TrialList
@@ -152,6 +153,56 @@ def test_speaker_means_are_means_of_unit_vectors():
         )
     with pytest.raises(ValueError, match="30 embeddings and 2 speakers"):
         speaker_means(matrix, ["a", "b"])
+
+
+def whitened_by_hand(matrix, speakers):
+    """The covariance around speakers' means, from its definition."""
+    scatter = np.zeros((matrix.shape[1], matrix.shape[1]))
+    for name in set(speakers):
+        rows = matrix[[s == name for s in speakers]].astype(np.float64)
+        for row in rows:
+            scatter += np.outer(row - rows.mean(0), row - rows.mean(0))
+    return scatter + scatter.trace() / len(scatter) * np.eye(len(scatter))
+
+
+@pytest.mark.parametrize("count", [7, 5000])  # above one block of rows
+def test_whitening_is_the_inverse_of_the_scatter_within_speakers(count):
+    rng = np.random.default_rng(count)
+    speakers = [f"s{i % 6}" for i in range(count)]
+    centres = {f"s{i}": 9 * rng.standard_normal(5) for i in range(6)}
+    spread = rng.standard_normal((5, 5)) * [3, 1, 1, 0.1, 0.01]
+    matrix = np.array([centres[s] for s in speakers])
+    matrix = (matrix + rng.standard_normal((count, 5)) @ spread).astype("f4")
+    whitening = within_whitening(matrix, speakers)
+    expected = whitened_by_hand(matrix, speakers)
+    # up to its scale, which unit length takes away
+    product = whitening @ whitening.T @ expected
+    np.testing.assert_allclose(
+        product / product[0, 0], np.eye(5), atol=1e-5 * count**0.5
+    )
+    assert np.array_equal(whitening, within_whitening(matrix.copy(), speakers))
+
+    def metric(one, other):  # the same without a square root
+        inverse = np.linalg.inv(expected)
+        lengths = [v @ inverse @ v for v in (one, other)]
+        return one @ inverse @ other / np.prod(lengths) ** 0.5
+
+    mean = rng.standard_normal(5)
+    rows = unit_length(matrix[:4], mean, None, whitening)
+    for i, j in ((0, 1), (2, 3)):
+        cosine = metric(matrix[i] - mean, matrix[j] - mean)
+        assert rows[i] @ rows[j] == pytest.approx(cosine, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [np.eye(3), np.ones((3, 2))])
+def test_whitening_needs_speakers_of_two_embeddings(rows):
+    alone = ["a", "b", "c"] if len(rows[0]) == 3 else ["a", "a", "b"]
+    with pytest.raises(
+        ValueError, match="3 embeddings of . speakers.*--cohort"
+    ):
+        within_whitening(rows, alone)
+    with pytest.raises(ValueError, match="3 embeddings and 2 speakers"):
+        within_whitening(rows, ["a", "b"])
 
 
 @settings(deadline=None, max_examples=50)
