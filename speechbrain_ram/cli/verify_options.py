@@ -119,11 +119,10 @@ def parse(
     add("--speakers", help="table of speakers, by which trials are grouped")
     add("--group_by", nargs="*", default=["gender"], metavar="COLUMN")
     add("--scores", nargs="*", default=[], metavar="NAME=FILE")
-    argv = list(argv)
     options = parser.parse_args(argv)
     if options.hparams:
-        argv.remove(options.hparams)
-        options = parser.parse_args([*in_yaml(parser, options.hparams), *argv])
+        given = parser.parse_args(in_yaml(parser, options.hparams))
+        options = parser.parse_args(argv, given)
     check_options(parser, options)
     return options
 
@@ -189,13 +188,38 @@ def in_yaml(parser, path: str) -> list[str]:
 
     arguments = []
     for name, value in values.items():
+        if isinstance(value, list):
+            value = _items(parser, path, name, value)
         if value is True:
             arguments.append(f"--{name}")
         elif isinstance(value, list):
-            arguments += [f"--{name}", *(text(name, each) for each in value)]
+            listed = [text(name, each) for each in value]
+            for item, each in zip(listed, value, strict=True):
+                if item.startswith("-") and isinstance(each, str):
+                    _refuse_option(parser, path, name, item)
+            arguments += [f"--{name}", *listed]
         elif value is not None and value is not False:
             arguments.append(f"--{name}={text(name, value)}")
+            if arguments[-1] == f"--{name}=--":
+                _refuse_option(parser, path, name, "--")
     return arguments
+
+
+def _items(parser, path: str, name: str, value: list) -> Any:
+    """The list of an option that takes several values, else its one value."""
+    if isinstance(parser.get_default(name), list):
+        return value
+    if len(value) != 1 or isinstance(value[0], list):
+        parser.error(f"'{path}': {name} is {value!s:.80}; it takes one value.")
+    return value[0]
+
+
+def _refuse_option(parser, path: str, name: str, item: str) -> NoReturn:
+    """What a YAML says is never taken for an option, such as --trust_yaml."""
+    parser.error(
+        f"'{path}': {name} has '{item:.80}', which would be taken for an "
+        "option. Options are keys of their own; write a path as './-...'."
+    )
 
 
 def count(text: str, least: int = 1) -> int:

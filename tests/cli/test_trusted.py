@@ -1,5 +1,6 @@
 """Verification with an encoder that SpeechBrain loads, an ECAPA-TDNN."""
 
+import json
 import shutil
 
 import numpy as np
@@ -149,6 +150,35 @@ def test_a_yaml_of_options_cannot_trust_another(ecapa, tmp_path, capsys):
     with pytest.raises(SystemExit):
         verify.main([str(file), "--output", str(tmp_path / "out")], "verify")
     assert "trust_yaml, which a file cannot give" in capsys.readouterr().err
+
+
+SWITCHES = ["--trust_yaml", "--trust", "--trust_yaml=True", "--t", "--"]
+OPTIONS = vars(verify.parse(["--scores", "a=b", "--output", "o"]))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"hparams"}))
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_no_value_in_a_yaml_trusts_another(name, switch, tmp_path, capsys):
+    """Whichever option it is given to, alone or in a list."""
+    values = {"encoder": "e", "trials": ["t"], "data_root": "d", "output": "o"}
+    file = tmp_path / "verify.yaml"
+    for value in (
+        switch,
+        [switch],
+        ["5", switch],
+        [switch, "True"],
+        [["5", switch]],
+    ):
+        file.write_text(json.dumps({**values, name: value}))
+        try:
+            options = verify.parse([str(file)])
+        except SystemExit:
+            assert len(capsys.readouterr().err.splitlines()) == 1
+        else:  # it is a name, or a file
+            assert value in (switch, [switch])
+            assert getattr(options, name) in (switch, [switch])
+            assert options.trust_yaml is False
+            assert options.hparams == str(file)
 
 
 def test_batches_where_padding_changes_nothing(tmp_path, world, ecapa):

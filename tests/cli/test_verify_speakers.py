@@ -299,6 +299,12 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(
         ("name: !ref [output]", "not valid YAML"),
         ("name: {a: b}", "name is {'a': 'b'}; a value or a list of values"),
         ("trials: [[a]]", "trials is ['a']; a value or a list of values"),
+        ("trials: [a, --device, cuda]", "trials has '--device', which wou"),
+        ("name: -x\ntrials: [a, !ref <name>]", "trials has '-x', which would"),
+        ("p_targets: [-0.1]", "prior lies strictly between 0 and 1, got -0"),
+        ("output: [o, other.yaml]", "output is ['o', 'other.yaml']; it takes"),
+        ("output: [[o, other.yaml]]", "output is [['o', 'other.yaml']]; it t"),
+        ("output: []", "output is []; it takes one value"),
         ("5", "it has no OPTION: VALUE"),
         ('name: !ref "<\\e[2J>"', r"refers to <\\x1b.2J>, no value"),
         ("? [a]\n: b", "not valid YAML|unknown keys"),
@@ -334,10 +340,17 @@ def test_a_yaml_and_a_command_line_say_the_same(verify, tmp_path):
         "--calibrate_on dev.txt --qualities duration --mixdown False"
     )
     typed = vars(verify.parse(command.split()))
-    assert given == typed
+    assert {**given, "hparams": None} == typed
     # the file may stand before or behind options, which win
     for order in (["--seed", "3", str(path)], [str(path), "--seed", "3"]):
         assert vars(verify.parse(order)) == {**given, "seed": 3}
+    # and an option may have a value that is called as the file is
+    same = ["--name", str(path), "--seed", "-3", str(path)]
+    assert vars(verify.parse(same)) == {
+        **given,
+        "name": str(path),
+        "seed": -3,
+    }
 
 
 @pytest.mark.parametrize(
