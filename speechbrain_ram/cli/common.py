@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,21 +202,33 @@ def number_or_name(threshold: str | None) -> float | str | None:
 
 def recordings(inputs: Iterable[str], data_root: str) -> dict[str, Any]:
     """Files, folders and manifests as recordings by unique names."""
+    found: dict[str, Any] = {}
+    given_by: dict[str, str] = {}
+    for item in inputs:
+        for name, recording in _recordings_of(item, data_root):
+            if found.setdefault(name, recording) != recording:
+                raise ValueError(
+                    f"'{given_by[name]}' and '{item}' have '{name:.200}', each "
+                    "for another recording, but names must be unique. Are they "
+                    "of two corpora? Give one at a time."
+                )
+            given_by.setdefault(name, item)
+    return found
+
+
+def _recordings_of(item: str, data_root: str) -> Iterator[tuple[str, Any]]:
+    """The names and recordings of one file, folder or manifest."""
     from speechbrain_ram.data.manifest import find_recordings, read_manifest
     from speechbrain_ram.inference import Segment
 
-    found: dict[str, Any] = {}
-    for item in inputs:
-        if os.path.isdir(item):
-            for name in find_recordings(item):
-                found[os.path.join(item, name)] = Path(item) / name
-        elif item.endswith(".csv"):
-            for row in read_manifest(item):
-                path = row.path(data_root)
-                found[row.id] = Segment(path, row.start, row.stop)
-        else:
-            found[item] = Path(item)
-    return found
+    if os.path.isdir(item):
+        for name in find_recordings(item):
+            yield os.path.join(item, name), Path(item) / name
+    elif item.endswith(".csv"):
+        for row in read_manifest(item):
+            yield row.id, Segment(row.path(data_root), row.start, row.stop)
+    else:
+        yield item, Path(item)
 
 
 def _show_warning(message, category, *_) -> None:

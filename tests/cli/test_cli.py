@@ -210,6 +210,22 @@ def test_embed_a_manifest(run, voices, encoder, tmp_path):
         np.testing.assert_allclose(data["embeddings"], expected, atol=1e-4)
 
 
+def test_embed_manifests_with_one_id(run, voices, tmp_path):
+    """Of two recordings none is dropped; one that is named twice is one."""
+    one, two, same = (tmp_path / f"{name}.csv" for name in ("one", "two", "3"))
+    head = "ID,duration,wav,start,stop,spk_id\n"
+    one.write_text(f"{head}x,1,$data_root/bob/0.wav,0,16000,bob\n")
+    two.write_text(f"{head}x,1,$data_root/ada/0.wav,0,16000,ada\n")
+    same.write_text(one.read_text())
+    output = tmp_path / "out.npz"
+    options = ["--data-root", voices, "-o", output]
+    result = run("embed", one, same, two, *options, code=2)
+    said = f"Error: '{one}' and '{two}' have 'x', each for another recording"
+    assert result.stderr.startswith(said) and not output.exists()
+    run("embed", one, same, *options)
+    assert np.load(output)["ids"].tolist() == ["x"]
+
+
 def test_embed_and_bad_files(run, voices, tmp_path):
     bad = tmp_path / "bad.wav"
     bad.write_text("no audio")
