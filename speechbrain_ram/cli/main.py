@@ -157,17 +157,18 @@ def score(chosen, trials, root, output, device):
     \b
     speechbrain-ram score -e ENCODER trials.txt --root wav/ -o scores.txt
 
-    Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL.
+    Lines LABEL ENROL TEST become ENROL TEST SCORE LABEL. ENROL may be a model
+    that TRIALS.models beside the list names: MODEL UTTERANCE [UTTERANCE ...].
     """
     from speechbrain_ram.verification.embeddings import extract
     from speechbrain_ram.verification.scores import score_trials, write_scores
     from speechbrain_ram.verification.trials import (
         check_utterances,
-        read_trials,
+        read_list_and_models,
     )
 
     check_output(output)
-    listed = read_trials(trials)
+    listed = read_list_and_models(trials, one_kind=True)
     check_utterances(listed, root)
     encoder = load_encoder(chosen, device)
     found = extract(encoder.embedder, listed.utterances, root)

@@ -77,7 +77,7 @@ from speechbrain_ram.verification.scores import score_trials, write_scores
 from speechbrain_ram.verification.speakers import known_speakers
 from speechbrain_ram.verification.trials import (
     check_utterances,
-    read_trials,
+    read_list_and_models,
     speakers_beside,
 )
 
@@ -144,7 +144,7 @@ def _train(hparams_file, hparams, run_opts, overrides):
     )
     trials = None
     if hparams.get("trials"):
-        trials = read_trials(hparams["trials"])
+        trials = read_list_and_models(hparams["trials"])
         check_utterances(trials, hparams["trials_root"])
     classifier = _classifier(hparams, run, label_encoder)
     brain = SpeakerBrain(

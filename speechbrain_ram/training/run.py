@@ -36,6 +36,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain_ram.data.manifest import read_manifest
 from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer, first_ten
+from speechbrain_ram.verification.trials import models_beside
 
 logger = get_logger(__name__)
 logging.getLogger("filelock").setLevel(logging.WARNING)  # tells each attempt
@@ -340,10 +341,9 @@ def data_files(
 ) -> dict[str, dict]:
     """Number of lines and checksum of what a run learns from."""
     files = {"train": train_csv, "valid": valid_csv, "trials": trials}
+    files["models"] = trials and models_beside(trials)
     return {
-        name: _described(Path(file))
-        for name, file in files.items()
-        if file is not None
+        name: _described(Path(file)) for name, file in files.items() if file
     }
 
 
@@ -361,6 +361,7 @@ def check_files_of(
         "train": "the training manifest",
         "valid": "the validation manifest",
         "trials": "the development trials",
+        "models": "the development trials' models",
     }
     lines = []
     for name, title in what.items():

@@ -189,21 +189,28 @@ def read_list_and_models(
     models: str | os.PathLike | None = None,
     strip_prefix: str = "",
     suffix: str | None = None,
+    one_kind: bool = False,
 ) -> TrialList:
     """As :func:`read_trials`, with the models of the file `models`, or of
-    ``LIST.models`` if that is there; trials of one kind alone are an error.
+    ``LIST.models`` if that is there; trials of one kind alone are an error
+    unless `one_kind` allows them.
     """
-    beside = Path(path).with_suffix(".models")
-    models = models or (beside if beside.is_file() else None)
+    models = models or models_beside(path)
     known = read_models(models) if models else None
     trials = read_trials(path, form, known, strip_prefix, suffix)
     targets = int(trials.labels.sum())
-    if targets in (0, len(trials)):
+    if targets in (0, len(trials)) and not one_kind:
         raise TrialError(
             f"'{path}' has {targets} targets among {len(trials)} trials, both "
             "kinds are needed."
         )
     return trials
+
+
+def models_beside(path: str | os.PathLike) -> Path | None:
+    """The enrolment list ``LIST.models`` of a trial list, if there is one."""
+    beside = Path(path).with_suffix(".models")
+    return beside if beside.is_file() else None
 
 
 def read_models(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:

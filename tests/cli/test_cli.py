@@ -302,6 +302,16 @@ def test_score_and_evaluate(run, voices, encoder, tmp_path):
     assert float(output.read_text().split()[2]) == pytest.approx(
         expected, abs=1e-4
     )
+    trials.with_suffix(".models").write_text("a ada/0.wav ada/1.wav\n")
+    trials.write_text("1 a ada/1.wav\n")
+    run("score", trials, "--root", voices, "-o", output)
+    unit = encoder.embed([voices / "ada/0.wav", voices / "ada/1.wav"])
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    model = unit.mean(axis=0) / np.linalg.norm(unit.mean(axis=0))
+    who, _, score, _ = output.read_text().split()
+    assert who == "a"
+    assert float(score) == pytest.approx(model @ unit[1], abs=1e-4)
+    trials.with_suffix(".models").unlink()
     output.write_text("a b 0.9 1\na c 0.1 0\n")
     assert "EER 0.000 %" in run("evaluate", output).stdout
     facts = answer(run("evaluate", output, "--json"))[str(output)]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from speechbrain_ram.data.synthetic import feature_masks
 from speechbrain_ram.export.folder import read_folder
 from speechbrain_ram.resnet import ResNet34
 from speechbrain_ram.training import brain
+from speechbrain_ram.training.run import RunError
 from speechbrain_ram.verification.scores import read_scores
 from speechbrain_ram.verification.trials import TrialError, read_trials
 
@@ -320,6 +322,33 @@ def test_missing_trial_files_are_listed(tiny_corpus, tmp_path):
         run_recipe(
             tiny_corpus, tmp_path / "run", trials_root=str(tmp_path / "empty")
         )
+
+
+def test_trials_of_one_kind_are_refused_before_training(tiny_corpus, tmp_path):
+    lines = Path(tiny_corpus.trials).read_text().splitlines(keepends=True)
+    targets = tmp_path / "targets.txt"
+    targets.write_text("".join(x for x in lines if x.startswith("1")))
+    with pytest.raises(TrialError, match="both kinds are needed"):
+        run_recipe(tiny_corpus, tmp_path / "run", trials=str(targets))
+    assert not list((tmp_path / "run").rglob("CKPT*"))
+
+
+def test_trials_of_models(tiny_corpus, tmp_path):
+    """LIST.models is read, and belongs to what a run goes on with."""
+    trials = read_trials(tiny_corpus.trials)
+    one, two, *more = sorted(trials.utterances)
+    models = tmp_path / "dev.models"
+    models.write_text(f"who {one} {two}\n")
+    lines = [f"{i % 2} who {name}\n" for i, name in enumerate(more)]
+    (tmp_path / "dev.txt").write_text("".join(lines))
+    settings = {"trials": str(tmp_path / "dev.txt"), "number_of_epochs": 1}
+    run = run_recipe(
+        tiny_corpus, tmp_path / "run", **settings, verify_untrained=False
+    )
+    assert read_scores(run / "scores.txt")[0].enrol_ids == ("who",)
+    models.write_text(f"who {one}\n")
+    with pytest.raises(RunError, match="the development trials' models: 1 lin"):
+        run_recipe(tiny_corpus, run, **settings, verify_untrained=False)
 
 
 def test_unknown_settings(tiny_corpus, tmp_path):
