@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import AUDIO_EXTENSIONS, Audio, AudioError
+from speechbrain_ram.data.lengths import check_rate
 from speechbrain_ram.data.manifest import (
     ManifestError,
     check_outside,
@@ -63,6 +64,12 @@ def convert_tree(
     """
     if to not in FORMATS:
         raise ValueError(f"to is '{to}', allowed are {', '.join(FORMATS)}.")
+    check_rate(sample_rate)
+    if to == "flac" and sample_rate >= 2**16 and sample_rate % 10:
+        raise ValueError(
+            f"sample_rate is {sample_rate}, in FLAC only multiples of 10 are "
+            "allowed above 65535. --to wav takes others."
+        )
     source, destination = Path(source), Path(destination)
     check_outside(destination, source)
     names = find_recordings(source, AUDIO_EXTENSIONS)

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 #: Hz and channels of which a header is believed.
@@ -203,6 +204,16 @@ def mp3_is_counted(file: int, head: bytes) -> bool:
         head = os.pread(file, 4096, place)
     found = re.search(rb"(Xing|Info)...([\x00-\xff])(.{4})", head[:200], re.S)
     return bool(found and found[2][0] & 1 and any(found[3]))
+
+
+def check_rate(rate: int) -> None:
+    """Refuse to write recordings at a rate at which they cannot be read."""
+    if not isinstance(rate, Integral) or not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(
+            f"sample_rate is {rate}, whole numbers from {RATES[0]} to "
+            f"{RATES[1]} are allowed. Is it in Hz? --sample-rate 16000 is what "
+            "most encoders take."
+        )
 
 
 def check_promise(

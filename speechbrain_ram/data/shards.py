@@ -34,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_ram.data.audio import read_audio
+from speechbrain_ram.data.lengths import check_rate
 from speechbrain_ram.data.manifest import (
     ManifestError,
     Utterance,
@@ -74,6 +75,7 @@ def pack_shards(
     gone, or whose size is another, is made again. Other rows or settings than
     before are an error.
     """
+    check_rate(sample_rate)
     check_outside(output_dir, data_root)
     output = Path(output_dir).absolute()
     output.mkdir(parents=True, exist_ok=True)

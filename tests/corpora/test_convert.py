@@ -63,6 +63,32 @@ def test_stereo_and_other_rates_become_16_khz_mono(tmp_path):
     assert {round(p / 500) for p in peaks} == {1, 6}
 
 
+@pytest.mark.parametrize("to", ["flac", "wav"])
+@pytest.mark.parametrize("rate", [0, -8000, 999, 400_000, 16000.5])
+def test_rates_that_nobody_reads_are_refused_at_once(tmp_path, to, rate):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "a.wav", np.ones(1600) / 2, 16000)
+    with pytest.raises(ValueError, match=f"sample_rate is {rate}, whole"):
+        convert_tree(tmp_path / "in", tmp_path / "out", to, rate)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ends_of_what_a_format_takes(tmp_path):
+    """Of FLAC, above 65535 Hz, libsndfile writes multiples of 10 only."""
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "a.wav", np.ones(1600) / 2, 16000)
+    for to, rate in (
+        *(("flac", 1000), ("flac", 384_000), ("flac", 65_600)),
+        *(("wav", 1000), ("wav", 384_000), ("wav", 65_536)),
+    ):
+        out = tmp_path / f"{to}{rate}"
+        done = convert_tree(tmp_path / "in", out, to, rate, workers=1)
+        assert done == (1, 0, [])
+        assert soundfile.info(out / f"a.{to}").samplerate == rate
+    with pytest.raises(ValueError, match="65536, in FLAC only multiples of 10"):
+        convert_tree(tmp_path / "in", tmp_path / "out", "flac", 65_536)
+
+
 def test_rerun_continues(tmp_path, source):
     out = tmp_path / "out"
     convert_tree(source, out, workers=1)

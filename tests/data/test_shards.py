@@ -261,6 +261,13 @@ def test_never_into_the_corpus(corpus):
         pack(corpus, "corpus/shards")
 
 
+def test_a_rate_that_nobody_reads(corpus):
+    for rate in (0, -1, 384_001, 8000.5):
+        with pytest.raises(ValueError, match=f"sample_rate is {rate}, whole"):
+            pack(corpus, sample_rate=rate, resample=True)
+    assert not (corpus / "shards").exists()
+
+
 def test_truncated_shard(corpus):
     row = read_manifest(pack(corpus))[0]
     tar = corpus / row.wav.partition("#")[0]
