@@ -68,19 +68,14 @@ def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     return _export(chain, shape, ("waveform", "samples"), metadata, path)
 
 
-def export_sherpa(
-    encoder: LoadedEncoder,
-    path: str | os.PathLike,
-    language: str = "English",
-) -> Path:
+def export_sherpa(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     """Write features -> embedding, for sherpa-onnx's extractor.
 
     The encoder must be trained on :class:`speechbrain_ram.features.KaldiFbank`.
     Its defaults are those of the client; with another window, other ends of
     the bands or of the recording (WeSpeaker's), the client's embeddings are
     near the encoder's but not equal: :func:`agreement` with
-    :func:`client_front_end` says how near. `language` tells people what the
-    speakers speak; it changes nothing.
+    :func:`client_front_end` says how near.
     """
     front_end = encoder.modules["compute_features"]
     reference = client_front_end(encoder)
@@ -96,7 +91,8 @@ def export_sherpa(
         )
     metadata = {
         "framework": "wespeaker",  # what its extractor calls this interface
-        "language": language,
+        # for people, but the client refuses a file without
+        "language": encoder.facts.get("language") or "not stated",
         "comment": f"{OURS} {encoder.fingerprint}",
         "sample_rate": encoder.sample_rate,
         "output_dim": encoder.embedding_dim,

@@ -34,6 +34,15 @@ def encoders(tmp_path_factory):
     }
 
 
+def test_the_language_is_that_of_the_encoder(tmp_path):
+    folder = export_small(tmp_path / "e", "kaldi", facts={"language": "Thai"})
+    encoder = SpeakerEncoder.from_folder(folder)
+    model = onnx.load(export_sherpa(encoder, tmp_path / "s.onnx"))
+    assert ("language", "Thai") in [
+        (each.key, each.value) for each in model.metadata_props
+    ]
+
+
 @pytest.fixture(scope="module")
 def files(encoders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
@@ -90,6 +99,7 @@ def test_metadata(encoders, files):
     assert thresholds == encoder.decision.thresholds
     metadata = read(files["sherpa"])
     assert metadata["framework"] == "wespeaker"
+    assert metadata["language"] == "not stated"
     assert metadata["normalize_samples"] == "0"
 
 
