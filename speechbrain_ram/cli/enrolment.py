@@ -105,10 +105,14 @@ def enroll(
 
 
 def _of_folders(folders: str) -> dict[str, list[Path]]:
-    """Recordings by the name of their folder."""
+    """Recordings by the name of their folder, hidden ones passed over."""
     from speechbrain_ram.data.manifest import find_recordings
 
-    parents = sorted(p for p in Path(folders).iterdir() if p.is_dir())
+    parents = sorted(
+        path
+        for path in Path(folders).iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
     if not parents:
         raise ValueError(
             f"'{folders}' holds no folders. One for each speaker is "

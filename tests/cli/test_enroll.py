@@ -1,6 +1,7 @@
 """Tests of the gates of enrolment, and of the margin, as commands."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +100,15 @@ def test_folders_that_are_one_person_are_warned_of_once(run, world, tmp_path):
     result = run(f"enroll --folders {tmp_path / 'two'} {OPEN} --near 0.9")
     assert result.stderr.count("is nearly") == 1
     assert "ann: 1 recordings" in result.stdout
+
+
+def test_hidden_folders_are_passed_over(run, world, tmp_path):
+    shutil.copytree(world / "voices", tmp_path / "people")
+    (tmp_path / "people" / ".git").mkdir()
+    (tmp_path / "people" / ".git" / "config").write_text("no recording")
+    run(f"enroll --folders {tmp_path / 'people'} {OPEN}")
+    facts = json.loads(run("info --json").stdout)
+    assert set(facts["enrolled"]) == {"ada", "bob"}
 
 
 def test_a_small_lead_is_unsure(run):
