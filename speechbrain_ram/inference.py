@@ -230,8 +230,8 @@ class _Recordings(ABC):
 
     def threshold(self, value: float | str | None = None) -> float:
         """A threshold by its name, the default one, or the number given."""
-        if isinstance(value, (int, float)):
-            return float(value)
+        if value is not None and not isinstance(value, str):
+            return float(value)  # NumPy's and PyTorch's numbers, too
         if self.decision is None:
             raise ValueError(
                 "No threshold was saved with this encoder, because no "

@@ -218,6 +218,9 @@ def test_decisions(encoder):
     assert encoder.same_speaker(a, b) == (score >= decision.threshold())
     assert encoder.same_speaker(a, b, threshold=score - 1e-6)
     assert not encoder.same_speaker(a, b, threshold=score + 1e-6)
+    for kind in (np.float32, np.float16, np.array, torch.tensor):
+        assert encoder.threshold(kind(0.5)) == 0.5
+    assert encoder.threshold(np.int64(1)) == 1.0
     far = decision.threshold("FAR=1%")
     result = encoder.compare(a, b, "FAR=1%")
     assert result.threshold == far
