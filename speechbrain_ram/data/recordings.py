@@ -18,6 +18,7 @@ batch. What no speaker can be heard in is refused here, by name.
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -278,7 +279,7 @@ def _as_array(
             f"{name} is a {type(array).__name__}; a path, a Segment, an open "
             "file, a NumPy array or a tensor is needed, or (array, rate)."
         )
-    if not _is_rate(rate) or rate != int(rate):
+    if not (_is_rate(rate) and rate < math.inf and rate == int(rate)):
         raise AudioError(
             f"{name} has a sample rate of {rate!r}, a whole number of Hz is "
             "needed."

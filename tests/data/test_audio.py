@@ -508,6 +508,8 @@ def test_an_array_of_another_rate(encoder):
         ({"array": "a", "sampling_rate": RATE}, "recording 0 is a str"),
         ((voice(1.0), 0.5), "sample rate of 0.5"),
         ((voice(1.0), 1000.5), "sample rate of 1000.5"),
+        ((voice(1.0), float("inf")), "sample rate of inf, a whole number"),
+        ((voice(1.0), np.float32("inf")), "sample rate of .*inf.*, a whole"),
         (voice(1.0).astype(complex), "samples of type complex"),
         (np.ones(RATE, bool), "samples of type bool"),
         ((voice(1.0) * 2**20).astype(np.int64), "int64 numbers up to"),
