@@ -327,20 +327,23 @@ def embed_cohort(
     """What to centre and whiten with, and one unit vector a speaker."""
     if not rows:
         return {}, None
+    names = embedding_names(rows)
     embeddings = embed(
         options,
         encoder,
-        embedding_names(rows),
+        names,
         options.cohort_root or options.data_root,
         Path(options.output) / "cohort.safetensors",
     )
+    place = {name: i for i, name in enumerate(embeddings.ids)}
+    matrix = embeddings.matrix[[place[name] for name in names]]
     speakers = [row.spk_id for row in rows]
     centre = {}
     if options.center or options.whiten:
-        centre["mean"] = embeddings.matrix.mean(axis=0, dtype=np.float64)
+        centre["mean"] = matrix.mean(axis=0, dtype=np.float64)
     if options.whiten:
-        centre["whitening"] = within_whitening(embeddings.matrix, speakers)
-    return centre, speaker_means(embeddings.matrix, speakers, **centre)[1]
+        centre["whitening"] = within_whitening(matrix, speakers)
+    return centre, speaker_means(matrix, speakers, **centre)[1]
 
 
 def score(

@@ -560,6 +560,21 @@ def test_a_cohort_that_is_nearly_there(verify, world, tmp_path):
         verify.main(arguments(world, tmp_path / "out", **options))
 
 
+def test_a_cohort_that_names_a_recording_twice(verify, world, tmp_path):
+    rows = read_manifest(world / "train.csv")
+    write_manifest(
+        [*rows, *(row._replace(id=f"{row.id} again") for row in rows)],
+        tmp_path / "twice.csv",
+    )
+    options = {"normalise": "s-norm", "center": True, "bootstrap": 0}
+    found = []
+    for cohort in (world / "train.csv", tmp_path / "twice.csv"):
+        out = tmp_path / cohort.stem
+        verify.main(arguments(world, out, cohort=cohort, **options))
+        found.append(read_scores(out / "one" / "scores.txt")[1])
+    np.testing.assert_allclose(*found, atol=1e-3)
+
+
 def test_options_in_another_encoding(verify, tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_bytes("encoder: zo\u00eb\n".encode("latin-1"))
