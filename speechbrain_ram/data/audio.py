@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import soundfile
@@ -33,7 +32,7 @@ from speechbrain_ram.data.lengths import (
     find_samples,
     flac_info,
 )
-from speechbrain_ram.utils import whole_number
+from speechbrain_ram.data.packed import is_packed, read_packed
 
 #: File name endings that are taken for recordings when a folder is searched.
 AUDIO_EXTENSIONS = (
@@ -114,7 +113,7 @@ class Audio:
     ) -> torch.Tensor:
         """What :meth:`read` gives, int16 where the file holds just that."""
         if is_packed(path):
-            return _read_packed(path, start, stop)
+            return read_packed(path, start, stop, self.sample_rate)
         with opened(path) as file:
             if containers.is_container(file.head):
                 return self._read_container(path, file, start, stop)
@@ -396,55 +395,3 @@ def _within(
             "written?"
         )
     return end
-
-
-# -- Recordings in tar shards, as data/shards.py packs them -------------------
-#
-# The path of a packed recording is ``SHARD.tar#BYTE``: the shard, and where its
-# 16-bit samples begin. A piece of it is one read of its bytes: no header, no
-# decoding, no listing of folders.
-
-_MARK = ".tar#"
-
-
-def is_packed(path: str | os.PathLike) -> bool:
-    """Whether a path names samples in a shard."""
-    return _MARK in str(path)
-
-
-def read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
-    """Read samples of a packed utterance, as :meth:`Audio.read` does."""
-    return as_floats(_read_packed(path, start, stop))
-
-
-def _read_packed(path: str, start: int, stop: int | None) -> torch.Tensor:
-    shard, _, offset = path.rpartition("#")
-    try:
-        place = whole_number(offset)
-        file = _descriptor(shard)
-        there = max(os.fstat(file).st_size - place, 0) // 2
-    except (OSError, ValueError) as error:
-        raise AudioError(
-            f"'{path}' cannot be read: {error}. Were the shards moved since "
-            "they were packed?"
-        ) from error
-    if place < 0 or stop is None or not 0 <= start < stop:
-        raise AudioError(
-            f"'{path}' has no samples {start} to {stop}: both are needed, of a "
-            "packed manifest."
-        )
-    if there < stop:
-        raise AudioError(
-            f"'{path}' is truncated: samples {start} to {stop} were asked "
-            f"for, {max(there - start, 0)} could be read. Was a copy "
-            "interrupted?"
-        )
-    data = os.pread(file, 2 * (stop - start), place + 2 * start)
-    return _owned(np.frombuffer(data, "<i2"))
-
-
-@cache
-def _descriptor(shard: str) -> int:
-    """Open a shard once a process; pread() shares no position with others."""
-    # A pipe would wait for somebody who writes into it.
-    return os.open(shard, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

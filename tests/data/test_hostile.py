@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_ram.data.audio import Audio, AudioError, read_packed
+from speechbrain_ram.data.audio import Audio, AudioError
 from speechbrain_ram.data.headers import read_headers
 from speechbrain_ram.data.recordings import split_into_pieces
 
@@ -132,7 +132,7 @@ def test_many_channels(tmp_path):
 def test_places_in_shards_that_are_none(tmp_path, byte):
     (tmp_path / "a.tar").write_bytes(bytes(1000))
     with pytest.raises(AudioError, match="a.tar#"):
-        read_packed(f"{tmp_path}/a.tar#{byte}", 0, 100)
+        Audio().read(f"{tmp_path}/a.tar#{byte}", 0, 100)
 
 
 def test_shards_that_are_none(tmp_path):

@@ -14,10 +14,10 @@ from speechbrain.dataio.dataloader import make_dataloader
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.data import dataset, shards
 from speechbrain_ram.data.audio import (
+    Audio,
     AudioError,
     is_packed,
     read_audio,
-    read_packed,
 )
 from speechbrain_ram.data.manifest import (
     ManifestError,
@@ -67,11 +67,9 @@ def test_samples_order_and_speakers_are_the_same(corpus):
     for here, there in zip(packed, loose, strict=True):
         path = there.path(corpus / "corpus")
         assert (here.start, here.stop) == (there.start, there.stop)
+        assert torch.equal(read_audio(here.wav, 0, here.stop), read_audio(path))
         assert torch.equal(
-            read_packed(here.wav, 0, here.stop), read_audio(path)
-        )
-        assert torch.equal(
-            read_packed(here.wav, 100, 1700), read_audio(path, 100, 1700)
+            read_audio(here.wav, 100, 1700), read_audio(path, 100, 1700)
         )
 
 
@@ -116,7 +114,7 @@ def test_webdataset_reads_the_shards(corpus):
         row = packed[label["id"]]
         samples = np.frombuffer(sample["wav"][44:], "<i2") / 32768
         assert label["spk_id"] == row.spk_id
-        assert np.array_equal(samples, read_packed(row.wav, 0, row.stop))
+        assert np.array_equal(samples, read_audio(row.wav, 0, row.stop))
         seen.add(row.id)
     assert seen == set(packed)
 
@@ -149,10 +147,10 @@ def test_shards_can_be_moved(corpus):
     pack(corpus).parent.rename(corpus / "moved")
     old = read_manifest(corpus / "moved" / "manifest.csv")[0]
     with pytest.raises(AudioError, match="moved since"):
-        read_packed(old.wav, 0, old.stop)
+        read_audio(old.wav, 0, old.stop)
     row = read_manifest(pack(corpus, "moved"))[0]
     loose = read_manifest(corpus / "loose.csv")[0].path(corpus / "corpus")
-    assert torch.equal(read_packed(row.wav, 0, row.stop), read_audio(loose))
+    assert torch.equal(read_audio(row.wav, 0, row.stop), read_audio(loose))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +266,18 @@ def test_a_rate_that_nobody_reads(corpus):
     assert not (corpus / "shards").exists()
 
 
+def test_shards_of_another_rate_than_the_encoder(corpus):
+    """Even where others are resampled: their speed would be another."""
+    (row, *_) = read_manifest(pack(corpus))
+    read = Audio(8000, resample=True).read
+    with pytest.raises(AudioError, match="packed at 16000 Hz, 8000 Hz is need"):
+        read(row.wav, 0, row.stop)
+    (row, *_) = read_manifest(
+        pack(corpus, "half", sample_rate=8000, resample=True)
+    )
+    assert len(read(row.wav, 0, row.stop)) == row.stop
+
+
 def test_truncated_shard(corpus):
     row = read_manifest(pack(corpus))[0]
     tar = corpus / row.wav.partition("#")[0]
@@ -275,7 +285,7 @@ def test_truncated_shard(corpus):
     with open(tar, "r+b") as file:
         file.truncate(offset + 1000)
     with pytest.raises(AudioError, match="truncated.*500 could be read"):
-        read_packed(row.wav, 0, row.stop)
+        read_audio(row.wav, 0, row.stop)
 
 
 def test_yaml(corpus):
