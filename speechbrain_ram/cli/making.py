@@ -267,7 +267,8 @@ def pack(manifest, data_root, output_dir, **settings):
     speechbrain-ram pack train.csv CORPUS SHARDS --mixdown True
 
     DATA_ROOT is what $data_root stands for in MANIFEST. Prints the manifest
-    of the packed recordings, which a training takes instead of MANIFEST.
+    of the packed recordings. A training reads shards where `prepare` in its
+    YAML is speechbrain_ram.data.shards.prepare_shards, which packs them too.
     """
     from speechbrain_ram.data.shards import pack_shards
 
