@@ -36,7 +36,14 @@ def main(argv=None):
         plan = yaml.safe_load(file)
     folder = Path(options.table).parent
     output = Path(options.output)
-    chosen = options.rows or range(1, len(plan["rows"]) + 1)
+    every = range(1, len(plan["rows"]) + 1)
+    chosen = options.rows or every
+    for number in chosen:
+        if number not in every:
+            raise ValueError(
+                f"--rows has {number}, '{options.table}' has the rows 1 to "
+                f"{len(every)}. They are counted from 1."
+            )
     for number in chosen:
         row = plan["rows"][number - 1]
         run = output / row["name"]

@@ -181,6 +181,10 @@ def test_sweep_says_what_it_would_do(tmp_path, capsys):
         with pytest.raises(SystemExit):
             sweep.main([plan, *options, *corpora, *wrong])
         assert "come in pairs" in capsys.readouterr().err
+    for wrong in ("0", "-1", "14"):
+        with pytest.raises(ValueError, match=f"has {wrong}, .* rows 1 to 13"):
+            sweep.main([plan, *options, *corpora, "--rows", "1", wrong])
+        assert not capsys.readouterr().out
     sweep.main([plan, *options, *corpora, "--resample", "True"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" --resample True")
