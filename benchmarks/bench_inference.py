@@ -5,8 +5,8 @@
 
 Without --encoder an untrained one of full width is timed. With --speech, a
 folder in the shape of speechocean762 (train/, dev/, dev_trials.txt), int8 is
-calibrated on 100 training utterances and the EER of every form is measured on
-the development trials.
+calibrated on up to 100 training utterances and the EER of every form is
+measured on the development trials.
 """
 
 from __future__ import annotations
@@ -112,9 +112,13 @@ def examples(arguments) -> list[np.ndarray]:
     if not arguments.speech:
         return [np.random.randn(1, RATE).astype(np.float32) for _ in range(4)]
     files = sorted(Path(arguments.speech).glob("train/*/*.ogg"))
-    return [
-        read_audio(file)[None].numpy() for file in files[:: len(files) // 100]
-    ]
+    if not files:
+        raise SystemExit(
+            f"--speech is '{arguments.speech}', which has no train/*/*.ogg. Is "
+            "it the folder of speechocean762?"
+        )
+    some = files[:: max(1, len(files) // 100)][:100]
+    return [read_audio(file)[None].numpy() for file in some]
 
 
 def time_forms(forms, channels, arguments) -> None:
@@ -160,8 +164,8 @@ def error_rates(forms, sizes, channels, arguments) -> None:
         "inference_eer",
         "What int8 costs in accuracy",
         f"{len(trials):,} development trials over {len(names)} utterances, "
-        f"ResNet34 of {channels} channels; int8 calibrated on 100 training "
-        "utterances. 'Cosine' is the least over all utterances with "
+        f"ResNet34 of {channels} channels; int8 calibrated on up to 100 "
+        "training utterances. 'Cosine' is the least over all utterances with "
         "PyTorch's embedding.",
         ["form", "MB", "EER %", "minDCF(0.01)", "cosine", "largest difference"],
         arguments.output,

@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: tables, and what counts as a change."""
 
+import argparse
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import bench_inference
 import bench_step
 import harness
 from compare import moved
@@ -27,6 +29,21 @@ def test_table_is_written_with_quartiles(tmp_path):
     numbers = json.loads((tmp_path / "t.json").read_text())["numbers"]
     assert numbers == {"a": {"low": 1.5, "median": 2.0, "high": 3.0}}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.md"]
+
+
+@pytest.mark.parametrize("there, taken", [(1, 1), (99, 99), (150, 100)])
+def test_examples_of_int8(tmp_path, monkeypatch, there, taken):
+    monkeypatch.setattr(bench_inference, "read_audio", lambda _: torch.ones(2))
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    for i in range(there):
+        (tmp_path / "train" / "one" / f"{i}.ogg").touch()
+    arguments = argparse.Namespace(speech=tmp_path)
+    assert len(bench_inference.examples(arguments)) == taken
+
+
+def test_no_examples_of_int8(tmp_path):
+    with pytest.raises(SystemExit, match="no train.*Is it the folder of"):
+        bench_inference.examples(argparse.Namespace(speech=tmp_path))
 
 
 def test_cases_run_by_turns():
