@@ -100,34 +100,14 @@ class SafeCheckpointer(Checkpointer):
             logger.log(verbosity, "Saved checkpoint %s", final.path)
         return final
 
-    def save_and_keep_only(
-        self,
-        meta=None,
-        end_of_epoch=True,
-        name=None,
-        num_to_keep=1,
-        keep_recent=True,
-        importance_keys=(),
-        max_keys=(),
-        min_keys=(),
-        ckpt_predicate=None,
-        verbosity=logging.INFO,
-    ) -> None:
+    def save_and_keep_only(self, *args, importance_keys=(), **kwargs) -> None:
         """Write one checkpoint, then remove those of least importance.
 
-        SpeechBrain's own method adds to its default `importance_keys` in
-        every call.
+        SpeechBrain's own method adds to the list that it is given, its
+        default one too.
         """
-        self.save_checkpoint(meta, end_of_epoch, name, verbosity)
-        recent = [ckpt_recency] if keep_recent else []
-        self.delete_checkpoints(
-            num_to_keep=num_to_keep,
-            max_keys=max_keys,
-            min_keys=min_keys,
-            importance_keys=[*importance_keys, *recent],
-            ckpt_predicate=ckpt_predicate,
-            verbosity=verbosity,
-        )
+        keys = [*importance_keys]
+        super().save_and_keep_only(*args, importance_keys=keys, **kwargs)
 
     def delete_checkpoints(
         self,
