@@ -163,18 +163,9 @@ class SafeCheckpointer(Checkpointer):
                 logger.warning("%s It is skipped.", error)
         return found
 
-    def recover_if_possible(
-        self, importance_key=None, max_key=None, min_key=None, **kwargs
-    ) -> Checkpoint | None:
+    def recover_if_possible(self, **how) -> Checkpoint | None:
         """Load the newest, or the best, checkpoint that is whole."""
-        chosen = self.choose_checkpoints(
-            importance_key=importance_key,
-            max_key=max_key,
-            min_key=min_key,
-            max_num_checkpoints=1,
-            **kwargs,
-        )
-        for checkpoint in chosen:
+        for checkpoint in self.choose_checkpoints(**how, max_num_checkpoints=1):
             self.load_checkpoint(checkpoint)
             return checkpoint
         return None
