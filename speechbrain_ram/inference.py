@@ -9,7 +9,6 @@ its YAML. :class:`OnnxEncoder` is the same for the model in an ONNX file.
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ from speechbrain_ram.export.folder import (
 )
 from speechbrain_ram.export.onnx_model import OnnxModel
 from speechbrain_ram.verification.calibration import Decision
-from speechbrain_ram.verification.embedder import Embedder
+from speechbrain_ram.verification.embedder import Embedder, Encoder, Padding
 
 __all__ = [
     "Comparison",
@@ -64,17 +63,35 @@ class Comparison:
     nontargets_above: float | None = None
 
 
-class _Recordings(ABC):
+class _Recordings:
     """What every encoder does with recordings: embed, score, decide."""
 
+    encode: Encoder
     embedding_dim: int
     decision: Decision | None
     sample_rate: int
+    device: str
+    resample: bool
+    mixdown: bool
+    batch_seconds: float | None
 
     @property
-    @abstractmethod
+    def pad(self) -> Padding | None:
+        """How waveforms become a batch; None is the host's way."""
+        return None
+
+    @property
     def embedder(self) -> Embedder:
         """How this encoder embeds."""
+        return Embedder(
+            self.encode,
+            self.sample_rate,
+            self.resample,
+            self.mixdown,
+            self.device,
+            self.pad,
+            self.batch_seconds,
+        )
 
     def embed(
         self,
@@ -217,16 +234,10 @@ class _Recordings(ABC):
         """
         least = self.threshold(threshold)
         score = self.score(a, b)
-        result = Comparison(score, least, score >= least)
-        if self.decision is None:
-            return result
-        return Comparison(
-            score,
-            least,
-            score >= least,
-            self.decision.llr(score),
-            *self.decision.shares(score),
-        )
+        known: list[float | None] = []
+        if self.decision is not None:
+            known = [self.decision.llr(score), *self.decision.shares(score)]
+        return Comparison(score, least, score >= least, *known)
 
     def threshold(self, value: float | str | None = None) -> float:
         """A threshold by its name, the default one, or the number given."""
@@ -277,19 +288,6 @@ class SpeakerEncoder(LoadedEncoder, _Recordings):
         self.resample = resample
         self.mixdown = mixdown
         self.batch_seconds = batch_seconds
-
-    @property
-    def embedder(self) -> Embedder:
-        """How this encoder embeds."""
-        return Embedder(
-            self.encode,
-            self.sample_rate,
-            self.resample,
-            self.mixdown,
-            self.device,
-            self.pad,
-            self.batch_seconds,
-        )
 
     @classmethod
     def from_folder(
@@ -348,6 +346,8 @@ class OnnxEncoder(OnnxModel, _Recordings):
         The extra ``onnx`` is missing.
     """
 
+    batch_seconds = 0.0  # each recording alone: a graph knows no padding
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -359,16 +359,3 @@ class OnnxEncoder(OnnxModel, _Recordings):
         super().__init__(path, frontend, sample_rate)
         self.resample = resample
         self.mixdown = mixdown
-
-    @property
-    def embedder(self) -> Embedder:
-        """How this encoder embeds."""
-        return Embedder(
-            self.encode,
-            self.sample_rate,
-            self.resample,
-            self.mixdown,
-            self.device,
-            self.pad,
-            0.0,  # each recording alone: a graph knows no padding
-        )
