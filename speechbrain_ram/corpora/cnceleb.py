@@ -14,6 +14,7 @@ The lists say ``.wav``, the files are ``.flac``; whichever is there is used.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -281,13 +282,10 @@ def _read_protocol(folder: Path, name: str) -> TrialList:
     )
     tests = tuple(f"eval/{test}" for test in trials.test_ids)
     if name == "average":
-        located = TrialList(
-            trials.enrol_ids,
-            tests,
-            trials.enrol,
-            trials.test,
-            trials.labels,
-            {
+        located = dataclasses.replace(
+            trials,
+            test_ids=tests,
+            models={
                 model: tuple(f"data/{u}" for u in utterances)
                 for model, utterances in trials.models.items()
             },
@@ -300,12 +298,11 @@ def _read_protocol(folder: Path, name: str) -> TrialList:
                 "recordings, one concatenated recording was expected."
             )
         files = [trials.models[model][0] for model in trials.enrol_ids]
-        located = TrialList(
-            tuple(f"eval/{file}" for file in files),
-            tests,
-            trials.enrol,
-            trials.test,
-            trials.labels,
+        located = dataclasses.replace(
+            trials,
+            enrol_ids=tuple(f"eval/{file}" for file in files),
+            test_ids=tests,
+            models=None,
         )
     check_utterances(located, folder)
     return located
@@ -327,16 +324,11 @@ def _write_protocol(
             {m: below_root(names) for m, names in trials.models.items()},
             output_dir / f"cnceleb-{name}.models",
         )
-    write_trials(
-        TrialList(
-            enrol_ids,
-            below_root(trials.test_ids),
-            trials.enrol,
-            trials.test,
-            trials.labels,
-        ),
-        output_dir / f"cnceleb-{name}.txt",
+    test_ids = below_root(trials.test_ids)
+    located = dataclasses.replace(
+        trials, enrol_ids=enrol_ids, test_ids=test_ids
     )
+    write_trials(located, output_dir / f"cnceleb-{name}.txt")
 
 
 # -- Joining short utterances of one kind into longer recordings --------------
