@@ -387,28 +387,22 @@ def _locate(trials: TrialList, root: Path, path: Path) -> TrialList:
 
 
 def prepare_sitw(
-    sitw_root: str | os.PathLike,
-    output_dir: str | os.PathLike,
-    parts: Sequence[str] = ("dev", "eval"),
-    suffix: str | None = None,
-) -> dict[str, Path]:
+    sitw_root: str | os.PathLike, output_dir: str | os.PathLike
+) -> None:
     """Write ``sitw-dev.txt`` and ``sitw-eval.txt``, relative to `sitw_root`.
 
     Each model of the core condition is one recording, whose path takes the
-    place of the model's name. `suffix` is the ending of converted recordings.
+    place of the model's name.
     """
     root, output_dir = Path(sitw_root), Path(output_dir)
     check_outside(output_dir, root)
-    located = {part: _read_part(root, part, suffix) for part in parts}
+    located = {part: _read_part(root, part) for part in ("dev", "eval")}
     output_dir.mkdir(parents=True, exist_ok=True)
-    paths = {}
     for part, trials in located.items():
-        paths[part] = output_dir / f"sitw-{part}.txt"
-        write_trials(trials, paths[part])
-    return paths
+        write_trials(trials, output_dir / f"sitw-{part}.txt")
 
 
-def _read_part(root: Path, part: str, suffix: str | None) -> TrialList:
+def _read_part(root: Path, part: str) -> TrialList:
     """Read one part, with models replaced by their recordings."""
     folder = root / part
     if not folder.is_dir():
@@ -425,10 +419,7 @@ def _read_part(root: Path, part: str, suffix: str | None) -> TrialList:
             "Is it the list of the assist condition?"
         )
     trials = read_trials(
-        folder / "keys" / "core-core.lst",
-        form="sitw",
-        models=models,
-        suffix=suffix,
+        folder / "keys" / "core-core.lst", form="sitw", models=models
     )
     # Two models may be enrolled with one recording (two people in it).
     files = [trials.models[model][0] for model in trials.enrol_ids]
