@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from conftest import RECIPE, REPOSITORY, run_recipe
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from test_fake_cuda import TF32, speech_like
-from training.test_fused import CASES, gradients, objective
+from training.test_fused import CASES, fused_loss, gradients, objective
 from training.test_fused_sub_centers import batch
 
 from speechbrain_ram.data.audio import as_floats
@@ -28,7 +28,6 @@ from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.resnet import ResNet34, folded
 from speechbrain_ram.training.faults import Batch, Interrupted
-from speechbrain_ram.training.fused import fused_margin_loss
 from speechbrain_ram.verification.embedder import Embedder, sent_to
 from speechbrain_ram.verification.embeddings import extract
 
@@ -109,7 +108,7 @@ def test_the_fused_loss_and_its_gradients(name, form, tf32, centers):
         return F.cross_entropy(loss_fn(cosines.amax(dim=2), one_hot), labels)
 
     def fused(x, weight):
-        return fused_margin_loss(x, weight, labels.to(DEVICE), loss_fn, 700)
+        return fused_loss(x, weight, labels.to(DEVICE), loss_fn, 700)
 
     exact = gradients(plain, x, weight)
     found = gradients(fused, x.float().to(DEVICE), weight.float().to(DEVICE))
@@ -127,7 +126,7 @@ def test_memory_of_the_fused_loss():
     labels = torch.randint(n_classes, (n,), device=DEVICE)
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)
-    fused_margin_loss(x, weight, labels, make_objective("ram")).backward()
+    fused_loss(x, weight, labels, make_objective("ram")).backward()
     more = torch.cuda.max_memory_allocated(DEVICE) - before
     gradient = 4 * n_classes * dim
     assert more < gradient + 120e6  # one matrix of cosines is 205 MB

@@ -212,73 +212,38 @@ class FusedMarginClassifier(SubCenterClassifier):
 
         Embeddings are [N, 1, E] or [N, E], of any length; targets are class
         indices, [N, 1] or [N]. `with_margins` also returns what
-        :class:`.diagnostics.Margins` names.
+        :class:`.diagnostics.Margins` names. All is float32 under autocast;
+        float64 stays float64. A GPU finds labels out of range without being
+        waited for: as an assertion of the device, later.
         """
         if targets is None:
             return super().forward(embeddings)
-        embeddings = (
-            embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
-        )
-        losses, margins = _losses_and_margins(
-            embeddings,
-            self.weight,
-            targets.reshape(-1),
-            self.loss_fn,
-            self.chunk_size,
-            with_margins,
-        )
-        return (losses.mean(), margins) if with_margins else losses.mean()
-
-
-def fused_margin_loss(
-    embeddings: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    loss_fn: torch.nn.Module,
-    chunk_size: int | None = None,
-) -> torch.Tensor:
-    """Mean margin loss of embeddings [N, E] against weights [C, E].
-
-    Equals, to rounding and with its gradients, ::
-
-        cosines = F.linear(F.normalize(embeddings), F.normalize(weight))
-        one_hot = F.one_hot(labels, len(weight))
-        F.cross_entropy(loss_fn(cosines, one_hot), labels)
-
-    in float32 under autocast; float64 stays float64. With weights [C, K, E],
-    the cosine of a class is the largest of its K. A GPU finds labels out of
-    range without being waited for: as an assertion of the device, later.
-    """
-    losses, _ = _losses_and_margins(
-        embeddings, weight, labels, loss_fn, chunk_size
-    )
-    return losses.mean()
-
-
-def _losses_and_margins(
-    embeddings, weight, labels, loss_fn, chunk_size, with_margins=False
-):
-    """Losses [N], and the margins if they are wanted."""
-    _check_loss_fn(loss_fn)
-    _check_shapes(embeddings, weight, labels)
-    _check_labels(labels, len(weight))
-    if chunk_size is None:
-        of_a_class = max(embeddings.shape) * sub_centers_of(weight)
-        chunk_size = max(1, _CHUNK_ELEMENTS // of_a_class)
-    elif chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, allowed is 1 or more.")
-    with torch.autocast(embeddings.device.type, enabled=False):
-        if embeddings.dtype != torch.float64:
-            embeddings = embeddings.float()
-        losses, *margins = _MarginLosses.apply(
-            F.normalize(embeddings),
-            weight,
-            labels.long(),
-            loss_fn,
-            min(chunk_size, len(weight)),
-            with_margins,
-        )
-    return losses, Margins(*margins) if with_margins else None
+        x = embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
+        weight, labels = self.weight, targets.reshape(-1)
+        _check_loss_fn(self.loss_fn)
+        _check_shapes(x, weight, labels)
+        _check_labels(labels, len(weight))
+        chunk_size = self.chunk_size
+        if chunk_size is None:
+            of_a_class = max(x.shape) * sub_centers_of(weight)
+            chunk_size = max(1, _CHUNK_ELEMENTS // of_a_class)
+        elif chunk_size < 1:
+            raise ValueError(
+                f"chunk_size is {chunk_size}, allowed is 1 or more."
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            if x.dtype != torch.float64:
+                x = x.float()
+            losses, *margins = _MarginLosses.apply(
+                F.normalize(x),
+                weight,
+                labels.long(),
+                self.loss_fn,
+                min(chunk_size, len(weight)),
+                with_margins,
+            )
+        loss = losses.mean()
+        return (loss, Margins(*margins)) if with_margins else loss
 
 
 class _MarginLosses(torch.autograd.Function):
@@ -421,8 +386,7 @@ def _check_loss_fn(loss_fn):
 
 def _check_shapes(embeddings, weight, labels):
     n, dim = embeddings.shape if embeddings.ndim == 2 else (-1, -1)
-    fits = weight.ndim in (2, 3) and weight.shape[-1] == dim
-    if n < 1 or labels.shape != (n,) or not fits or not weight.numel():
+    if n < 1 or labels.shape != (n,) or weight.shape[-1] != dim:
         raise ValueError(
             "embeddings [N, E], weight [C, E] or [C, K, E] and labels [N] are "
             f"needed, N at least 1; got {tuple(embeddings.shape)}, "

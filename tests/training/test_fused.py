@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from speechbrain.nnet.losses import AngularMargin, LogSoftmaxWrapper
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_ram.losses import (
@@ -29,7 +30,6 @@ from speechbrain_ram.training.diagnostics import (
 from speechbrain_ram.training.fused import (
     FUSED_FROM,
     FusedMarginClassifier,
-    fused_margin_loss,
     make_classifier,
 )
 
@@ -55,6 +55,13 @@ def batch(n, n_classes, dim, dtype=torch.float32, near=0.0, seed=0):
     labels = torch.randint(n_classes, (n,), generator=draw)
     x = torch.randn(n, dim, dtype=dtype, generator=draw)
     return x + near * weight[labels], weight, labels
+
+
+def fused_loss(x, weight, labels, loss_fn, chunk_size=None):
+    """What the classifier gives with these weights."""
+    # Of any size, for its own weights are not used.
+    classifier = FusedMarginClassifier(1, 2, loss_fn, chunk_size)
+    return functional_call(classifier, {"weight": weight}, (x, labels))
 
 
 def naive_loss(x, weight, labels, loss_fn):
@@ -105,7 +112,7 @@ def test_equals_the_formulas_in_float64(name, form, chunk):
     x, weight, labels = batch(9, 37, 8, torch.float64, near=0.4)
     labels[:4] = torch.tensor([0, 9, 10, 36])  # borders of chunks of 10
     ours = gradients(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, chunk), x, weight
+        lambda x, w: fused_loss(x, w, labels, loss_fn, chunk), x, weight
     )
     naive = gradients(lambda x, w: naive_loss(x, w, labels, loss_fn), x, weight)
     assert_close(ours, naive, 2e-6 if name in IN_FLOAT32 else 1e-11)
@@ -149,7 +156,7 @@ def test_gradcheck(name, form):
     x, weight, labels = batch(4, 7, 5, torch.float64, seed=3)
     inputs = x.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, 3), inputs
+        lambda x, w: fused_loss(x, w, labels, loss_fn, 3), inputs
     )
 
 
@@ -161,11 +168,11 @@ def test_large_scales_stay_finite_and_right(name, form):
     x[0] = -weight[labels[0]]  # opposite to its own class
     x[1] = weight[labels[1]] * 1e3  # on top of it
     single = gradients(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, 7), x, weight
+        lambda x, w: fused_loss(x, w, labels, loss_fn, 7), x, weight
     )
     assert all(part.isfinite().all() for part in single)
     double = gradients(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, 7),
+        lambda x, w: fused_loss(x, w, labels, loss_fn, 7),
         x.double(),
         weight.double(),
     )
@@ -193,7 +200,7 @@ def test_backward_visits_violated_classes_only(form, monkeypatch):
     monkeypatch.setattr(fused_torch, "gradient", spy)
     loss_fn = make_objective("ram", 0.2, 30.0, form)
     ours = gradients(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, 7), x, weight
+        lambda x, w: fused_loss(x, w, labels, loss_fn, 7), x, weight
     )
     rows = torch.cat(visited).argmax(dim=1)
     assert rows.tolist() == [0, 5]
@@ -206,7 +213,7 @@ def test_hinge_of_separated_classes_is_exactly_nothing():
     weight = torch.eye(12)
     loss_fn = make_objective("ram", 0.3, 30.0, "hinge")
     parts = gradients(
-        lambda x, w: fused_margin_loss(x, w, torch.arange(12), loss_fn, 5),
+        lambda x, w: fused_loss(x, w, torch.arange(12), loss_fn, 5),
         weight,
         weight,
     )
@@ -218,7 +225,7 @@ def test_autocast_computes_in_float32():
     x, weight, labels = batch(6, 50, 8)
 
     def loss(x, w):
-        return fused_margin_loss(x, w, labels, loss_fn, 20)
+        return fused_loss(x, w, labels, loss_fn, 20)
 
     plain = gradients(loss, x, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -237,9 +244,9 @@ def test_gradients_accumulate():
     weight.requires_grad_()
     loss_fn = make_objective("am", 0.2, 30.0)
     for _ in range(2):
-        fused_margin_loss(x, weight, labels, loss_fn, 20).backward()
+        fused_loss(x, weight, labels, loss_fn, 20).backward()
     once = gradients(
-        lambda x, w: fused_margin_loss(x, w, labels, loss_fn, 20), x, weight
+        lambda x, w: fused_loss(x, w, labels, loss_fn, 20), x, weight
     )[2]
     assert torch.allclose(weight.grad, 2 * once)
 
@@ -266,7 +273,7 @@ def test_no_large_matrix_beside_the_weight_gradient(name, form):
     x.requires_grad_(), weight.requires_grad_()
     with LargestTensors() as made:
         loss_fn = objective(name, 0.2, 30.0, form)
-        fused_margin_loss(x, weight, labels, loss_fn, 500).backward()
+        fused_loss(x, weight, labels, loss_fn, 500).backward()
     weight_bytes = weight.untyped_storage().nbytes()
     known = {weight.data_ptr(), x.data_ptr(), weight.grad.data_ptr()}
     others = [s for place, s in made.sizes.items() if place not in known]
@@ -423,23 +430,24 @@ classifier: !new:speechbrain_ram.training.fused.FusedMarginClassifier
     [
         ({"labels": torch.tensor([0, 5])}, ValueError, "from 0 to 5.*0 to 4"),
         ({"labels": torch.tensor([-1, 0])}, ValueError, "from -1.*label enc"),
-        ({"labels": torch.zeros(2, 1).long()}, ValueError, r"\(2, 1\)"),
+        ({"labels": torch.zeros(3).long()}, ValueError, r"\(3,\)"),
         ({"weight": torch.ones(5, 4)}, ValueError, r"\(5, 4\)"),
-        ({"embeddings": torch.ones(2, 1, 3)}, ValueError, "singleton"),
+        ({"x": torch.ones(2, 2, 3)}, ValueError, "singleton"),
+        ({"x": torch.ones(0, 3)}, ValueError, "N at least 1"),
         ({"loss_fn": LogSoftmaxWrapper(None)}, TypeError, "LogSoftmaxWrapper"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
     ],
 )
 def test_says_what_is_wrong(change, error, message):
     kwargs = {
-        "embeddings": torch.ones(2, 3),
+        "x": torch.ones(2, 3),
         "weight": torch.ones(5, 3),
         "labels": torch.tensor([0, 4]),
         "loss_fn": make_objective("ram"),
     }
-    fused_margin_loss(**kwargs)
+    fused_loss(**kwargs)
     with pytest.raises(error, match=message):
-        fused_margin_loss(**{**kwargs, **change})
+        fused_loss(**{**kwargs, **change})
 
 
 def test_needs_two_classes():
