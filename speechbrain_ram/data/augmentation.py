@@ -130,66 +130,6 @@ class RandomAugmentation:
             return choice(waveform[None], torch.ones(1))[0]
 
 
-def musan_and_rirs(
-    musan: str | os.PathLike | None,
-    rirs: str | os.PathLike | None,
-    probability: float = 0.6,
-    sample_rate: int = 16000,
-    resample: bool = False,
-) -> RandomAugmentation | None:
-    """Reverberate, or add noise, music or speech: WeSpeaker's recipe.
-
-    Of the utterances that are changed, half get a room and half a recording
-    of MUSAN, any of its recordings as likely as any other.
-
-    Arguments
-    ---------
-    musan : path or None
-        OpenSLR 17 unpacked: ``noise``, ``music``, ``speech``. None adds none.
-    rirs : path or None
-        Mono room impulse responses, such as ``RIRS_NOISES/simulated_rirs`` of
-        OpenSLR 28. None adds no rooms.
-    probability : float
-        Share of utterances that are changed.
-    sample_rate : int
-        In Hz.
-    resample : bool
-        Whether recordings of another rate are converted to it.
-
-    Returns
-    -------
-    RandomAugmentation or None
-        None where nothing is given.
-
-    Raises
-    ------
-    ManifestError
-        A folder is missing or has no usable recordings.
-
-    Example
-    -------
-    >>> musan_and_rirs(None, None) is None
-    True
-    """
-    choices: list[Callable] = []
-    weights: list[float] = []
-    if rirs is not None:
-        choices.append(Reverberation(NoiseBank(rirs, sample_rate, resample)))
-        weights.append(1.0)
-    if musan is not None:
-        sizes = []
-        for part, (low, high) in MUSAN_SNR.items():
-            bank = NoiseBank(Path(musan) / part, sample_rate, resample)
-            choices.append(
-                AddNoise(noise_funct=bank, snr_low=low, snr_high=high)
-            )
-            sizes.append(len(bank))
-        weights += [size / sum(sizes) for size in sizes]
-    if not choices:
-        return None
-    return RandomAugmentation(choices, weights, probability)
-
-
 class Chain:
     """Augmentations of a waveform [T], one after the other."""
 
@@ -211,17 +151,28 @@ def make_augmentation(
     sample_rate: int = 16000,
     resample: bool = False,
 ) -> Chain | None:
-    """Recorded noise and rooms, then synthetic ones.
+    """Recorded noise and rooms, WeSpeaker's recipe, then synthetic ones.
 
-    Each synthetic distortion changes 3 utterances of 10.
+    Of the utterances that recordings change, half get a room and half a
+    recording of MUSAN, any of its recordings as likely as any other. Each
+    synthetic distortion changes 3 utterances of 10.
 
     Arguments
     ---------
-    musan, rirs, probability, sample_rate, resample
-        As for :func:`musan_and_rirs`.
+    musan : path, optional
+        OpenSLR 17 unpacked: ``noise``, ``music``, ``speech``. None adds none.
+    rirs : path, optional
+        Mono room impulse responses, such as ``RIRS_NOISES/simulated_rirs`` of
+        OpenSLR 28. None adds no rooms.
     synthetic : sequence of str
         Any of :data:`.synthetic.SYNTHETIC`; masks, which are of features, are
         not for here.
+    probability : float
+        Share of utterances that are changed by recordings.
+    sample_rate : int
+        In Hz.
+    resample : bool
+        Whether recordings of another rate are converted to it.
 
     Returns
     -------
@@ -248,14 +199,40 @@ def make_augmentation(
             f"synthetic has {', '.join(map(repr, unknown))}, allowed are "
             f"{', '.join(SYNTHETIC)}."
         )
-    recorded = musan_and_rirs(musan, rirs, probability, sample_rate, resample)
-    links = [] if recorded is None else [recorded]
+    choices, weights = _recorded(musan, rirs, sample_rate, resample)
+    links = []
+    if choices:
+        links.append(RandomAugmentation(choices, weights, probability))
     links += [
         RandomAugmentation([distortion(name, sample_rate)], [1.0], 0.3)
         for name in DISTORTIONS
         if name in synthetic
     ]
     return Chain(*links) if links else None
+
+
+def _recorded(
+    musan: str | os.PathLike | None,
+    rirs: str | os.PathLike | None,
+    sample_rate: int,
+    resample: bool,
+) -> tuple[list[Callable], list[float]]:
+    """What recordings do to an utterance, and how often each."""
+    choices: list[Callable] = []
+    weights: list[float] = []
+    if rirs is not None:
+        choices.append(Reverberation(NoiseBank(rirs, sample_rate, resample)))
+        weights.append(1.0)
+    if musan is not None:
+        sizes = []
+        for part, (low, high) in MUSAN_SNR.items():
+            bank = NoiseBank(Path(musan) / part, sample_rate, resample)
+            choices.append(
+                AddNoise(noise_funct=bank, snr_low=low, snr_high=high)
+            )
+            sizes.append(len(bank))
+        weights += [size / sum(sizes) for size in sizes]
+    return choices, weights
 
 
 def _randint(high: int) -> int:

@@ -11,7 +11,7 @@ from speechbrain_ram.data.augmentation import (
     NoiseBank,
     RandomAugmentation,
     Reverberation,
-    musan_and_rirs,
+    make_augmentation,
 )
 from speechbrain_ram.data.manifest import ManifestError
 
@@ -99,7 +99,7 @@ def test_room(folders):
 
 
 def test_the_key_decides(folders):
-    augment = musan_and_rirs(*folders, probability=1.0)
+    augment = make_augmentation(*folders, probability=1.0)
     keys = [f"7/1/utterance{i}" for i in range(30)]
     first = [augment(tone(), key) for key in keys]
     torch.manual_seed(99)
@@ -125,7 +125,7 @@ def test_shares():
 
 
 def test_musan_and_rirs(folders):
-    augment = musan_and_rirs(*folders)
+    (augment,) = make_augmentation(*folders).links
     assert augment.probability == 0.6
     assert isinstance(augment.choices[0], Reverberation)
     found = {
@@ -143,8 +143,9 @@ def test_musan_and_rirs(folders):
 
 def test_noise_or_rooms_alone(folders):
     musan, rirs = folders
-    assert len(musan_and_rirs(None, rirs).choices) == 1
-    noise = musan_and_rirs(musan, None)
+    (rooms,) = make_augmentation(rirs=rirs).links
+    assert len(rooms.choices) == 1
+    (noise,) = make_augmentation(musan).links
     assert len(noise.choices) == 3
     assert float(noise.weights.sum()) == pytest.approx(1)
 
@@ -152,13 +153,13 @@ def test_noise_or_rooms_alone(folders):
 def test_folders_that_are_no_good(folders, tmp_path):
     musan, rirs = folders
     with pytest.raises(ManifestError, match="nowhere/noise' does not exist"):
-        musan_and_rirs(tmp_path / "nowhere", rirs)
+        make_augmentation(tmp_path / "nowhere", rirs)
     soundfile.write(rirs / "x.wav", np.zeros((99, 2)), RATE)
     with pytest.raises(ManifestError, match="x.wav' has 2 channels"):
-        musan_and_rirs(musan, rirs)
+        make_augmentation(musan, rirs)
     soundfile.write(rirs / "x.wav", np.zeros(99), 8000)
     with pytest.raises(ManifestError, match="sample rate of 8000 Hz"):
-        musan_and_rirs(musan, rirs)
+        make_augmentation(musan, rirs)
 
 
 @pytest.mark.parametrize(
