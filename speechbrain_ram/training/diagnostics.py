@@ -14,22 +14,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-
-#: What ``summary`` returns, with units.
-QUANTITIES = {
-    "satisfied": "share of the non-targets that the margin is kept from",
-    "margin_p05": "5 % quantile of c_y - max c_j, in cosine",
-    "margin_p50": "median of it",
-    "margin_p95": "95 % quantile of it",
-    "gradient_classes": "effective number of non-targets with gradient",
-    "above_floor": "mean loss above the least that the objective allows, nats",
-    "angle_within": "mean angle to the own class's vector, degrees",
-    "angle_within_std": "its standard deviation",
-    "angle_nearest": "mean angle to the nearest other class, degrees",
-    "angle_between": "mean angle to the other classes' vectors, degrees",
-    "angle_between_std": "its standard deviation",
-}
 
 
 class Margins(NamedTuple):
@@ -129,7 +115,7 @@ def loss_floor(loss_fn: LossFunction, n_classes: int) -> float:
 
 
 class MarginDiagnostics:
-    """Collects the quantities of an epoch; see ``QUANTITIES``.
+    """Collects the quantities of an epoch; docs/training-log.md names them.
 
     Keeps up to seven numbers a sample, on the device, so that quantiles are
     exact. The fused loss gives no angles to all others: :meth:`add_margins`.
@@ -250,9 +236,8 @@ class MarginDiagnostics:
         if not samples.numel():
             return {}
         satisfied, margins, within, nearest, *others = samples
-        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
         # Not torch.quantile, which refuses more than 2^24 numbers.
-        low, middle, high = _quantiles(margins, levels)
+        low, middle, high = np.quantile(margins.numpy(), [0.05, 0.5, 0.95])
         summary = {
             "satisfied": satisfied.mean(),
             "margin_p05": low,
@@ -301,12 +286,3 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
         n_rows = min(map(len, parts))
         parts = [part[:n_rows] for part in parts]
     return torch.cat([part.to(device) for part in parts], dim=-1)
-
-
-def _quantiles(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Quantiles by linear interpolation, as numpy's default."""
-    ordered = values.sort().values
-    position = levels * (len(values) - 1)
-    below = position.floor().long()
-    above = position.ceil().long()
-    return torch.lerp(ordered[below], ordered[above], position - below)
