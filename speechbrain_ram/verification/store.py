@@ -106,10 +106,6 @@ class EmbeddingStore:
         record = seal(self.made_with, *_content(arrays))
         with atomic_path(path) as temporary:
             save_file(arrays, temporary, metadata={"record": record})
-            # safetensors makes files that only their owner can read
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
 
     def _read(self, path: Path) -> EmbeddingSet:
         try:
