@@ -52,11 +52,6 @@ class AudioInfo:
     sample_rate: int
     channels: int
 
-    @property
-    def duration(self) -> float:
-        """Length in seconds."""
-        return self.frames / self.sample_rate
-
 
 class Samples(NamedTuple):
     """Where in a file its samples lie, by its header."""

@@ -75,7 +75,6 @@ _CONTENTS = (bytes, bytearray, io.IOBase)
 class Piece:
     """What is embedded at once: a recording, or a window of a long one."""
 
-    recording: int
     samples: int  # at the encoder's rate, perhaps off by one
     load: Callable[[], torch.Tensor]
 
@@ -144,7 +143,6 @@ def split_into_pieces(
     check_length((last - first) / rate, name)
     return [
         Piece(
-            position,
             int((stop - start) * sample_rate / rate),
             partial(read, start=start, stop=stop),
         )

@@ -15,8 +15,8 @@ _WIDE, _NARROWEST = 32, 16
 
 def set_layout(
     encoder: torch.nn.Module, device_type: str, channels_last: bool | None
-) -> bool:
-    """Give an encoder a memory layout, and say whether it is channels_last.
+) -> None:
+    """Give an encoder the memory layout that it is trained in.
 
     None chooses: channels_last on a GPU, and on a CPU for a first stage of 16
     to 31 channels, with AVX512 for wider ones too. A function of width and
@@ -41,7 +41,6 @@ def set_layout(
         )
     if channels_last:
         encoder.to(memory_format=torch.channels_last)
-    return channels_last
 
 
 def precision_advice(device_type: str, precision: str) -> str | None:

@@ -39,7 +39,7 @@ def is_number_or_none(value: Any) -> bool:
 
 def are_numbers(value: Any) -> bool:
     """Whether it is a dictionary of finite numbers."""
-    return _is_dict(value) and all(map(is_number, value.values()))
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def read_state(
@@ -56,7 +56,7 @@ def read_state(
         except ValueError as error:
             raise DamagedCheckpoint(f"'{path}' is damaged: {error}") from error
         checks = {"step": is_count, "avg_train_loss": _is_float}
-        if _is_dict(state):  # older ones have no optimizer_step
+        if isinstance(state, dict):  # older ones have no optimizer_step
             state = {"optimizer_step": state.get("step"), **state}
         _check(path, state, {**checks, "optimizer_step": is_count})
         return state
@@ -73,7 +73,7 @@ def read_state(
             "threads": is_count,
             "faults": _are_texts,
             "log": lambda v: v is None or isinstance(v, str),
-            "kept": _is_dict,
+            "kept": lambda v: isinstance(v, dict),
             "random": _are_random_states,
         },
     )
@@ -98,16 +98,12 @@ def read_state(
 
 
 def _check(path: Any, values: Any, checks: Mapping[str, Check]) -> None:
-    if not _is_dict(values):
+    if not isinstance(values, dict):
         raise DamagedCheckpoint(f"'{path}' is damaged: it has no keys.")
     for name, is_right in checks.items():
         if name not in values or not is_right(values[name]):
             found = str(values[name])[:80] if name in values else "missing"
             raise DamagedCheckpoint(f"'{path}' is damaged: {name} is {found}.")
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_float(value: Any) -> bool:
@@ -116,7 +112,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _are_texts(value: Any) -> bool:
-    return _is_dict(value) and all(
+    return isinstance(value, dict) and all(
         isinstance(text, str) for pair in value.items() for text in pair
     )
 
@@ -143,7 +139,7 @@ def _is_tally(value: Any) -> bool:
     names = [field.name for field in dataclasses.fields(Tally)]
     counts = ("n_right", "n_seen", "n_steps")
     return (
-        _is_dict(value)
+        isinstance(value, dict)
         and sorted(value) == sorted(names)
         and all(map(_is_float, value.values()))
         and all(is_count(value[name]) for name in counts)
