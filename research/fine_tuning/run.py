@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_ram.export.folder import read_folder
+from speechbrain_ram.export.importers import theirs
 from speechbrain_ram.resnet import ResNet34
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,22 +72,11 @@ def main() -> None:
     blank = work / "blank"
     if not (blank / "encoder.json").exists():
         torch.manual_seed(1)
-        network = ResNet34(
-            channels=CHANNELS,
-            embedding_dim=256,
-            deviation="sample",
-            norm_embedding=False,
-        )
-        through_their_names(network, work / "blank_model", blank)
+        through_their_names(new_network(), work / "blank_model", blank)
     train(work, data, "elsewhere", "first", blank, FIRST)
     imported = work / "imported"
     if not (imported / "encoder.json").exists():
-        network = ResNet34(
-            channels=CHANNELS,
-            embedding_dim=256,
-            deviation="sample",
-            norm_embedding=False,
-        )
+        network = new_network()
         found = read_folder(work / "first" / "inference")
         network.load_state_dict(dict(found.weights))
         through_their_names(network, work / "model", imported)
@@ -110,6 +100,16 @@ def link_speakers(source: Path, first: int, folder: Path) -> None:
                 (target / path.name).symlink_to(path.resolve())
 
 
+def new_network() -> ResNet34:
+    """As WeSpeaker's, of the size of CONFIG."""
+    return ResNet34(
+        channels=CHANNELS,
+        embedding_dim=256,
+        deviation="sample",
+        norm_embedding=False,
+    )
+
+
 def through_their_names(network: ResNet34, model: Path, folder: Path) -> None:
     """Write a network as WeSpeaker would, and import that."""
     state = {
@@ -121,17 +121,6 @@ def through_their_names(network: ResNet34, model: Path, folder: Path) -> None:
     (model / "config.yaml").write_text(CONFIG, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     command("import", "wespeaker", str(model), "-o", str(folder))
-
-
-def theirs(name: str) -> str:
-    """WeSpeaker's name of a tensor of ours."""
-    first, *rest = name.split(".")
-    if first == "stages":
-        stage, block, *inner = rest
-        inner[0] = inner[0].replace("norm", "bn")
-        return ".".join([f"layer{int(stage) + 1}", block, *inner])
-    new = {"conv": "conv1", "norm": "bn1", "linear": "seg_1"}[first]
-    return ".".join([new, *rest])
 
 
 def train(work, data, corpus, name, start, settings) -> None:
