@@ -110,9 +110,8 @@ class SpeakerBrain(RobustBrain):
         self.masks = feature_masks() if "masks" in synthetic else None
         self.diagnostics = None
         loss_fn = getattr(self.hparams.compute_cost, "loss_fn", None)
-        if getattr(self.hparams, "margin_diagnostics", True) and hasattr(
-            loss_fn, "scale"
-        ):
+        wanted = getattr(self.hparams, "margin_diagnostics", True)
+        if wanted and hasattr(loss_fn, "scale"):
             self.diagnostics = MarginDiagnostics(loss_fn)
         classifier = dict(self.modules).get("classifier")  # not to embed only
         self.fused = isinstance(classifier, FusedMarginClassifier)
@@ -271,9 +270,8 @@ class SpeakerBrain(RobustBrain):
                 "architecture or another number of speakers. Use another "
                 f"--output_folder, or remove them. ({error})"
             ) from error
-        if self.optimizer_step == 0 and getattr(
-            self.hparams, "verify_untrained", False
-        ):
+        wanted = getattr(hparams, "verify_untrained", False)
+        if wanted and self.optimizer_step == 0:
             self.untrained = self.verify()
             self._log({"epoch": 0}, valid_stats=self.untrained)
 

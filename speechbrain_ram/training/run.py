@@ -184,20 +184,18 @@ def check_settings_of(
     folder: str | os.PathLike,
 ) -> None:
     """Refuse a command whose settings are not those of the run."""
-    names = [*run.settings, *(n for n in settings if n not in run.settings)]
     missing = object()
     differ = {
         name: (run.settings.get(name, missing), settings.get(name, missing))
-        for name in names
+        for name in dict.fromkeys([*run.settings, *settings])
         if run.settings.get(name, missing) != settings.get(name, missing)
     }
     # An option differs wherever the YAML refers to it: name it once.
     options = {name: pair for name, pair in differ.items() if "." not in name}
-    pairs = list(options.values())
     differ = {
         name: pair
         for name, pair in differ.items()
-        if name in options or pair not in pairs
+        if name in options or pair not in options.values()
     }
     lines = [
         f"  {name}: "
