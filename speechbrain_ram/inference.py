@@ -62,6 +62,24 @@ class Comparison:
     targets_below: float | None = None
     nontargets_above: float | None = None
 
+    def told(self) -> list[str]:
+        """The numbers in words: of the pair, then of the development list."""
+        numbers = f"score {self.score:.3f}, threshold {self.threshold:.3f}"
+        if self.llr is not None:
+            numbers += f", log-likelihood ratio {self.llr:+.1f}"
+        if self.targets_below is None or self.nontargets_above is None:
+            return [numbers]
+        return [
+            numbers,
+            f"On the development list {_percent(self.targets_below)} of "
+            f"same-speaker pairs score lower, {_percent(self.nontargets_above)}"
+            " of different-speaker pairs score higher.",
+        ]
+
+
+def _percent(share: float) -> str:
+    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
 
 class _Recordings:
     """What every encoder does with recordings: embed, score, decide."""

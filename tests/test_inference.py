@@ -228,6 +228,12 @@ def test_decisions(encoder):
     assert result.llr == decision.llr(result.score)
     shares = (result.targets_below, result.nontargets_above)
     assert shares == decision.shares(result.score)
+    numbers, told = result.told()
+    assert numbers.startswith(f"score {result.score:.3f}, threshold ")
+    assert f", {100 * shares[1]:.1f} % of different-speaker pairs" in told
+    assert len(Comparison(0.5, 0.4, True).told()) == 1
+    few = Comparison(0.5, 0.4, True, 0.1, 0.0, 0.0004).told()[1]
+    assert "0.0 % of same" in few and "under 0.1 % of different" in few
     with pytest.raises(ValueError, match="there are EER, FAR=1%"):
         encoder.same_speaker(a, b, threshold="FRR=1%")
 

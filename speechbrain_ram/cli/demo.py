@@ -74,7 +74,8 @@ def create_app(encoder: SpeakerEncoder, host: str = "127.0.0.1"):
     async def serve_encoder(request: Request) -> Response:
         decision = encoder.decision.to_dict()
         del decision["calibration"]
-        return JSONResponse({"decision": decision, "facts": encoder.facts})
+        answer = {"decision": decision, "facts": encoder.facts}
+        return JSONResponse({**answer, "eer": f"{encoder.decision.eer:.2f} %"})
 
     async def serve_comparison(request: Request) -> Response:
         with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +247,9 @@ def compare(
         for path in named:
             check()
             waveforms.append(envelope(encoder, path))
-        return {**asdict(watched.compare(*named)), "waveforms": waveforms}
+        result = watched.compare(*named)
+        told = {"told": result.told(), "waveforms": waveforms}
+        return asdict(result) | told
     except ValueError as error:
         text = str(error)
         for path, name in named.items():

@@ -72,17 +72,7 @@ def compare(chosen, a, b, threshold, device):
         a, b, number_or_name(threshold)
     )
     verdict = "same speaker" if result.same_speaker else "different speakers"
-    text = f"{verdict}: score {result.score:.3f}, "
-    text += f"threshold {result.threshold:.3f}"
-    if result.llr is not None:
-        text += f", log-likelihood ratio {result.llr:+.1f}"
-    if result.targets_below is not None:
-        text += (
-            "\nOn the development list "
-            f"{100 * result.targets_below:.1f} % of same-speaker pairs score "
-            f"lower, {100 * result.nontargets_above:.1f} % of "
-            "different-speaker pairs score higher."
-        )
+    text = f"{verdict}: " + "\n".join(result.told())
     return asdict(result), text, 0 if result.same_speaker else 1
 
 

@@ -29,7 +29,11 @@ from scipy.special import expit
 
 from speechbrain_ram.data.plain import read_json
 from speechbrain_ram.utils import atomic_writer, is_number
-from speechbrain_ram.verification.metrics import error_curve, far_name
+from speechbrain_ram.verification.metrics import (
+    error_curve,
+    far_name,
+    far_of,
+)
 
 
 @dataclass(frozen=True)
@@ -314,12 +318,25 @@ class Decision:
         """Share of target scores below a cosine, and of non-target scores
         above it.
 
-        Each is exact to the width of a bin (0.02).
+        They are known at the edges of the bins and at the thresholds; from
+        one such cosine to the next they are taken to change evenly.
         """
-        bin_of_score = int(np.clip((score + 1) / 2 * BINS, 0, BINS - 1))
-        below = sum(self.targets[:bin_of_score]) / self.n_target
-        above = sum(self.nontargets[bin_of_score + 1 :]) / self.n_nontarget
-        return below, above
+        below = np.cumsum([0.0, *self.targets])
+        above = np.cumsum([0.0, *self.nontargets])
+        at_eer = [(self.thresholds.get("EER", 1.0), self.eer / 100)]
+        at_far = [
+            (cosine, far)
+            for name, cosine in self.thresholds.items()
+            if (far := far_of(name)) is not None
+        ]
+        return (
+            _between(score, below / self.n_target, at_eer),
+            _between(
+                score,
+                (above[-1] - above) / self.n_nontarget,
+                [*at_eer, *at_far],
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -341,6 +358,23 @@ class Decision:
                 f"These are not thresholds and score distributions: {error!r}. "
                 "Was the file edited, or written by another version?"
             ) from error
+
+
+def _between(
+    score: float, shares: np.ndarray, known: Sequence[tuple[float, float]]
+) -> float:
+    """A share at a score, from those at the edges of bins [BINS + 1] and those
+    at cosines where it is known.
+    """
+    edges = np.linspace(-1, 1, BINS + 1)
+    for cosine, share in known:
+        if -1 < cosine < 1:  # at 1 nothing is known: see `fit`
+            after = int(np.searchsorted(edges, cosine, side="right"))
+            # within what the bin leaves open, whatever a file says
+            share = np.clip(share, *sorted(shares[after - 1 : after + 1]))
+            edges = np.insert(edges, after, cosine)
+            shares = np.insert(shares, after, share)
+    return float(np.interp(score, edges, shares))
 
 
 def _histogram(scores: np.ndarray) -> tuple[int, ...]:

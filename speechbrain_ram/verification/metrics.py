@@ -24,6 +24,7 @@ scores and lists that lack one class.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -275,6 +276,12 @@ def threshold_at_far(
 def far_name(far: float) -> str:
     """What the threshold at a false-alarm rate is called: "FAR=1%"."""
     return f"FAR={100 * far:g}%"
+
+
+def far_of(name: str) -> float | None:
+    """The rate that :func:`far_name` named, or None."""
+    percent = re.fullmatch(r"FAR=(\d{1,3}(?:\.\d{1,9})?)%", name, re.ASCII)
+    return float(percent[1]) / 100 if percent else None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def test_the_answer_is_the_encoders(address, encoder):
     assert status == 200
     assert answer["score"] == pytest.approx(encoder.score(a, b), abs=1e-3)
     assert answer["threshold"] == encoder.decision.threshold()
+    assert "of different-speaker pairs score higher" in answer["told"][1]
     seconds = [wave["seconds"] for wave in answer["waveforms"]]
     assert seconds == [1.0, 2.0]
     for wave, wav in zip(answer["waveforms"], (a, b), strict=True):
@@ -92,6 +93,7 @@ def test_what_the_page_shows_of_the_encoder(address, encoder):
     with urllib.request.urlopen(f"{address}/encoder") as response:
         answer = json.load(response)
     assert tuple(answer["decision"]["targets"]) == encoder.decision.targets
+    assert answer["eer"] == f"{encoder.decision.eer:.2f} %"
     with urllib.request.urlopen(address) as response:
         page = response.read().decode()
         policy = response.headers["Content-Security-Policy"]
@@ -297,7 +299,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.1)
 
 
-def test_the_page_in_a_browser(address, browser, tmp_path):
+def test_the_page_in_a_browser(address, encoder, browser, tmp_path):
     def text(element):
         return browser.find_element("id", element).text
 
@@ -313,7 +315,12 @@ def test_the_page_in_a_browser(address, browser, tmp_path):
     compare.click()
     wait_for(lambda: text("verdict"))
     assert text("verdict") in ("The same speaker", "Different speakers")
-    assert "threshold" in text("details")
+    asked = [tmp_path / f"{side}.wav" for side in "ab"]
+    said = ". ".join(encoder.compare(*asked).told())  # as the command says it
+    assert text("details") == said[0].upper() + said[1:]
+    assert text("facts").startswith(
+        f"Development list imagined: EER {encoder.decision.eer:.2f} % over 400"
+    )
     threshold = re.search(r"threshold (\d\.\d{3})", text("details"))[0]
     plot = browser.find_element("id", "plot").text
     assert "score" in plot and threshold in plot and "2 %" in plot, plot

@@ -35,14 +35,51 @@ def test_thresholds_are_operating_points(decision):
 def test_shares_count_scores(decision):
     scores, labels = dev_scores()
     targets, nontargets = scores[labels == 1], scores[labels == 0]
-    for score in (-1.0, -0.2, 0.31, 0.55, 0.99, 1.0):
+    for score in np.linspace(-1, 1, 401):
         below, above = decision.shares(score)
-        assert below == pytest.approx(np.mean(targets < score), abs=0.06)
-        assert above == pytest.approx(np.mean(nontargets > score), abs=0.06)
+        assert below == pytest.approx(np.mean(targets < score), abs=0.02)
+        assert above == pytest.approx(np.mean(nontargets > score), abs=0.005)
     # At the edge of a bin the count is exact.
-    below, above = decision.shares(0.5 + 1e-9)
-    assert below == np.mean(targets < 0.5)
-    assert above == np.mean(nontargets >= 0.52)
+    below, above = decision.shares(0.5)
+    assert below == pytest.approx(np.mean(targets < 0.5))
+    assert above == pytest.approx(np.mean(nontargets > 0.5))
+
+
+def test_shares_agree_with_the_thresholds():
+    """Where scores lie at one end of a bin, too."""
+    nontargets = np.append(np.zeros(960), np.linspace(0.591, 0.5999, 40))
+    targets = np.linspace(0.5, 0.9, 100)
+    decision = Decision.fit(
+        np.concatenate([nontargets, targets]), [0] * 1000 + [1] * 100, "steep"
+    )
+    at_far = decision.threshold("FAR=1%")
+    assert 0.596 < at_far < 0.598
+    assert decision.shares(at_far)[1] == pytest.approx(0.01)
+    for score in (0.3, 0.585, at_far - 0.001):
+        assert decision.shares(score)[1] > 0.01
+    for score in (at_far + 0.001, 0.599):
+        assert 0 < decision.shares(score)[1] < 0.01
+
+
+@pytest.mark.parametrize("n", [400, 40])
+def test_shares_at_the_threshold_are_the_error_rate(n):
+    rng = np.random.default_rng(n)
+    scores = 0.2 * rng.standard_normal(2 * n) + np.repeat([0, 0.5], n)
+    decision = Decision.fit(scores, np.repeat([0, 1], n), "few")
+    shares = decision.shares(decision.threshold())
+    assert shares == pytest.approx([decision.eer / 100] * 2, abs=1 / n)
+
+
+def test_shares_never_turn_back(decision):
+    for each in (
+        decision,
+        replace(decision, eer=99.0),  # as a damaged file may say
+        replace(decision, thresholds={"EER": 0.1, "FAR=1%": -0.9}),
+    ):
+        rows = [each.shares(score) for score in np.linspace(-1.1, 1.1, 1001)]
+        below, above = np.array(rows).T
+        assert below[0] == above[-1] == 0 and below[-1] == above[0] == 1
+        assert (np.diff(below) >= 0).all() and (np.diff(above) <= 0).all()
 
 
 def test_every_score_is_in_a_bin(decision):
@@ -52,7 +89,7 @@ def test_every_score_is_in_a_bin(decision):
     # A cosine of 1 + 1e-7 is rounding, not an outlier.
     wide = Decision.fit([1.0000001, -1.0000001], [1, 0], "edges")
     assert (sum(wide.targets), sum(wide.nontargets)) == (1, 1)
-    assert wide.shares(1.5) == (0.0, 0.0)
+    assert wide.shares(1.5) == (1.0, 0.0)
 
 
 def test_calibration_puts_zero_between_the_classes(decision):
