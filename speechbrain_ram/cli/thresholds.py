@@ -116,6 +116,7 @@ def _measured(scores, labels, speakers, fars) -> dict:
     from speechbrain_ram.verification.bootstrap import (
         bootstrap,
         bootstrap_thresholds,
+        too_few_speakers,
     )
     from speechbrain_ram.verification.metrics import error_curve, far_name
 
@@ -130,16 +131,20 @@ def _measured(scores, labels, speakers, fars) -> dict:
         "misses": {k: int((target & ~a).sum()) for k, a in above.items()},
         "false_alarms": {k: int((~target & a).sum()) for k, a in above.items()},
         "intervals": None,
+        "no_intervals": None,  # why not
         "speakers": None,
     }
     if speakers is not None:
         who = (scores, labels, speakers.enrol, speakers.test)
         large = {"progress": len(labels) > 1_000_000}
+        facts["speakers"] = len(speakers.names)
+        facts["no_intervals"] = too_few_speakers(*who[1:]) or None
+        if facts["no_intervals"]:
+            return facts
         spread = bootstrap_thresholds(*who, fars, **large)
         wide = {name: [each.low, each.high] for name, each in spread.items()}
         each = bootstrap(*who, (), **large)["EER"]
         facts["intervals"] = {"eer": [each.low, each.high], "thresholds": wide}
-        facts["speakers"] = len(speakers.names)
     return facts
 
 
@@ -171,7 +176,9 @@ def _told(facts: dict) -> list[str]:
             f"Threshold {name}: not measured, it needs {needed:,} "
             "different-speaker pairs"
         )
-    if who:
+    if facts["no_intervals"]:
+        lines.append(facts["no_intervals"])
+    elif who:
         lines.append(f"In brackets: the 95 % interval over {who} speakers.")
     lines.append(
         f"Saved in {facts['encoder']}, "

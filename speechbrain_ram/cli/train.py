@@ -66,6 +66,7 @@ from speechbrain_ram.utils import (
     one_line_errors,
     printable,
 )
+from speechbrain_ram.verification.bootstrap import too_few_speakers
 from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.metrics import eer
 from speechbrain_ram.verification.report import (
@@ -302,11 +303,13 @@ def verify(brain, trials, hparams, output):
     speakers = known_speakers(
         trials, speaker_of=speakers_beside(hparams["trials"])
     )
+    few = ""
     if speakers:
+        few = too_few_speakers(trials.labels, speakers.enrol, speakers.test)
         systems = with_intervals(systems, trials, speakers)
-        after = systems[hparams["objective"]].intervals["EER"]
+        after = systems[hparams["objective"]].intervals.get("EER", rate)
     try:
-        said = [*notes, session_note(trials)]
+        said = [*notes, session_note(trials), *filter(None, [few])]
         write_report(output / "report", name, trials, systems, notes=said)
         print(f"Report: {output / 'report' / 'results.md'}")
     except ImportError as error:  # everything but the pictures goes on
@@ -314,7 +317,9 @@ def verify(brain, trials, hparams, output):
     if untrained is not None:
         print(f"EER before training: {untrained:.2f} %")
     print(f"EER after training: {after:.2f} %")
-    if speakers:
+    if few:
+        print(few)
+    elif speakers:
         count = len(speakers.names)
         print(f"In brackets: the 95 % interval over {count} speakers.")
     for note in notes:

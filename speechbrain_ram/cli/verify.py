@@ -9,6 +9,7 @@ sums up, and OUTPUT/LIST/ has each list's scores and report.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections import Counter
@@ -39,7 +40,7 @@ from speechbrain_ram.utils import (
     printable,
     rank,
 )
-from speechbrain_ram.verification.bootstrap import Interval
+from speechbrain_ram.verification.bootstrap import Interval, too_few_speakers
 from speechbrain_ram.verification.calibration import (
     Calibration,
     fit_calibration,
@@ -79,6 +80,8 @@ from speechbrain_ram.verification.trials import (
     read_list_and_models,
     speakers_beside,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
@@ -417,7 +420,12 @@ def report(
     groups: dict[str, np.ndarray],
 ) -> tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]:
     """Intervals where the speakers are known, then the folder."""
+    notes = []
     if speakers:
+        few = too_few_speakers(trials.labels, speakers.enrol, speakers.test)
+        if few:
+            notes = [few]
+            logger.warning("%s: %s", printable(title), few)
         systems = with_intervals(
             systems,
             trials,
@@ -427,7 +435,7 @@ def report(
             options.seed,
         )
     metrics = write_report(
-        folder, title, trials, systems, groups, options.p_targets
+        folder, title, trials, systems, groups, options.p_targets, notes
     )
     return metrics, {name: each.intervals for name, each in systems.items()}
 

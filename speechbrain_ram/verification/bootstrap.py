@@ -14,6 +14,8 @@ such as minDCF look better than they are, and plain percentiles of minDCF miss
 the truth far too often (see the coverage test). They are widened, if need be,
 to hold the value, and cut off where the metric ends. They say how the number
 would vary over other speakers of this population, not over other trainings.
+Few speakers do not show their population: below `LEAST_SPEAKERS` there are no
+intervals.
 """
 
 from __future__ import annotations
@@ -31,6 +33,12 @@ from speechbrain_ram.verification.metrics import (
     error_curve,
     far_name,
 )
+
+#: Speakers that must have trials of either kind, else there are no intervals.
+#: Of simulated lists an interval of 95 % held the true EER in 87 % at ten
+#: speakers, 76 % at five and 50 % at three (300 lists of 1,500 trials each, as
+#: the slow test draws them). Two speakers have one draw only, the list itself.
+LEAST_SPEAKERS = 10
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,12 @@ def bootstrap(
 
     Each trial has a speaker (a name or number) on each side; a target trial of
     two speakers, or a non-target trial of one, is a ValueError. `level` is the
-    share of the replicates inside the interval.
+    share of the replicates inside the interval. There are none where
+    :func:`too_few_speakers` says so.
     """
     system = _Resampled(scores, labels, enrol_speakers, test_speakers)
+    if system.few:
+        return {}
     names, value, draws = _replicate(
         [system], _error_rates(p_targets), replicates, seed, progress
     )
@@ -103,12 +114,15 @@ def paired_bootstrap(
     """Is one system better than another on the same trials?
 
     Both systems see the same draws of speakers, so that what makes a speaker
-    hard for both cancels. Differences are `scores` minus `other_scores`.
+    hard for both cancels. Differences are `scores` minus `other_scores`; there
+    are none where there are no intervals.
     """
     systems = [
         _Resampled(each, labels, enrol_speakers, test_speakers)
         for each in (scores, other_scores)
     ]
+    if systems[0].few:
+        return {}
     names, value, draws = _replicate(
         systems, _error_rates(p_targets), replicates, seed, progress
     )
@@ -172,6 +186,8 @@ def bootstrap_thresholds(
     system = _Resampled(
         scores, labels, enrol_speakers, test_speakers, whole=True
     )
+    if system.few:
+        return {}
     names, value, draws = _replicate(
         [system], measures, replicates, seed, progress
     )
@@ -180,6 +196,26 @@ def bootstrap_thresholds(
         name: Interval(float(value[0, i]), float(low[i]), float(high[i]))
         for i, name in enumerate(names)
     }
+
+
+def too_few_speakers(
+    labels: ArrayLike, enrol_speakers: ArrayLike, test_speakers: ArrayLike
+) -> str:
+    """Why a list of these speakers has no intervals, "" where it has some."""
+    labels = np.asarray(labels)
+    enrol, test = np.asarray(enrol_speakers), np.asarray(test_speakers)
+    apart = labels == 0
+    counts = {
+        "same-speaker": np.unique(enrol[labels == 1]).size,
+        "different-speaker": np.unique([enrol[apart], test[apart]]).size,
+    }
+    kind = min(counts, key=counts.__getitem__)
+    if counts[kind] >= LEAST_SPEAKERS:
+        return ""
+    return (
+        f"No intervals over speakers: {counts[kind]} speakers have {kind} "
+        f"trials, {LEAST_SPEAKERS} are needed."
+    )
 
 
 class _Resampled:
@@ -220,6 +256,7 @@ class _Resampled:
                 f"'{names[enrol[first]]}' and '{names[test[first]]}'. Is the "
                 "speaker another part of the utterance's name?"
             )
+        self.few = too_few_speakers(labels, enrol, test)
         target = np.flatnonzero(labels == 1)
         nontarget = np.flatnonzero(labels == 0)
         target = target[np.argsort(scores[target])]

@@ -13,6 +13,7 @@ from small_encoder import export_small, voice
 from speechbrain_ram.cli import thresholds
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.verification import bootstrap
 from speechbrain_ram.verification.calibration import Decision
 
 
@@ -63,6 +64,7 @@ def content(folder):
 
 
 def test_all_pairs_of_a_folder(folder, voices, tmp_path, monkeypatch):
+    monkeypatch.setattr(bootstrap, "LEAST_SPEAKERS", 4)
     monkeypatch.setattr(thresholds, "_ERRORS", 0.9)  # of 96, FAR=1% is measured
     before, old = content(folder), SpeakerEncoder.from_folder(folder).decision
     scores, labels = pair_scores(folder, voices)
@@ -84,6 +86,9 @@ def test_all_pairs_of_a_folder(folder, voices, tmp_path, monkeypatch):
     at_eer = after.decision.thresholds["EER"]
     assert f"| threshold at EER | {at_eer:.3f} |" in card
     assert "imagined" not in card
+    facts = json.loads(run(folder, voices, "--json").stdout)
+    low, high = facts["intervals"]["thresholds"]["EER"]
+    assert -1 <= low <= facts["thresholds"]["EER"] <= high <= 1
     lines = result.stdout.splitlines()
     counts = "24 same-speaker and 96 different-speaker pairs of 4 speakers"
     assert lines[0].endswith(counts)
@@ -102,8 +107,9 @@ def test_what_too_few_pairs_do_not_measure_is_not_saved(folder, voices):
     assert "errors stand behind the EER" in result.stderr
     assert list(facts["thresholds"]) == ["EER"]
     assert facts["replaced"]["list"] == "imagined"
-    low, high = facts["intervals"]["thresholds"]["EER"]
-    assert -1 <= low <= facts["thresholds"]["EER"] <= high <= 1
+    assert facts["intervals"] is None and facts["speakers"] == 4
+    said = "4 speakers have same-speaker trials, 10 are needed"
+    assert said in facts["no_intervals"]
     words = [
         "compare",
         "-e",

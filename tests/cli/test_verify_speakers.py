@@ -21,6 +21,7 @@ from speechbrain_ram.data.manifest import (
     write_manifest,
 )
 from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.verification import bootstrap
 from speechbrain_ram.verification.metrics import evaluate
 from speechbrain_ram.verification.scores import (
     read_scores,
@@ -37,6 +38,11 @@ SPEAKERS = {f"s{i}": 90 + 25 * i for i in range(6)}
 def verify():
     """The script as a module."""
     return cli_verify
+
+
+@pytest.fixture(autouse=True)
+def six_speakers_are_enough(monkeypatch):
+    monkeypatch.setattr(bootstrap, "LEAST_SPEAKERS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +174,18 @@ def test_without_intervals(
     assert data["intervals"] == {"run": {}}
     warnings = [r for r in caplog.records if r.levelname == "WARNING"]
     assert said in caplog.text and bool(said) == bool(warnings)
+
+
+def test_few_speakers_have_no_intervals(
+    verify, world, tmp_path, capsys, caplog, monkeypatch
+):
+    monkeypatch.setattr(bootstrap, "LEAST_SPEAKERS", 10)
+    verify.main(arguments(world, tmp_path, "one"))
+    printed = capsys.readouterr().out
+    assert "intervals" not in printed and "[" not in printed
+    said = "No intervals over speakers: 6 speakers have same-speaker trials"
+    assert f"one: {said}" in caplog.text
+    assert f"**{said}" in (tmp_path / "one" / "results.md").read_text()
 
 
 def test_everything_at_once(verify, world, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from speechbrain_ram.verification import bootstrap as bootstrapping
 from speechbrain_ram.verification.bootstrap import (
     Interval,
     _ends,
@@ -10,8 +11,10 @@ from speechbrain_ram.verification.bootstrap import (
     _replicate,
     _Resampled,
     bootstrap,
+    bootstrap_draws,
     bootstrap_thresholds,
     paired_bootstrap,
+    too_few_speakers,
 )
 from speechbrain_ram.verification.metrics import (
     eer,
@@ -88,8 +91,37 @@ def test_thresholds_have_intervals():
 def test_a_draw_without_targets_is_drawn_again():
     system = _Resampled([0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"))
     assert system.replicate(np.array([0, 2, 1])) is None
-    result = bootstrap([0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"))
-    assert np.isfinite([result["EER"].low, result["EER"].high]).all()
+    draws = bootstrap_draws(
+        [0.9, 0.1, 0.3], [1, 0, 0], list("aab"), list("abc"), replicates=50
+    )
+    assert np.isfinite(draws["EER"]).all()
+
+
+@pytest.mark.parametrize(
+    "own, others, says",
+    [
+        (2, 2, "2 speakers have same-speaker trials, 10 are needed"),
+        (9, 12, "9 speakers have same-speaker trials"),
+        (12, 9, "9 speakers have different-speaker trials"),
+        (10, 10, ""),
+    ],
+)
+def test_few_speakers_have_no_intervals(own, others, says):
+    """Two speakers have one draw, which made an interval of no width."""
+    names = [*range(own), *range(others)] * 20
+    other = [*range(own), *((i + 1) % others for i in range(others))] * 20
+    labels = ([1] * own + [0] * others) * 20
+    scores = np.random.default_rng(0).standard_normal(len(labels)) + labels
+    who = labels, names, other
+    assert says in too_few_speakers(*who)
+    few = {"replicates": 20, "p_targets": ()}
+    for found in (
+        bootstrap(scores, *who, **few),
+        paired_bootstrap(scores, scores, *who, **few),
+        bootstrap_thresholds(scores, *who, replicates=20),
+    ):
+        assert bool(found) == (not says)
+    assert bool(too_few_speakers(*who)) == bool(says)
 
 
 def test_interval_holds_the_value_and_is_reproducible():
@@ -129,7 +161,7 @@ def test_intervals_hold_their_value_and_no_negative_rate():
     """Few errors: reflected percentiles end below zero, or off the value."""
     narrow = 0
     for seed in range(20):
-        scores, labels, enrol, test = speaker_list(300, speakers=8, seed=seed)
+        scores, labels, enrol, test = speaker_list(300, speakers=10, seed=seed)
         trials = scores + 3 * labels, labels, enrol, test
         _, value, draws = _replicate(
             [_Resampled(*trials)], _error_rates((0.01,)), 30, 0, False
@@ -226,6 +258,20 @@ def test_intervals_cover_the_truth():
     assert 0.88 <= eer_share <= 0.99
     assert 0.88 <= dcf_share <= 0.99
     assert 0.78 <= hard_share <= 0.99
+
+
+@pytest.mark.slow
+def test_intervals_of_few_speakers_would_not_cover_the_truth(monkeypatch):
+    """Why ten are the least: 0.87 at ten, 0.76 at five, 0.50 at three."""
+    monkeypatch.setattr(bootstrapping, "LEAST_SPEAKERS", 3)
+    truth = eer(*speaker_list(1_000_000, speakers=20_000)[:2])
+    held = {3: 0, 5: 0, 10: 0}
+    for speakers in held:
+        for seed in range(300):
+            trials = speaker_list(1500, speakers, seed=seed + 1)
+            found = bootstrap(*trials, p_targets=(), replicates=150)["EER"]
+            held[speakers] += found.low <= truth <= found.high
+    assert held[3] < 0.6 * 300 < held[5] < 0.82 * 300 < held[10]
 
 
 @pytest.mark.slow
