@@ -58,12 +58,17 @@ def export_small(
     classifier=None,
     **options,
 ):
-    """Export an untrained encoder of 16 dimensions; returns the folder."""
+    """Export an untrained encoder of 16 dimensions; returns the folder.
+
+    `decision` may be one of the caller's own.
+    """
     label_encoder = CategoricalEncoder()
     label_encoder.update_from_iterable(SPEAKERS)
     torch.manual_seed(seed)
+    if decision is True:
+        decision = Decision.fit(*dev_scores(), "imagined")
     if decision:
-        options["decision"] = Decision.fit(*dev_scores(), "imagined")
+        options["decision"] = decision
     return export_inference(
         Path(folder),
         YAML.replace("NAME", front_end),

@@ -56,7 +56,7 @@ _THREADS = 4  # read recordings at once
     "--near",
     metavar="NUMBER|NAME",
     help="Warn where a new speaker scores this with another one."
-    "  [default: the highest threshold saved]",
+    "  [default: the highest saved, if one is at a false-alarm rate]",
 )
 @device_option
 @command
@@ -126,24 +126,25 @@ def _scores(encoder, gates: Mapping[str, str | None]) -> dict[str, float]:
     decision, defaults = encoder.decision, {}
     if decision is not None:
         at_eer = encoder.threshold()
-        defaults = {
-            "agreement": at_eer - _AGREEMENT * decision.llr_step(),
-            "near": max(decision.thresholds.values()),
-        }
+        defaults = {"agreement": at_eer - _AGREEMENT * decision.llr_step()}
+        # At the EER most new speakers are near one of twenty.
+        if decision.thresholds.keys() > {"EER"}:
+            defaults["near"] = max(decision.thresholds.values())
     found, without = {}, []
     for name, value in gates.items():
         score = number_or_name(value)
         if isinstance(score, float) or (decision and score):
             found[name] = encoder.threshold(score)
-        elif decision:
+        elif name in defaults:
             found[name] = defaults[name]
         else:
             without.append(f"--{name}")
     if without:
+        which = " at a false-alarm rate" if decision else ""
         click.echo(
-            "Warning: no threshold is saved with this encoder, so "
-            f"{' and '.join(without)} are not checked. `speechbrain-ram "
-            "threshold` measures one on recordings of yours.",
+            f"Warning: no threshold{which} is saved with this encoder, so "
+            f"{' and '.join(without)} {'is' if which else 'are'} not checked. "
+            "`speechbrain-ram threshold` measures one on recordings of yours.",
             err=True,
         )
     return found

@@ -275,6 +275,11 @@ def info(chosen, database):
         text["EER on it"] = f"{decision.eer:.2f} %"
         for name, value in decision.thresholds.items():
             text[f"Threshold {name}"] = f"cosine {value:.3f}"
+        facts["not_measured"] = decision.not_measured()
+        for name, needed in facts["not_measured"].items():
+            text[f"Threshold {name}"] = (
+                f"not measured, it needs {needed:,} different-speaker pairs"
+            )
     if database:
         enrolled = open_database(database, encoder).speakers()
         facts["enrolled"] = enrolled

@@ -14,13 +14,6 @@ from speechbrain_ram.cli.common import (
     load_encoder,
 )
 
-#: False-alarm rates that thresholds are named after.
-FARS = (0.01, 0.001)
-
-# Errors that measure a rate: with 30 it is within 30 % of the truth at 90 %,
-# if trials are independent (Doddington et al., Speech Communication, 2000).
-_ERRORS = 30
-
 
 @click.command()
 @encoder_option
@@ -51,9 +44,9 @@ def threshold(chosen, data, root, device):
     tell of a development list. They replace those that ENCODER had.
     """
     from speechbrain_ram.export.folder import check_replaceable, write_decision
-    from speechbrain_ram.verification.calibration import Decision
+    from speechbrain_ram.verification.calibration import ERRORS, Decision
     from speechbrain_ram.verification.embeddings import extract
-    from speechbrain_ram.verification.metrics import far_name
+    from speechbrain_ram.verification.metrics import far_of
     from speechbrain_ram.verification.scores import score_trials
 
     check_replaceable(chosen.path)
@@ -61,28 +54,24 @@ def threshold(chosen, data, root, device):
     encoder = load_encoder(chosen, device)
     found = extract(encoder.embedder, trials.utterances, root)
     scores = score_trials(trials, found.ids, found.matrix)
-    needed = {far: round(_ERRORS / far) for far in FARS}
-    n_nontarget = int((trials.labels == 0).sum())
-    fars = [far for far in FARS if n_nontarget >= needed[far]]
-    decision = Decision.fit(scores, trials.labels, name, fars)
+    decision = Decision.fit(scores, trials.labels, name)
+    fars = [far for far in map(far_of, decision.thresholds) if far is not None]
     old = encoder.decision
     facts = {
         "encoder": chosen.path,
         "list": name,
         "n_target": decision.n_target,
-        "n_nontarget": n_nontarget,
+        "n_nontarget": decision.n_nontarget,
         **_measured(scores, trials.labels, speakers, fars),
-        "not_measured": {
-            far_name(far): n for far, n in needed.items() if far not in fars
-        },
+        "not_measured": decision.not_measured(),
         "replaced": old and {"list": old.trials, "thresholds": old.thresholds},
         "card": write_decision(chosen.path, decision),
     }
     errors = min(facts["misses"]["EER"], facts["false_alarms"]["EER"])
-    if errors < _ERRORS:
+    if errors < ERRORS:
         click.echo(
             f"Warning: {errors} errors stand behind the EER and its threshold, "
-            f"{_ERRORS} would measure them. Add speakers, or recordings.",
+            f"{ERRORS} would measure them. Add speakers, or recordings.",
             err=True,
         )
     return facts, "\n".join(_told(facts))

@@ -66,12 +66,26 @@ def model_card(
         rate=architecture["sample_rate"],
         dim=architecture["embedding_dim"],
         facts="\n".join(rows),
-        results="\n\n".join([*note, decision_table(decision)]),
+        results="\n\n".join([*note, decision_text(decision)]),
     )
 
 
+def decision_text(decision: Decision | None) -> str:
+    """What a card says of a development list, and which thresholds it lacks."""
+    absent = decision.not_measured() if decision else {}
+    needs = [f"at {name} {count:,}" for name, count in absent.items()]
+    told = [decision_table(decision)]
+    if needs:
+        told.append(
+            "The list has fewer different-speaker pairs than further "
+            f"thresholds need, {' and '.join(needs)}: `speechbrain-ram "
+            "threshold` measures them on recordings of yours."
+        )
+    return "\n\n".join(told)
+
+
 def decision_table(decision: Decision | None) -> str:
-    """What a card says of a development list, and its thresholds."""
+    """The results on a development list, and its thresholds."""
     if decision is None:
         return "No development list was scored, so no threshold is saved."
     rows = [

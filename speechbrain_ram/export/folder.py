@@ -38,6 +38,7 @@ from speechbrain_ram.export.architecture import (
 )
 from speechbrain_ram.export.card import (
     decision_table,
+    decision_text,
     model_card,
     read_decision,
     read_facts,
@@ -182,7 +183,7 @@ def write_decision(folder: str | os.PathLike, decision: Decision) -> bool:
     changed its table.
     """
     check_replaceable(folder)
-    before = decision_table(read_folder(folder).decision)
+    old = read_folder(folder).decision
     file, card = Path(folder) / DESCRIPTION, Path(folder) / "README.md"
     description = {**read_json(file), "decision": decision.to_dict()}
     text = json.dumps(description, indent=1, allow_nan=False) + "\n"
@@ -190,11 +191,13 @@ def write_decision(folder: str | os.PathLike, decision: Decision) -> bool:
     said = limited_text(card, JSON_BYTES) if card.is_file() else ""
     with atomic_writer(file) as opened:
         opened.write(text)
-    known = said.count(before) == 1
-    if known:
-        with atomic_writer(card) as opened:
-            opened.write(said.replace(before, decision_table(decision)))
-    return known
+    # Cards of earlier versions have the table alone.
+    for before in (decision_text(old), decision_table(old)):
+        if said.count(before) == 1:
+            with atomic_writer(card) as opened:
+                opened.write(said.replace(before, decision_text(decision)))
+            return True
+    return False
 
 
 def read_folder(folder: str | os.PathLike) -> EncoderFolder:

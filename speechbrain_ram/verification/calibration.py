@@ -232,6 +232,13 @@ def _columns(
 #: Bins of the score distributions, over cosines from -1 to 1.
 BINS = 100
 
+#: False-alarm rates that have a threshold, where pairs enough measure it.
+FARS = (0.01, 0.001)
+
+#: Errors that measure a rate: with 30 it is within 30 % of the truth at 90 %,
+#: if trials are independent (Doddington et al., Speech Communication, 2000).
+ERRORS = 30
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -239,7 +246,8 @@ class Decision:
 
     A pair is accepted when its score is at least the threshold. The threshold
     "EER" misses as large a share of the targets as it accepts non-targets;
-    "FAR=1%" is the lowest that accepts at most 1 % of the non-targets.
+    "FAR=1%" is the lowest that accepts at most 1 % of the non-targets, and
+    "FAR=0.1%" likewise; see :meth:`not_measured`.
     """
 
     trials: str  # which list, for a person to read
@@ -273,14 +281,20 @@ class Decision:
         scores: ArrayLike,
         labels: ArrayLike,
         trials: str,
-        fars: Sequence[float] = (0.01,),
     ) -> Decision:
-        """Fit on the cosines [N] of a development list of this name."""
+        """Fit on the cosines [N] of a development list of this name.
+
+        A threshold that too few non-targets measure is left out.
+        """
         scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
         curve = error_curve(scores, labels)
         eer, at_eer = curve.eer()
         # Cosines end at 1: an infinite threshold would not fit into JSON.
-        at_far = {far_name(far): min(curve.at_far(far)[0], 1.0) for far in fars}
+        at_far = {
+            far_name(far): min(curve.at_far(far)[0], 1.0)
+            for far in FARS
+            if curve.n_nontarget >= _needed(far)
+        }
         return cls(
             trials=trials,
             n_target=int(curve.n_target),
@@ -295,11 +309,30 @@ class Decision:
     def threshold(self, name: str = "EER") -> float:
         """The threshold of an operating point, by name."""
         if name not in self.thresholds:
+            why, needed = "", self.not_measured().get(name)
+            if needed:
+                why = (
+                    f" {name} needs {needed:,} different-speaker pairs, "
+                    f"'{self.trials}' has {self.n_nontarget:,}; "
+                    "`speechbrain-ram threshold` measures it on recordings of "
+                    "yours."
+                )
             raise ValueError(
                 f"No threshold is named '{name}', there are "
-                f"{', '.join(self.thresholds)}."
+                f"{', '.join(self.thresholds)}.{why}"
             )
         return self.thresholds[name]
+
+    def not_measured(self) -> dict[str, int]:
+        """Thresholds at false-alarm rates that the list had too few non-target
+        trials for, and how many each needs.
+        """
+        needed = {far_name(far): _needed(far) for far in FARS}
+        return {
+            name: count
+            for name, count in needed.items()
+            if name not in self.thresholds and self.n_nontarget < count
+        }
 
     def llr(self, score: float) -> float | None:
         """Natural log-likelihood ratio of a score; None if not calibrated."""
@@ -358,6 +391,11 @@ class Decision:
                 f"These are not thresholds and score distributions: {error!r}. "
                 "Was the file edited, or written by another version?"
             ) from error
+
+
+def _needed(far: float) -> int:
+    """Non-target trials that measure a false-alarm rate."""
+    return round(ERRORS / far)
 
 
 def _between(

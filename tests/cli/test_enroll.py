@@ -11,6 +11,7 @@ from small_encoder import export_small, voice
 
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
+from speechbrain_ram.verification.calibration import Decision
 from speechbrain_ram.verification.gates import agreements
 from speechbrain_ram.verification.scores import unit_length
 
@@ -141,6 +142,21 @@ def test_an_encoder_without_thresholds_says_what_is_not_checked(run, tmp_path):
     assert "so --agreement and --near are not checked" in result.stderr
     result = run(f"enroll {words} --agreement 0.9999 --near 2", code=2)
     assert "of 'ada' (" in result.stderr
+
+
+def test_without_a_false_alarm_rate_near_is_not_checked(run, tmp_path):
+    """At the EER it would warn of most people."""
+    few = np.append(np.linspace(0, 0.6, 20), [0.5, 0.9])
+    decision = Decision.fit(few, [0] * 20 + [1, 1], "few")
+    export_small(tmp_path / "few", decision=decision)
+    words = f"-e {tmp_path / 'few'} ada ada/0.wav --least-seconds 0 --json"
+    result = run(f"enroll {words}")
+    assert "no threshold at a false-alarm rate is saved" in result.stderr
+    assert "so --near is not checked" in result.stderr
+    assert list(json.loads(result.stdout)["gates"]) == [
+        "least_seconds",
+        "agreement",
+    ]
 
 
 def test_the_gates_are_those_of_the_encoder(run, world):

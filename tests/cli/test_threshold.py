@@ -10,10 +10,9 @@ import soundfile
 from click.testing import CliRunner
 from small_encoder import export_small, voice
 
-from speechbrain_ram.cli import thresholds
 from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
-from speechbrain_ram.verification import bootstrap
+from speechbrain_ram.verification import bootstrap, calibration
 from speechbrain_ram.verification.calibration import Decision
 
 
@@ -65,7 +64,7 @@ def content(folder):
 
 def test_all_pairs_of_a_folder(folder, voices, tmp_path, monkeypatch):
     monkeypatch.setattr(bootstrap, "LEAST_SPEAKERS", 4)
-    monkeypatch.setattr(thresholds, "_ERRORS", 0.9)  # of 96, FAR=1% is measured
+    monkeypatch.setattr(calibration, "ERRORS", 0.9)  # of 96, FAR=1% is measured
     before, old = content(folder), SpeakerEncoder.from_folder(folder).decision
     scores, labels = pair_scores(folder, voices)
     expected = Decision.fit(scores, labels, "all pairs in " + voices.name)
@@ -86,6 +85,7 @@ def test_all_pairs_of_a_folder(folder, voices, tmp_path, monkeypatch):
     at_eer = after.decision.thresholds["EER"]
     assert f"| threshold at EER | {at_eer:.3f} |" in card
     assert "imagined" not in card
+    assert "than further thresholds need, at FAR=0.1% 900: `speech" in card
     facts = json.loads(run(folder, voices, "--json").stdout)
     low, high = facts["intervals"]["thresholds"]["EER"]
     assert -1 <= low <= facts["thresholds"]["EER"] <= high <= 1
@@ -121,6 +121,23 @@ def test_what_too_few_pairs_do_not_measure_is_not_saved(folder, voices):
     refused = CliRunner().invoke(main, words)
     assert refused.exit_code == 2
     assert "No threshold is named 'FAR=1%', there are EER" in refused.stderr
+    assert "FAR=1% needs 3,000 different-speaker pairs, 'all" in refused.stderr
+    table = (folder / "README.md").read_text().split("## How good it is")[1]
+    assert "threshold at FAR" not in table
+    assert "need, at FAR=1% 3,000 and at FAR=0.1% 30,000: `spee" in table
+    said = CliRunner().invoke(main, ["info", "-e", str(folder)]).stdout
+    assert "Threshold FAR=1%: not measured, it needs 3,000 different" in said
+
+
+def test_a_card_of_an_earlier_version_is_renewed(folder, voices):
+    """It has the table, and not what too few pairs did not measure."""
+    card = folder / "README.md"
+    text = card.read_text()
+    start, end = text.index("The list has fewer"), text.index("These numbers")
+    card.write_text(text[:start] + text[end:])
+    assert "README.md" not in run(folder, voices).stdout
+    assert "imagined" not in card.read_text()
+    assert "The list has fewer" in card.read_text()
 
 
 def test_a_list_of_models(folder, voices, tmp_path):

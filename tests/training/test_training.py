@@ -1,5 +1,6 @@
 """The main job from end to end, in miniature, and what stops it early."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_few_speakers_have_no_intervals(tiny_run):
     assert re.search(r"^\| ram \| \d+\.\d\d \|", text, re.M)
     assert "95 %" not in text
     assert "4 speakers have same-speaker trials, 10 are needed" in text
+
+
+def test_few_pairs_measure_no_false_alarm_rate(tiny_run):
+    saved = json.loads((tiny_run / "inference" / "encoder.json").read_text())
+    assert list(saved["decision"]["thresholds"]) == ["EER"]
+    card = (tiny_run / "inference" / "README.md").read_text()
+    assert "need, at FAR=1% 3,000 and at FAR=0.1% 30,000" in card
 
 
 def test_number_of_speakers_comes_from_the_labels(tiny_run):

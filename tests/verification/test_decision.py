@@ -47,10 +47,10 @@ def test_shares_count_scores(decision):
 
 def test_shares_agree_with_the_thresholds():
     """Where scores lie at one end of a bin, too."""
-    nontargets = np.append(np.zeros(960), np.linspace(0.591, 0.5999, 40))
+    nontargets = np.append(np.zeros(2880), np.linspace(0.591, 0.5999, 120))
     targets = np.linspace(0.5, 0.9, 100)
     decision = Decision.fit(
-        np.concatenate([nontargets, targets]), [0] * 1000 + [1] * 100, "steep"
+        np.concatenate([nontargets, targets]), [0] * 3000 + [1] * 100, "steep"
     )
     at_far = decision.threshold("FAR=1%")
     assert 0.596 < at_far < 0.598
@@ -118,9 +118,29 @@ def test_an_older_export_may_lack_the_calibration(decision):
 
 def test_thresholds_are_finite():
     # The best non-target beats every target: no threshold has a FAR of 1 %.
-    decision = Decision.fit([0.1, 0.9], [1, 0], "inverted")
+    scores, labels = [0.1] + 3000 * [0.9], [1] + 3000 * [0]
+    decision = Decision.fit(scores, labels, "inverted")
     assert decision.threshold("FAR=1%") == 1.0
     json.dumps(decision.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "nontargets, names, lacks",
+    [
+        (20, ["EER"], {"FAR=1%": 3000, "FAR=0.1%": 30000}),
+        (2999, ["EER"], {"FAR=1%": 3000, "FAR=0.1%": 30000}),
+        (3000, ["EER", "FAR=1%"], {"FAR=0.1%": 30000}),
+        (30000, ["EER", "FAR=1%", "FAR=0.1%"], {}),
+    ],
+)
+def test_what_too_few_pairs_measure_is_left_out(nontargets, names, lacks):
+    scores = np.append([0.8, 0.9], np.linspace(-0.5, 0.85, nontargets))
+    decision = Decision.fit(scores, [1, 1] + [0] * nontargets, "dev")
+    assert list(decision.thresholds) == names
+    assert decision.not_measured() == lacks
+    for name, needed in lacks.items():
+        with pytest.raises(ValueError, match=f"{name} needs {needed:,} differ"):
+            decision.threshold(name)
 
 
 @pytest.mark.parametrize(
