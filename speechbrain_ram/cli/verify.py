@@ -166,7 +166,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
     if options.kaldi:
         parts = kaldi_parts(options.kaldi, options.data_root)
     places = locate(options, [*dev, *lists.values()], parts)
-    check_recordings(set(places.values()), options.data_root)
+    check_recordings(dict.fromkeys(places.values()), options.data_root)
     cohort = read_cohort(options)
     spoken_by = {name: part.speaker for name, part in parts.items()}
     known = {

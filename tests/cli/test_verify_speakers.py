@@ -518,6 +518,19 @@ def test_missing_recordings_stop_it_before_any_work(
         )
 
 
+def test_the_first_missing_recordings_are_those_of_the_list(
+    verify, world, tmp_path
+):
+    lost = [f"s0/{i}.wav" for i in (31, 12, 58, 77, 25, 9, 64, 40, 93, 16, 82)]
+    lines = ["1 s0/0.wav s0/1.wav", *(f"0 s1/0.wav {each}" for each in lost)]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    named = f"11 of 14 .*: {', '.join(lost[:10])}, and 1 more"
+    with pytest.raises(ValueError, match=named):
+        verify.main(
+            [*arguments(world, tmp_path), "--trials", f"{tmp_path}/list.txt"]
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
