@@ -433,6 +433,7 @@ def report(
             options.p_targets,
             REPLICATES if options.bootstrap is None else options.bootstrap,
             options.seed,
+            groups,
         )
     metrics = write_report(
         folder, title, trials, systems, groups, options.p_targets, notes

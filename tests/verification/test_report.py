@@ -22,9 +22,11 @@ from speechbrain_ram.verification.report import (
     System,
     file_name,
     metrics_table,
+    with_intervals,
     worst_errors,
     write_report,
 )
+from speechbrain_ram.verification.speakers import TrialSpeakers
 from speechbrain_ram.verification.trials import TrialList
 
 PICTURES = ("det", "histogram_good", "histogram_bad_one")
@@ -110,6 +112,35 @@ def test_groups_are_evaluated_alone_and_at_the_common_threshold(report):
         assert row["fpr"] == pytest.approx(
             100 * (~wrong)[mask & (labels == 0)].mean()
         )
+
+
+def test_groups_have_intervals_where_speakers_are_enough(tmp_path):
+    trials, scores = scored_list()
+    enrol, test = trials.enrol % 10, trials.test % 10
+    speakers = TrialSpeakers(tuple("abcdefghij"), enrol, test)
+    groups = {"early": trials.enrol < 20, "few": (enrol < 5) & (test < 5)}
+    systems = with_intervals(
+        {"one": System(scores), "other": System(-scores)},
+        trials,
+        speakers,
+        replicates=20,
+        groups=groups,
+    )
+    write_report(tmp_path, "Groups", trials, systems, groups)
+    part = groups["early"]
+    who = trials.labels[part], enrol[part], test[part]
+    expected = bootstrap(scores[part], *who, replicates=20)
+    text = (tmp_path / "results.md").read_text().split("## Groups, one")[1]
+    early, few = re.findall(r"^\| (?:early|few) .*", text, re.M)
+    assert (
+        f"| {expected['EER']:.2f} | {expected['minDCF(0.01)']:.4f} |" in early
+    )
+    assert "[" not in few
+    assert "none where fewer than 10 speakers" in text
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["group_intervals"]["few"] == {}
+    low = data["group_intervals"]["early"]["EER"]["low"]
+    assert low == expected["EER"].low
 
 
 def test_text_says_the_numbers(report):
