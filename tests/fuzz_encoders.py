@@ -185,6 +185,7 @@ def _onnx(folder):
         "output_dim": 4,
         "front_end": json.dumps(settings(KaldiFbank())),
         "decision": json.dumps(Decision.fit(*dev_scores(), "dev").to_dict()),
+        "facts": json.dumps({"corpus": ["a", "b"], "speakers": 3}),
     }
     for key, value in noted.items():
         model.metadata_props.add(key=key, value=str(value))
@@ -197,7 +198,7 @@ def _onnx(folder):
     def changes(good):
         """Of the graph, which begins the file, and of what is noted."""
         found = formats.little(good, 0, 200)
-        for key in ("front_end", "decision"):
+        for key in ("front_end", "decision", "facts"):
             value = noted[key].encode()
             found += [
                 partial(put, good, key, change)

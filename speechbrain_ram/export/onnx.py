@@ -52,13 +52,14 @@ def export_waveform(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
     """Write waveform -> embedding.
 
     The input is ``waveform``, [batch, samples], float32 in [-1, 1]; the output
-    ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint, thresholds
-    and the decision that they belong to are in the metadata.
+    ``embedding``, [batch, embedding_dim]. Sample rate, fingerprint, facts,
+    thresholds and the decision that they belong to are in the metadata.
     """
     metadata = {
         "sample_rate": encoder.sample_rate,
         "output_dim": encoder.embedding_dim,
         "fingerprint": encoder.fingerprint,
+        "facts": json.dumps(encoder.facts),
     }
     if encoder.decision is not None:
         metadata["thresholds"] = json.dumps(encoder.decision.thresholds)
@@ -100,6 +101,7 @@ def export_sherpa(encoder: LoadedEncoder, path: str | os.PathLike) -> Path:
         "normalize_samples": int(front_end.scale == 1.0),
         # what the encoder was trained on, which the client does not ask for
         "front_end": json.dumps(settings(front_end)),
+        "facts": json.dumps(encoder.facts),
     }
     chain = _Chain(
         encoder.modules["mean_var_norm"], encoder.modules["embedding_model"]

@@ -25,7 +25,7 @@ import torch
 
 from speechbrain_ram.data.audio import AudioError
 from speechbrain_ram.data.plain import parse_json
-from speechbrain_ram.export.card import printable, read_decision
+from speechbrain_ram.export.card import printable, read_decision, read_facts
 from speechbrain_ram.export.limits import (
     LIMITS,
     EncoderError,
@@ -143,7 +143,10 @@ class OnnxModel:
         stated = _number(metadata, "output_dim", place)
         if stated is not None:
             check(stated, one_of(self.embedding_dim), "output_dim", place)
-        self.facts = {"note": str(self)}
+        facts = _json(metadata.get("facts", "null"), "facts", place)
+        told = read_facts(facts, place)
+        notes = [str(told["note"])] if told.get("note") else []
+        self.facts = told | {"note": " ".join([*notes, str(self)])}
 
     @property
     def fingerprint(self) -> str:

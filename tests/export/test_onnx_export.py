@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import REPOSITORY
 from small_encoder import DIM, export_small, voice
 from wespeaker_model import write_model
 
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.export.architecture import EncoderError
 from speechbrain_ram.export.importers import import_encoder
 from speechbrain_ram.export.onnx import (
@@ -25,11 +27,16 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
+FACTS = {"corpus": "voices", "speakers": 3, "note": "Do not use it."}
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     return {
-        name: SpeakerEncoder.from_folder(export_small(folder / name, name))
+        name: SpeakerEncoder.from_folder(
+            export_small(folder / name, name, facts=FACTS)
+        )
         for name in ("fbank", "kaldi")
     }
 
@@ -213,6 +220,17 @@ def test_a_file_of_ours_is_the_encoder(
         assert encoder.decision == encoders[front_end].decision
 
 
+@pytest.mark.parametrize("written", ["fbank", "sherpa"])
+def test_what_is_told_of_an_encoder_is_told_of_its_file(files, written):
+    """Above all that it must not be used."""
+    told = OnnxEncoder(files[written]).facts
+    assert told.pop("note").startswith("Do not use it. ")
+    assert told == {"corpus": "voices", "speakers": 3}
+    command = ["info", "-e", str(files[written])]
+    said = CliRunner().invoke(main, command).stdout
+    assert "Note: Do not use it. " in said and "an ONNX file of" in said
+
+
 def test_int8_is_smaller_and_close(encoders, files, tmp_path):
     examples = [voice(1.0, 100 + 20 * i, seed=i)[None] for i in range(6)]
     small = quantise(files["fbank"], tmp_path / "int8.onnx", examples)
@@ -221,6 +239,7 @@ def test_int8_is_smaller_and_close(encoders, files, tmp_path):
     kinds = {node.op_type for node in onnx.load(small).graph.node}
     assert "QuantizeLinear" in kinds
     assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
+    assert OnnxEncoder(small).facts["note"].startswith("Do not use it. ")
 
 
 def test_an_encoder_of_other_features_is_no_sherpa_model(encoders, tmp_path):

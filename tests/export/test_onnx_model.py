@@ -407,6 +407,8 @@ def front_end(**changes):
         ),
         (noted(decision="{"), "m.onnx: decision' is not valid JSON"),
         (noted(decision="[]"), "These are not thresholds and score distribut"),
+        (noted(facts="{"), "m.onnx: facts' is not valid JSON"),
+        (noted(facts='{"fame": 1}'), "the name of a fact is 'fame'"),
     ],
 )
 def test_files_that_are_refused(world, tmp_path, model, match):
