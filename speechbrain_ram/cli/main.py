@@ -200,13 +200,16 @@ def draw(chosen, source, output, data_root, device):
         speakers = [start.split("/")[0] for start in starts]
     rows = load_encoder(chosen, device).embed(found.values(), progress=True)
     points = similarity_map.project(rows)
+    facts = {"output": output, "recordings": len(rows)}
+    facts["speakers"] = len(set(speakers))
+    text = f"{len(rows)} recordings on a map in {output}"
     if output.endswith(".html"):
         similarity_map.write_html(points, speakers, starts, output)
     else:
         similarity_map.draw_map(points, speakers, output)
-    facts = {"output": output, "recordings": len(rows)}
-    facts["speakers"] = len(set(speakers))
-    return facts, f"{len(rows)} recordings on a map in {output}"
+        note = similarity_map.without_legend(facts["speakers"])
+        text += f"\n{note}" if note else ""
+    return facts, text
 
 
 @main.command()

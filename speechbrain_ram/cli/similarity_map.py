@@ -26,6 +26,9 @@ _MARKERS = ("o", "s", "^")
 #: Speakers up to which a legend is drawn into the image.
 _LEGEND = 40
 
+#: The longer side of the image, without the legend.
+_INCHES = 7.0
+
 
 def project(embeddings: np.ndarray) -> np.ndarray:
     """Lay embeddings [N, E] out in the plane: [N, 2], within [-1, 1]."""
@@ -58,6 +61,16 @@ def colours(count: int) -> list[str]:
     ]
 
 
+def without_legend(speakers: int) -> str:
+    """Why an image of so many speakers does not name them, or ""."""
+    if speakers <= _LEGEND:
+        return ""
+    return (
+        f"Over {_LEGEND} speakers, so without a legend; a map in .html names "
+        "each point."
+    )
+
+
 def draw_map(
     points: np.ndarray, speakers: Sequence[str], path: str | os.PathLike
 ) -> None:
@@ -66,8 +79,12 @@ def draw_map(
         from matplotlib.figure import Figure
     names = sorted(set(speakers))
     owners = np.array(speakers)
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.add_subplot()
+    # As tall and wide as the cloud, or half as much as the other side.
+    low, high = points.min(axis=0), points.max(axis=0)
+    half = np.maximum(high - low, (high - low).max() / 2) / 2
+    ends = np.stack([-1.05 * half, 1.05 * half]) + (high + low) / 2
+    figure = Figure(figsize=_INCHES * half / half.max())
+    axes = figure.add_axes((0, 0, 1, 1))
     for i, (name, colour) in enumerate(
         zip(names, colours(len(names)), strict=True)
     ):
@@ -77,22 +94,33 @@ def draw_map(
     axes.set(
         xticks=[],
         yticks=[],
+        xlim=ends[:, 0],
+        ylim=ends[:, 1],
         aspect="equal",
-        title=f"{len(points)} recordings of {len(names)} speakers "
-        "(t-SNE of cosine distances)",
     )
+    axes.set_title(
+        f"{len(points)} recordings of {len(names)} speakers "
+        "(t-SNE of cosine distances)",
+        loc="left",
+    )
+    axes.set_xlabel(without_legend(len(names)), loc="left")
     for side in axes.spines.values():
         side.set_color("#cccccc")
-    if len(names) <= _LEGEND:
-        figure.legend(
-            loc="outside right upper",
+    if not without_legend(len(names)):
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
             fontsize=7,
             frameon=False,
-            ncols=1 + (len(names) > 30),
+            ncols=1 + (len(names) > 20),
         )
     with atomic_path(path) as temporary:
         figure.savefig(
-            temporary, format=Path(path).suffix[1:] or "png", dpi=150
+            temporary,
+            format=Path(path).suffix[1:] or "png",
+            dpi=150,
+            bbox_inches="tight",
+            pad_inches=0.15,
         )
 
 

@@ -386,12 +386,15 @@ def test_an_export_that_computes_something_else_is_refused(
 
 
 @pytest.mark.parametrize("ending", ["html", "png"])
-def test_map(run, voices, tmp_path, ending):
+def test_map(run, voices, tmp_path, ending, monkeypatch):
     pytest.importorskip("sklearn")
     output = tmp_path / f"map.{ending}"
     facts = answer(run("map", voices, "-o", output, "--json"))
     assert (facts["recordings"], facts["speakers"]) == (6, 3)
     assert output.stat().st_size > 1000
+    monkeypatch.setattr("speechbrain_ram.cli.similarity_map._LEGEND", 2)
+    said = run("map", voices, "-o", output).stdout
+    assert ("without a legend" in said) == (ending == "png")
 
 
 def test_only_the_page_gives_its_memory_back(run, monkeypatch):

@@ -10,6 +10,7 @@ from speechbrain_ram.cli.similarity_map import (
     colours,
     draw_map,
     project,
+    without_legend,
     write_html,
 )
 
@@ -77,9 +78,41 @@ def test_the_image(points, tmp_path, speakers):
     names = [f"s{i % speakers}" for i in range(36)]
     draw_map(points, names, tmp_path / "map.png")
     with Image.open(tmp_path / "map.png") as image:
-        assert image.size == (1350, 1050)
+        assert 1050 < max(image.size) < 1500
         assert len(image.convert("RGB").getcolors(10**6)) > 3 * speakers
     assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_image_has_the_form_of_the_cloud(points, tmp_path, side):
+    """A narrow cloud fills it, with the legend beside it."""
+    from PIL import Image
+
+    narrow = points.copy()
+    narrow[:, side] *= 0.1
+    draw_map(narrow, [f"s{i % 3}" for i in range(36)], tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as image:
+        picture = np.asarray(image.convert("L"))
+    assert 0.45 < picture.shape[1 - side] / picture.shape[side] < 0.75
+    frame = [np.flatnonzero((picture < 250).sum(axis=i) > 450) for i in (0, 1)]
+    width, height = (np.ptp(each) for each in frame)
+    assert width * height > 0.6 * picture.size
+
+
+@pytest.mark.parametrize("speakers", [36, 72])
+def test_an_image_without_a_legend_says_so(
+    points, tmp_path, monkeypatch, speakers
+):
+    from matplotlib.axes import Axes
+
+    said = []
+    monkeypatch.setattr(
+        Axes, "set_xlabel", lambda _, text, **__: said.append(text)
+    )
+    many = np.concatenate([points, points[::-1] * 0.9])[:speakers]
+    draw_map(many, [f"s{i}" for i in range(speakers)], tmp_path / "map.png")
+    assert said == [without_legend(speakers)]
+    assert ("without a legend; a map in .html" in said[0]) == (speakers > 40)
 
 
 def test_the_page_holds_everything_and_escapes_it(points, tmp_path):
