@@ -5,6 +5,7 @@ python recipes/plot_training.py OUTPUT_FOLDER curve.png
 """
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from speechbrain_ram.utils import one_line_errors
 
@@ -46,16 +47,20 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
         if "train above_floor" in e
     ]
     if floors:  # ln C for equation 12, next to 0 for the other objectives
+        # The log rounds both numbers to 0.01 or so.
+        floor = max(0.0, sum(floors) / len(floors))
         above.axhline(
-            floors[-1],
+            floor,
             color="0.5",
             linestyle=":",
-            label=f"least possible loss, {floors[-1]:.2f}",
+            label=f"least possible loss, {floor:.1f}",
         )
     above.set_ylabel("loss (nats)")
     _legend_over(above)
+    rates = []
     for name, marker in (("valid error", ""), ("valid EER", "o")):
         known = [e for e in epochs if name in e]
+        rates += [e[name] for e in known if e[name] > 0]
         below.plot(
             [e["epoch"] for e in known],
             [e[name] for e in known],
@@ -66,7 +71,10 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
             }[name],
         )
     below.set_yscale("log")
-    below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if rates:
+        ticks = _ticks(min(rates), max(rates))
+        below.set_yticks(ticks)
+        below.set_ylim(ticks[0] / 1.05, ticks[-1] * 1.05)
     below.yaxis.set_major_formatter("{x:g}")
     below.yaxis.set_minor_formatter(NullFormatter())
     below.set_ylabel("%")
@@ -74,6 +82,20 @@ def plot(epochs: list[dict[str, float]], picture: Path) -> None:
     below.grid(True, which="both", alpha=0.3)
     _legend_over(below)
     figure.savefig(picture, dpi=120)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis, from below `low` to above `high`."""
+    steps = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5, 7)
+    first, last = (math.floor(math.log10(each)) for each in (low, high))
+    grid = [
+        float(f"{step}e{power}")
+        for power in range(first, last + 2)
+        for step in steps
+    ]
+    begin = max(i for i, each in enumerate(grid) if each <= low)
+    end = min(i for i, each in enumerate(grid) if each >= high)
+    return grid[begin : end + 1]
 
 
 def _legend_over(axes) -> None:

@@ -651,12 +651,16 @@ def test_commands_of_the_pages_are_understood(line, monkeypatch, capsys):
 
 
 def test_a_learning_curve_has_its_floor_and_readable_ticks(tmp_path):
-    """Equation 12, 20 classes: the loss never goes below ln 20 = 3.00."""
+    """Equation 12, 20 classes: the loss never goes below ln 20 = 3.00.
+
+    Both numbers that tell it are rounded in the log; the last ones give 2.99.
+    """
     log = tmp_path / "train_log.txt"
     log.write_text(
         "".join(
             f"epoch: {i}, lr: 1.00e-02 - train loss: {9 - i}, "
-            f"train above_floor: {6.004 - i} - valid loss: {9.5 - i}, "
+            f"train above_floor: {6.0 - i + (0.01 if i == 4 else 0)} - "
+            f"valid loss: {9.5 - i}, "
             f"valid error: {60 - 9 * i}, valid EER: {30 - 5 * i}\n"
             for i in (1, 2, 3, 4)
         )
@@ -665,9 +669,42 @@ def test_a_learning_curve_has_its_floor_and_readable_ticks(tmp_path):
     figure = plot_training.plt.gcf()
     above, below = figure.axes
     texts = [text.get_text() for text in above.get_legend().get_texts()]
-    assert "least possible loss, 3.00" in texts
+    assert "least possible loss, 3.0" in texts
     low, high = below.get_ylim()
     ticks = [y for y in below.get_yticks() if low <= y <= high]
     assert {10.0, 20.0, 50.0} <= set(ticks)
     plot_training.plt.close(figure)
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "rates, ticks",
+    [
+        ([95, 21.56], {20, 30, 50, 70, 100}),
+        ([47, 38.2], {30, 50}),
+        ([99.9, 0.8], {0.5, 1, 2, 5, 10, 20, 50, 100}),
+        ([100, 100], {100}),
+        ([5, 0.0], {5}),  # which no logarithm shows
+        ([0.3, 0.3], {0.3}),
+    ],
+)
+def test_a_learning_curve_names_its_lowest_and_highest_rates(
+    tmp_path, rates, ticks
+):
+    log = [
+        {"epoch": i, "train loss": 1.0, "valid loss": 1.0, "valid EER": rate}
+        for i, rate in enumerate(rates)
+    ]
+    plot_training.plot(log, tmp_path / "curve.png")
+    figure = plot_training.plt.gcf()
+    axes = figure.axes[1]
+    low, high = axes.get_ylim()
+    shown = [
+        float(label.get_text())
+        for y, label in zip(
+            axes.get_yticks(), axes.get_yticklabels(), strict=True
+        )
+        if low <= y <= high
+    ]
+    plot_training.plt.close(figure)
+    assert set(shown) == ticks
