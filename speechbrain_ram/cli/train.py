@@ -298,7 +298,8 @@ def verify(brain, trials, hparams, output):
     write_scores(trials, scores, output / "scores.txt")
     rate = after = eer(scores, trials.labels)
     untrained = brain.untrained.get("EER")
-    notes = verdict(untrained, rate)
+    pretrained = bool(hparams.get("pretrained"))
+    notes = verdict(untrained, rate, pretrained)
     systems = {hparams["objective"]: System(scores)}
     speakers = known_speakers(
         trials, speaker_of=speakers_beside(hparams["trials"])
@@ -315,7 +316,8 @@ def verify(brain, trials, hparams, output):
     except ImportError as error:  # everything but the pictures goes on
         print(f"No report: {error}")
     if untrained is not None:
-        print(f"EER before training: {untrained:.2f} %")
+        of = "the encoder of --pretrained" if pretrained else "untrained"
+        print(f"EER before training: {untrained:.2f} % ({of})")
     print(f"EER after training: {after:.2f} %")
     if few:
         print(few)

@@ -191,18 +191,30 @@ def _rate_warnings(rate: WarmupDecay, n_steps: int, n_epochs: int):
         )
 
 
-def verdict(before: float | None, after: float) -> list[str]:
+def verdict(
+    before: float | None, after: float, pretrained: bool = False
+) -> list[str]:
     """Say so where the EER, in percent, is not lower after training.
 
-    `before` is None where ``verify_untrained`` is off.
+    `before` is None where ``verify_untrained`` is off, and that of a trained
+    encoder where training began with one, `pretrained`.
     """
     if before is None or after < before:
         return []
-    return [
-        f"This encoder is not better than an untrained one: EER {after:.2f} % "
-        f"after training, {before:.2f} % before. Training has failed; do not "
-        "use it."
-    ]
+    other = "an untrained one"
+    if pretrained:
+        other = "the one that training started from"
+    rates = f"EER {after:.2f} % after training, {before:.2f} % before."
+    if round(after, 2) == round(before, 2):
+        return [
+            f"On these trials this encoder is as good as {other}: {rates} More "
+            "trials may tell the two apart; until they do, training has "
+            "brought nothing."
+        ]
+    what = "Training has failed; do not use it."
+    if pretrained:
+        what = "Keep that one, or train it with a smaller --lr."
+    return [f"This encoder is worse than {other}: {rates} {what}"]
 
 
 def session_note(trials: TrialList) -> str:

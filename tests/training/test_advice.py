@@ -238,8 +238,9 @@ def test_training_says_so_at_the_start_and_at_the_end(
     assert "6 classes; the loss cannot go below 1.79 (ln C)" in log
     assert "Margin 0.1 of form paper (equation 12) is next to none" in log
     assert "takes 100 steps, but training has 4 in all" in log
-    note = "This encoder is not better than an untrained one: EER "
-    assert note in capsys.readouterr().out
+    note = "This encoder is worse than an untrained one: EER "
+    told = capsys.readouterr().out
+    assert note in told and "EER before training: 0.00 % (untrained)" in told
     for file in ("report/results.md", "inference/README.md"):
         assert f"**{note}" in (run / file).read_text()
     assert note in (run / "inference" / "encoder.json").read_text()
@@ -248,8 +249,37 @@ def test_training_says_so_at_the_start_and_at_the_end(
 def test_verdict():
     assert verdict(None, 40.0) == [] and verdict(23.3, 23.2) == []
     (note,) = verdict(23.3, 36.7)
-    assert "36.70 % after training, 23.30 % before" in note
-    assert verdict(23.3, 23.3)
+    assert "worse than an untrained one: EER 36.70 % after" in note
+    assert "23.30 % before. Training has failed; do not use it." in note
+
+
+def test_a_tie_is_no_failure():
+    (note,) = verdict(45.0, 45.0)
+    assert "as good as an untrained one: EER 45.00 % after" in note
+    assert "failed" not in note and "worse" not in note
+
+
+def test_the_verdict_on_an_encoder_that_had_been_trained(
+    tiny_corpus, tiny_run, tmp_path, monkeypatch, capsys
+):
+    for after in (45.0, 46.0):
+        (note,) = verdict(45.0, after, pretrained=True)
+        assert "untrained" not in note and "failed" not in note
+    from speechbrain_ram.training import brain
+
+    monkeypatch.setattr(brain, "eer", lambda *_: 0.0)  # as it came
+    run_recipe(
+        tiny_corpus,
+        tmp_path / "run",
+        pretrained=str(tiny_run / "inference"),
+        number_of_epochs=1,
+    )
+    told = capsys.readouterr().out
+    assert "0.00 % (the encoder of --pretrained)" in told
+    assert "(untrained)" not in told
+    note = "This encoder is worse than the one that training started from: "
+    assert note in told
+    assert f"**{note}" in (tmp_path / "run/inference/README.md").read_text()
 
 
 def test_a_warning_says_which_page():
