@@ -169,7 +169,7 @@ def _write_cache(path, root, names, headers, known) -> None:
 def _made_with(root: Path) -> dict[str, str]:
     """The record of a cache: its corpus, and who read the headers."""
     return {
-        "format": "speechbrain-ram headers 4",
+        "format": "speechbrain-ram headers 5",
         "data_root": str(root.resolve()),
         "speechbrain_ram": speechbrain_ram.__version__,
         "libsndfile": soundfile.__libsndfile_version__,

@@ -1,9 +1,9 @@
 """How long a recording is: what its header promises, and what is there.
 
-libsndfile mends the length of a WAV, AIFF, AU, W64 or SPHERE file that was cut
-short without a word, takes a WAV file whose length was never filled in for
+libsndfile mends the length of a WAV, AIFF, AU, W64, SPHERE or Ogg file that was
+cut short without a word, takes a WAV file whose length was never filled in for
 empty, and estimates the length of an MP3 file that does not say it. The first
-bytes of a file are read here to know better.
+bytes of a file, and the last ones of Ogg, are read here to know better.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ _CHUNKS = {
 }
 _FORMATS = {b"RIFF": b"WAVE", b"RIFX": b"WAVE", b"RF64": b"WAVE"}
 _MOST_CHUNKS = 100  # before the samples; a damaged file may seem to have more
+
+_LARGEST_PAGE = 27 + 255 + 255 * 255  # of Ogg, in bytes
+_LAST_PAGE = 4  # the flag of a page that ends its stream
 
 # format, channels, rate, bytes a second, bytes a frame, bits a sample
 _FMT = struct.Struct("<HHIIHH")
@@ -81,6 +84,8 @@ def find_samples(
     elif start == b"NIST" and b"shorten" not in head:
         found = _sphere(head)
     else:
+        if start == b"OggS":
+            _check_ogg(path, file, size)
         return None
     if found is None:
         return None
@@ -177,6 +182,28 @@ def _sphere(head: bytes) -> tuple | None:
             return None
         length *= int(found[1])
     return int(first[1]), length, 2**62, b""
+
+
+def _check_ogg(path: str | os.PathLike, file: int, size: int) -> None:
+    """Refuse an Ogg file, of any codec, that ends within a page or a packet.
+
+    One that ends with a whole page is whole, also where that page does not say
+    that it is the last one: live encoders leave such files.
+    """
+    tail = os.pread(file, _LARGEST_PAGE, max(size - _LARGEST_PAGE, 0))
+    page = tail[tail.rfind(b"OggS\0") :]  # the last one begins here
+    count = page[26] if len(page) > 26 else 255
+    parts = page[27 : 27 + count]
+    behind = len(page) - 27 - count - sum(parts)
+    if len(parts) == count and behind >= 0 and page[:5] == b"OggS\0":
+        goes_on = behind or parts[-1:] == b"\xff"  # the packet does
+        if page[5] & _LAST_PAGE or not goes_on:
+            return
+    raise AudioError(
+        f"'{path}' is truncated: its Ogg stream breaks off. Was a copy or a "
+        "recording interrupted? `ffmpeg -i OLD.ogg -c copy NEW.ogg` keeps what "
+        "is there."
+    )
 
 
 def flac_info(head: bytes) -> AudioInfo | None:

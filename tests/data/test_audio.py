@@ -8,6 +8,7 @@ verification, SpeakerEncoder and the conversion.
 import copy
 import io
 import os
+import re
 import struct
 import tracemalloc
 
@@ -324,6 +325,40 @@ def test_cut_short(tmp_path, noise, refuses, name, settings):
     assert len(Audio().read(path)) == len(noise)
     path.write_bytes(whole[: 2 * len(whole) // 3])
     refuses(path, r"a\.\w+' is truncated: its header promises \d+ .*\d+ are th")
+
+
+OGG = ("VORBIS", "OPUS")
+
+
+@pytest.mark.parametrize("subtype", OGG)
+def test_a_part_of_an_ogg_file(tmp_path, refuses, subtype):
+    """libsndfile takes it for a shorter recording."""
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, voice(20.0), RATE, subtype=subtype)
+    whole = path.read_bytes()
+    pages = [found.start() for found in re.finditer(b"OggS", whole)]
+    second = pages[-1] - 7  # into the last page but one
+    for end in (len(whole) // 2, second, pages[-1] + 9, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        refuses(path, "a.ogg' is truncated: its Ogg .* -c copy NEW.ogg` keeps")
+    path.write_bytes(whole[: pages[-1]] + bytes(4096))  # after a crash
+    refuses(path, "a.ogg' is truncated")
+
+
+@pytest.mark.parametrize("subtype", OGG)
+def test_ogg_files_that_are_whole(tmp_path, subtype):
+    """Two in one; a stray tag; a live stream, whose end no page marks."""
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, voice(20.0), RATE, subtype=subtype)
+    whole = path.read_bytes()
+    frames = len(Audio().read(path))
+    for content in (whole + whole, whole + b"TAG" + bytes(125)):
+        path.write_bytes(content)
+        assert len(Audio().read(path)) == frames == Audio().info(path).frames
+    live = whole[: whole.rindex(b"OggS")]
+    assert live[live.rindex(b"OggS") + 5] == 0
+    path.write_bytes(live)
+    assert 0 < len(Audio().read(path)) == Audio().info(path).frames < frames
 
 
 def test_pipes_devices_and_folders(tmp_path, refuses):
