@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, astuple
 from functools import partial
 from importlib.resources import files
@@ -281,9 +282,40 @@ def envelope(encoder: SpeakerEncoder, path: Path) -> dict[str, Any]:
     return {"seconds": seconds, "peaks": peaks}
 
 
-def serve(encoder: SpeakerEncoder, host: str, port: int) -> None:
-    """Serve the page until interrupted; 127.0.0.1 is this machine only."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that visitors can connect to from now on."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda each: each[0])  # IPv4 first
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as error:
+        why = str(getattr(error, "strerror", None) or error)
+        why = why.partition(" (while")[0]  # "attempting to bind on", at length
+        raise ValueError(
+            f"The page cannot be served at {host}, port {port}: {why}. Give "
+            "another --port, or another --host."
+        ) from error
+
+
+def serve(
+    encoder: SpeakerEncoder,
+    host: str,
+    port: int,
+    tell: Callable[[str], None] = print,
+) -> str:
+    """Serve the page until interrupted; 127.0.0.1 is this machine only.
+
+    Returns the address, which `tell` is given when the page is there. Port 0
+    is any free one.
+    """
     app = create_app(encoder, host)
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    with listen(host, port) as listener:
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}"
+        tell(address)
+        config = uvicorn.Config(app, log_level="warning")
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+    return address

@@ -215,7 +215,9 @@ def draw(chosen, source, output, data_root, device):
 @main.command()
 @encoder_option
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option(
+    "--port", default=8000, type=click.IntRange(0, 65535), show_default=True
+)
 @device_option
 @command
 def demo(chosen, host, port, device):
@@ -226,10 +228,11 @@ def demo(chosen, host, port, device):
     """
     from speechbrain_ram.cli.demo import serve
 
-    encoder = load_encoder(chosen, device)
-    click.echo(f"http://{host}:{port}  (stop with Ctrl-C)", err=True)
-    serve(encoder, host, port)
-    return {"served": f"http://{host}:{port}"}, ""
+    def tell(address):
+        click.echo(f"{address}  (stop with Ctrl-C)", err=True)
+
+    served = serve(load_encoder(chosen, device), host, port, tell)
+    return {"served": served}, ""
 
 
 @main.command()

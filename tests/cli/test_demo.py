@@ -14,9 +14,11 @@ import urllib.request
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 from small_encoder import export_small, voice
 
 from speechbrain_ram.cli import demo
+from speechbrain_ram.cli.main import main
 from speechbrain_ram.inference import SpeakerEncoder
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -45,6 +47,38 @@ def address(encoder):
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_in_use_is_one_line(encoder, host, monkeypatch):
+    """And nothing says before that the page is there."""
+    monkeypatch.setattr(SpeakerEncoder, "from_folder", lambda *_, **__: encoder)
+    with socket.create_server((host, 0)) as taken:
+        port = taken.getsockname()[1]
+        options = ["-e", "encoder", "--host", host, "--port", str(port)]
+        result = CliRunner().invoke(main, ["demo", *options])
+    assert result.exit_code == 2
+    why = f"Error: The page cannot be served at {host}, port {port}: Address "
+    why += "already in use. Give another --port"
+    assert result.output.startswith(why) and result.output.count("\n") == 1
+    result = CliRunner().invoke(main, ["demo", "-e", "e", "--port", "65536"])
+    assert result.exit_code == 2 and "0<=x<=65535" in result.output
+    with pytest.raises(ValueError, match="at no.such.host.invalid, port 80:"):
+        demo.serve(encoder, "no.such.host.invalid", 80)
+
+
+def test_the_address_is_told_when_the_page_is_there(encoder, monkeypatch):
+    def run(server, sockets):
+        port = sockets[0].getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+        told.append("served")
+        raise KeyboardInterrupt
+
+    told = []
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    address = demo.serve(encoder, "127.0.0.1", 0, told.append)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", address)
+    assert told == [address, "served"]
 
 
 def wav_bytes(wav):
