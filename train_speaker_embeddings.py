@@ -10,7 +10,10 @@ The same as ``speechbrain-ram train``; speechbrain_ram/cli/train.py does it.
 import sys
 from pathlib import Path
 
-from speechbrain_ram.cli.train import run
+from speechbrain_ram.training.leaving import leave_while_loading
 
 if __name__ == "__main__":
+    leave_while_loading()
+    from speechbrain_ram.cli.train import run
+
     run(sys.argv[1:], Path(__file__).name)

@@ -218,6 +218,7 @@ def ahead(
 # helps, and a traceback would hide it. Every other error is a fault in a
 # program and keeps its traceback.
 
+ERROR = 2  # the exit status of every program then, as argparse's and click's
 _CLASSES = (ValueError, OSError, ImportError, MemoryError)
 
 # All but tab and newline, marks that turn text around, half characters.
@@ -265,7 +266,7 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
+def one_line_errors(program: str) -> Iterator[None]:
     """End the program with `PROGRAM: MESSAGE` on a user's error.
 
     The traceback goes to the logger at level DEBUG: a training run has it in
@@ -278,7 +279,7 @@ def one_line_errors(program: str, status: int = 1) -> Iterator[None]:
             raise
         logger.debug("Ends with an error:", exc_info=True)
         print(f"{program}: {one_line(error)}", file=sys.stderr)
-        sys.exit(status)
+        sys.exit(ERROR)
 
 
 def install_command(extra: str) -> str:

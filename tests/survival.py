@@ -150,7 +150,7 @@ def _train(
 ):
     from conftest import run_recipe
 
-    from speechbrain_ram.training.faults import leave_on_signals
+    from speechbrain_ram.training.leaving import leave_on_signals
 
     _print_to(folder)
     torch.set_num_threads(threads)

@@ -27,7 +27,8 @@ from speechbrain_ram.features import make_front_end
 from speechbrain_ram.inference import SpeakerEncoder
 from speechbrain_ram.losses import make_objective
 from speechbrain_ram.resnet import ResNet34, folded
-from speechbrain_ram.training.faults import Batch, Interrupted
+from speechbrain_ram.training.faults import Batch
+from speechbrain_ram.training.leaving import Interrupted
 from speechbrain_ram.verification.embedder import Embedder, sent_to
 from speechbrain_ram.verification.embeddings import extract
 

@@ -39,7 +39,7 @@ def test_download_becomes_speakers_folders(tmp_path):
     done = subprocess.run(
         [*command[:2], tmp_path, tmp_path / "e"], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "165 of 165 speakers" in done.stderr
+    assert done.returncode == 2 and "165 of 165 speakers" in done.stderr
 
 
 @pytest.mark.real

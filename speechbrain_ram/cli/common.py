@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import click
 
 from speechbrain_ram.utils import (
+    ERROR,
     is_user_error,
     json_text,
     number,
@@ -23,7 +24,6 @@ from speechbrain_ram.utils import (
 
 # PyTorch is imported where it is needed: --help must not wait for it.
 
-ERROR = 2
 INTERRUPTED = 130  # as shells have it
 
 FRONTEND = (

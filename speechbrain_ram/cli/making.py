@@ -9,7 +9,6 @@ import click
 import numpy as np
 
 from speechbrain_ram.cli.common import (
-    ERROR,
     check_output,
     command,
     encoder_option,
@@ -66,9 +65,12 @@ def train(recipe, options):
     interrupted run. Exits with 75 when asked to leave by a signal or
     --max_hours.
     """
+    from speechbrain_ram.training.leaving import leave_while_loading
+
+    leave_while_loading()
     from speechbrain_ram.cli.train import run
 
-    run([recipe, *options], "speechbrain-ram train", ERROR)
+    run([recipe, *options], "speechbrain-ram train")
 
 
 @click.command(
@@ -80,7 +82,7 @@ def verify(options):
     """Score trial lists with an encoder and report."""
     from speechbrain_ram.cli.verify import run
 
-    run(options, "speechbrain-ram verify", ERROR)
+    run(options, "speechbrain-ram verify")
 
 
 @click.command()

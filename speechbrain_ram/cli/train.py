@@ -39,7 +39,7 @@ from speechbrain_ram.export.limits import check_architecture
 from speechbrain_ram.inference import encoder_section, export_inference
 from speechbrain_ram.training.advice import session_note, verdict
 from speechbrain_ram.training.brain import SpeakerBrain
-from speechbrain_ram.training.faults import (
+from speechbrain_ram.training.leaving import (
     Interrupted,
     StopRequest,
     leave_on_signals,
@@ -98,7 +98,14 @@ def train(hparams_file, run_opts, overrides):
     with alone:
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
-        _train(hparams_file, hparams, run_opts, overrides)
+        try:
+            _train(hparams_file, hparams, run_opts, overrides)
+        except Interrupted as leaving:
+            leaving.goes_on = "There is no checkpoint yet: the same command "
+            leaving.goes_on += "begins anew."
+            if any(Path(hparams["save_folder"]).glob("CKPT*")):
+                leaving.goes_on = "The same command goes on."
+            raise
 
 
 def with_encoder_of_pretrained(hparams_file, overrides):
@@ -331,10 +338,10 @@ def verify(brain, trials, hparams, output):
 
 def main(argv):
     """Train; the exit status."""
+    leave_on_signals()
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     hparams_file = recipe_file(hparams_file)
     check_settings(hparams_file, overrides, run_opts)
-    leave_on_signals()
     keep_freed_memory()
     sb.utils.distributed.ddp_init_group(run_opts)
     if run_opts["device"] == "cuda" and "LOCAL_RANK" in os.environ:
@@ -345,7 +352,7 @@ def main(argv):
         train(hparams_file, run_opts, overrides)
     except Interrupted as asked:
         if not asked.told:  # was not training yet, or not any more
-            print(f"Exit status {asked.code}: {asked}.", file=sys.stderr)
+            print(asked.farewell(), file=sys.stderr)
         return asked.code
     finally:
         # torchrun ends the others when one fails: let that hide no error
@@ -354,7 +361,7 @@ def main(argv):
     return 0
 
 
-def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
-    """Train and leave; after a user's error with one line and `status`."""
-    with one_line_errors(program, status):
+def run(argv: Sequence[str], program: str) -> NoReturn:
+    """Train and leave; after a user's error with one line and status 2."""
+    with one_line_errors(program):
         sys.exit(main(argv))

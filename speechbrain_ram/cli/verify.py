@@ -441,9 +441,9 @@ def report(
     return metrics, {name: each.intervals for name, each in systems.items()}
 
 
-def run(argv: Sequence[str], program: str, status: int = 1) -> NoReturn:
-    """Verify and leave; after a user's error with one line and `status`."""
+def run(argv: Sequence[str], program: str) -> NoReturn:
+    """Verify and leave; after a user's error with one line and status 2."""
     keep_freed_memory()
-    with one_line_errors(program, status):
+    with one_line_errors(program):
         main(argv, program)
     sys.exit()

@@ -43,13 +43,12 @@ from speechbrain_ram.training.distributed import (
 from speechbrain_ram.training.faults import (
     Batch,
     FaultList,
-    Interrupted,
     SkipUnreadable,
-    StopRequest,
     ending_workers,
     explained,
     let_worker_outlive_signals,
 )
+from speechbrain_ram.training.leaving import Interrupted, StopRequest
 from speechbrain_ram.training.state import (
     COUNTERS,
     Check,

@@ -620,7 +620,7 @@ def test_as_a_command_its_errors_are_one_line(world, tmp_path):
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("verify_speakers.py: ")
     assert "nowhere" in line

@@ -390,7 +390,7 @@ def test_what_rank_0_finds_wrong_is_said_by_all(tiny_corpus, tmp_path):
 def signal_while_preparing(rank):
     """Send SIGTERM to rank 0, which alone prepares data."""
     from speechbrain_ram.cli import train
-    from speechbrain_ram.training.faults import leave_on_signals
+    from speechbrain_ram.training.leaving import leave_on_signals
 
     def find_run(*args):
         os.kill(os.getpid(), signal.SIGTERM)

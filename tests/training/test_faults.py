@@ -20,18 +20,18 @@ from survival import differences
 from speechbrain_ram.data import dataset as dataset_module
 from speechbrain_ram.data.audio import Audio, AudioError
 from speechbrain_ram.data.dataset import CropDataset
-from speechbrain_ram.training import faults, robust_brain
+from speechbrain_ram.training import leaving, robust_brain
 from speechbrain_ram.training.brain import SpeakerBrain
 from speechbrain_ram.training.faults import (
     Batch,
     Fault,
     FaultError,
     FaultList,
-    Interrupted,
     SkipUnreadable,
     WorkerError,
     is_full_shared_memory,
 )
+from speechbrain_ram.training.leaving import Interrupted
 from speechbrain_ram.training.steps import NonFiniteError
 
 
@@ -562,8 +562,8 @@ def test_another_process_is_told_why():
 def test_a_signal_that_arrives_twice_is_one(monkeypatch):
     """A scheduler's to all processes, and what torchrun makes of it."""
     now, ended = 100.0, []
-    monkeypatch.setattr(faults.time, "monotonic", lambda: now)
-    stop = faults.StopRequest()
+    monkeypatch.setattr(leaving.time, "monotonic", lambda: now)
+    stop = leaving.StopRequest()
     with stop.listening(), stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         now += 1

@@ -5,16 +5,20 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+from conftest import REPOSITORY, run_recipe
 from survival import differences, output_of, train_in_process
 
+from speechbrain_ram.cli import train as cli_train
 from speechbrain_ram.data.dataset import CropDataset
 from speechbrain_ram.training import robust_brain
 from speechbrain_ram.training.checkpoints import SafeCheckpointer
+from speechbrain_ram.training.leaving import Interrupted
 
 SEED = 6
 N_KILLS = 20
@@ -241,6 +245,58 @@ def test_a_run_asked_to_leave_before_its_first_checkpoint(
     assert status == 75
     said = output_of(tmp_path / "run")
     assert "SIGTERM was received. There is no checkpoint yet: the same" in said
+
+
+LOADING = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch": os.kill(os.getpid(), signal.{signal})
+sys.meta_path.insert(0, Finder())
+sys.argv = ["train_speaker_embeddings.py", "own", "--corpus", "nowhere"]
+"""
+PROGRAMS = {
+    "speechbrain-ram train": "from speechbrain_ram.cli.main import main\n"
+    "main(['train', *sys.argv[1:]])",
+    "the script": "runpy.run_path(sys.argv[0], run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_asked_to_leave_while_pytorch_is_imported(program, name):
+    code = LOADING.format(signal=name) + PROGRAMS[program]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 75
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Exit status 75: {name} was received. Nothing is l")
+
+
+def test_asked_to_leave_while_data_are_prepared(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    """The message says what the same command will do."""
+
+    def find_run(*_):
+        raise Interrupted("SIGINT was received")
+
+    monkeypatch.setattr(cli_train, "find_run", find_run)
+    for checkpoint, text in (
+        (None, "no checkpoint yet"),
+        ("CKPT+a", "goes on"),
+    ):
+        if checkpoint:
+            (tmp_path / "run" / "save" / checkpoint).mkdir(parents=True)
+        with pytest.raises(Interrupted) as asked:
+            run_recipe(tiny_corpus, tmp_path / "run")
+        said = asked.value.farewell()
+        assert said.startswith("Exit status 75: SIGINT was received. ")
+        assert text in said
 
 
 # -- what is not kept -------------------------------------------------------
