@@ -172,9 +172,15 @@ def load_encoder(chosen: Chosen, device: str = "cpu", **settings: Any):
     return OnnxEncoder(*chosen, **settings)
 
 
-def open_database(path: str, encoder):
+def open_database(path: str, encoder, new: bool = False):
+    """The database; one that is not there is an error unless it may be new."""
     from speechbrain_ram.verification.enrolment import EnrolmentDatabase
 
+    if not new and not os.path.lexists(path):
+        raise ValueError(
+            f"'{path}' does not exist, so nobody is enrolled in it. Is it the "
+            "right database?"
+        )
     return EnrolmentDatabase(path, encoder.fingerprint, encoder.embedding_dim)
 
 

@@ -78,7 +78,7 @@ def enroll(
         raise click.UsageError("Give NAME and FILES, or --folders.")
     found = _of_folders(folders) if folders else {name: list(map(Path, files))}
     encoder = load_encoder(chosen, device)
-    opened = open_database(database, encoder)
+    opened = open_database(database, encoder, new=True)
     gates = _scores(encoder, gates)
     known = opened.speakers()
     seconds = _seconds(encoder, found)
@@ -231,8 +231,8 @@ def identify(chosen, database, file, top, threshold, margin, device):
     if not margin >= 0:
         raise ValueError(f"--margin is {margin}, not 0 or more.")
     least = encoder.threshold(number_or_name(threshold))
-    embedding = encoder.embed(file)[0]
     opened = open_database(database, encoder)
+    embedding = encoder.embed(file)[0]
     matches = opened.identify(embedding, max(top, 2) if top > 0 else top)
     lead = matches[0].score - matches[1].score if matches[1:] else None
     verdict = "known" if matches[0].score >= least else "unknown"

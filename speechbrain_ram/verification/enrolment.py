@@ -134,35 +134,43 @@ class EnrolmentDatabase:
                 f"'{self.path.parent}' is not a folder, so '{self.path.name}' "
                 "cannot be created in it."
             )
-        counts, wrong = {}, {}
+        if not os.path.lexists(self.path):
+            self._added(None, units, agreement, called)  # fails without a file
         with self._opened("IMMEDIATE") as connection:
-            for name, rows in units.items():
-                count, total = 0, np.zeros(self.embedding_dim, np.float32)
-                known = connection.execute(
-                    "SELECT * FROM speakers WHERE name = ?", [name]
-                ).fetchone()
-                if known:
-                    count, total = known[1], self._total(*known)
-                wrong[name] = misfits(rows, agreement, total if count else None)
-                counts[name] = count + len(rows)
-                total = total + rows.sum(axis=0)
-                if not _is_model(total[None], counts[name]):
-                    raise EnrolmentError(
-                        f"'{name}' cannot be enrolled: the embeddings cancel "
-                        "each other, their mean is zero or nearly so. Are "
-                        "they of one speaker? Nobody was enrolled."
-                    )
-                total = total.astype("<f4").tobytes()
-                sums = checksum(name, str(counts[name]), total)
-                connection.execute(
-                    "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?, ?)",
-                    [name, counts[name], total, sums],
+            models = self._added(connection, units, agreement, called)
+            connection.executemany(
+                "INSERT OR REPLACE INTO speakers VALUES (?, ?, ?, ?)", models
+            )
+        return {name: count for name, count, *_ in models}
+
+    def _added(self, connection, units, agreement, called) -> list[tuple]:
+        """Rows of the speakers with these recordings added, or an error."""
+        models, wrong = [], {}
+        for name, rows in units.items():
+            count, total = 0, np.zeros(self.embedding_dim, np.float32)
+            query = "SELECT * FROM speakers WHERE name = ?"
+            known = connection and connection.execute(query, [name]).fetchone()
+            if known:
+                count, total = known[1], self._total(*known)
+            wrong[name] = misfits(rows, agreement, total if count else None)
+            count, total = count + len(rows), total + rows.sum(axis=0)
+            if not _is_model(total[None], count):
+                raise EnrolmentError(
+                    f"'{name}' cannot be enrolled: the embeddings cancel "
+                    "each other, their mean is zero or nearly so. Are "
+                    "they of one speaker? Nobody was enrolled."
                 )
-            refuse_misfits(wrong, agreement, called or {})  # takes all back
-        return counts
+            total = total.astype("<f4").tobytes()
+            models.append(
+                (name, count, total, checksum(name, str(count), total))
+            )
+        refuse_misfits(wrong, agreement, called or {})
+        return models
 
     def remove(self, name: str) -> None:
         """Forget an enrolled speaker."""
+        if not os.path.lexists(self.path):
+            self._place([], name)  # and no file is made
         with self._opened("IMMEDIATE") as connection:
             cursor = connection.execute(
                 "DELETE FROM speakers WHERE name = ?", [name]

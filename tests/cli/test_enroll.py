@@ -73,7 +73,7 @@ def test_a_recording_of_somebody_else_is_named(run, world, tmp_path):
     result = run(f"{words} --agreement {gate}", code=2)
     assert "Recordings do not fit the others" in result.stderr
     assert f"'bob/0.wav' of 'ada' ({scores[2]:.3f})." in result.stderr
-    assert not json.loads(run("info --json").stdout)["enrolled"]
+    assert not (tmp_path / "who.db").exists()
     result = run(f"{words} --agreement {gate} --json", code=2)
     assert "'bob/0.wav' of 'ada'" in json.loads(result.stdout)["error"]
     run(f"{words} --agreement {scores[2] - 0.01}")
@@ -110,6 +110,16 @@ def test_hidden_folders_are_passed_over(run, world, tmp_path):
     run(f"enroll --folders {tmp_path / 'people'} {OPEN}")
     facts = json.loads(run("info --json").stdout)
     assert set(facts["enrolled"]) == {"ada", "bob"}
+
+
+@pytest.mark.parametrize("words", ["forget ada", "info", "identify ada/0.wav"])
+def test_a_database_that_is_not_there(run, tmp_path, words):
+    """It is named, and not made."""
+    result = run(words, code=2)
+    path = tmp_path / "who.db"
+    assert f"'{path}' does not exist, so nobody is enrolled" in result.stderr
+    assert "Is it the right database?" in result.stderr
+    assert not path.exists()
 
 
 def test_a_small_lead_is_unsure(run):

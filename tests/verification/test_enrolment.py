@@ -333,6 +333,11 @@ def test_nobody_there(tmp_path):
     assert not (tmp_path / "who.db").exists()
     with pytest.raises(EnrolmentError, match="Nobody is enrolled"):
         database.identify(np.ones(8))
+    with pytest.raises(EnrolmentError, match="Nobody called 'ada'"):
+        database.remove("ada")
+    with pytest.raises(EnrolmentError, match="Recordings do not fit"):
+        database.enrol("ada", np.eye(8)[:3], agreement=0.5)
+    assert not (tmp_path / "who.db").exists()
     database.enrol("ada", np.eye(8)[0])
     for call in (database.remove, lambda n: database.score(n, np.ones(8))):
         with pytest.raises(EnrolmentError, match="Nobody called 'bob'"):
