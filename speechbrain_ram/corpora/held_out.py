@@ -5,6 +5,7 @@ These trials choose the best checkpoint and make the report of a run.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from speechbrain_ram.data.manifest import ManifestError, Utterance
 from speechbrain_ram.data.names import session_of
+from speechbrain_ram.utils import first_ten
 from speechbrain_ram.verification.trials import TrialList
 
 
@@ -21,17 +23,32 @@ def choose_speakers(
     """Draw a share of the speakers, from those with several utterances."""
     if not 0 < share < 1:
         raise ManifestError(
-            f"dev_share is {share}, expected a share between 0 and 1."
+            f"--dev_share is {share}, expected a share between 0 and 1."
         )
     sizes = Counter(row.spk_id for row in rows)
     usable = sorted(speaker for speaker, size in sizes.items() if size > 1)
     count = max(2, round(share * len(sizes)))
-    if len(usable) < count or len(sizes) - count < 2:
+    if len(sizes) < 4:
         raise ManifestError(
-            f"Of {len(sizes)} speakers, {len(usable)} have two utterances "
-            f"or more and {count} are to be held out for trials, leaving two "
-            "or more to train on. Are there more speakers, or is a smaller "
-            "--dev_share meant?"
+            "Four speakers are the least, of whom two are held out for trials. "
+            f"Found {'is' if len(sizes) == 1 else 'are'} {len(sizes)}: "
+            f"{first_ten(sorted(sizes))}. If these are no speakers, is the "
+            "corpus given one level too high or too deep?"
+        )
+    if len(usable) < 2:
+        raise ManifestError(
+            f"Of {len(sizes)} speakers, {len(usable)} have two utterances or "
+            "more. Two such speakers are needed, for trials between "
+            "utterances of one speaker. Is the corpus given one level too "
+            "high or too deep?"
+        )
+    most = min(len(usable), len(sizes) - 2)
+    if count > most:
+        raise ManifestError(
+            f"--dev_share {share:g} holds {count} of {len(sizes)} speakers out "
+            f"for trials, {most} can be: {len(usable)} have two utterances or "
+            "more, and two or more must be left to train on. Give --dev_share "
+            f"{math.floor(1e4 * most / len(sizes)) / 1e4:g} or less."
         )
     return set(generator.permutation(usable)[:count].tolist())
 

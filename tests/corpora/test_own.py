@@ -1,7 +1,9 @@
 """Your own corpus: folders and tables, and trials that are fair."""
 
 import itertools
+import math
 import os
+import shutil
 import tracemalloc
 from collections import Counter
 
@@ -223,11 +225,39 @@ def test_corpora_that_are_no_good(tmp_path, corpus):
         prepare_own(corpus, corpus / "out")
     with pytest.raises(ManifestError, match="dev_share is 10, expected"):
         prepare_own(corpus, out, dev_share=10)
-    with pytest.raises(ManifestError, match="Of 6 speakers, 6 have two .* 5 a"):
+    match = "0.9 holds 5 of 6 .* 4 can be: 6 have two .* 0.6666 or less"
+    with pytest.raises(ManifestError, match=match):
         prepare_own(corpus, out, dev_share=0.9)
     miniature.write(corpus / "stray.wav", VOICES[0][0])
     with pytest.raises(ManifestError, match="stray.wav' lies in no speaker's"):
         prepare_own(corpus, out)
+    assert not (out / "train.csv").exists()
+
+
+def test_too_few_speakers_or_no_speakers(tmp_path, corpus):
+    """What helps is said, not what cannot help."""
+    share = math.floor(1e4 * 4 / 6) / 1e4
+    prepare_own(corpus, tmp_path / "most", dev_share=share)
+    for single in (0, 1, 2, 3, 4):
+        for file in (corpus / f"speaker{single}").rglob("[1-9].flac"):
+            file.unlink()
+    out = tmp_path / "out"
+    match = "^Of 6 speakers, 1 have two utterances or more. Two such .* level"
+    with pytest.raises(ManifestError, match=match) as caught:
+        prepare_own(corpus, out)
+    assert "dev_share" not in str(caught.value)
+    (tmp_path / "up").mkdir()
+    corpus.rename(tmp_path / "up" / "three")
+    for number, names, folder in (
+        ("is 1", "three", tmp_path / "up"),
+        ("are 3", "speaker3, speaker4, speaker5", tmp_path / "up" / "three"),
+    ):
+        for k in range(3):
+            shutil.rmtree(folder / f"speaker{k}", ignore_errors=True)
+        match = f"^Four speakers .* Found {number}: {names}. .* level too high"
+        with pytest.raises(ManifestError, match=match) as caught:
+            prepare_own(folder, out)
+        assert "dev_share" not in str(caught.value)
     assert not (out / "train.csv").exists()
 
 
