@@ -93,6 +93,11 @@ def test_leaving_when_asked_is_no_error():
 @pytest.mark.parametrize(
     "options, says",
     [
+        ("--precision fp8", "py: --precision: invalid choice: 'fp8' (choose "),
+        (
+            "--ckpt_interval_minutes x",
+            "py: --ckpt_interval_minutes: invalid int value: 'x'.",
+        ),
         ("--device tpu9", "--device 'tpu9' cannot be used"),
         ("--marign 0.2", "Is --margin meant?"),
         ("--output_folder /proc/run", "--output_folder '/proc/run' cannot"),
@@ -106,6 +111,6 @@ def test_training_says_its_errors_in_one_line(options, says):
         text=True,
     )
     assert done.returncode == 2
-    *before, line = done.stderr.splitlines()
+    *_, line = done.stderr.splitlines()
     assert line.startswith("train_speaker_embeddings.py: ") and says in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "usage" not in done.stderr

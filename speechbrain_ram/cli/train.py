@@ -6,12 +6,13 @@ leave by a signal or --max_hours, with a checkpoint written
 (docs/robust-training.md).
 """
 
+import argparse
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -336,10 +337,26 @@ def verify(brain, trials, hparams, output):
     return Decision.fit(scores, trials.labels, name), notes
 
 
+@contextmanager
+def complaints_as_errors():
+    """Let SpeechBrain's parser raise instead of printing its usage."""
+
+    def complain(_, message):
+        raise ValueError(f"{message.removeprefix('argument ')}.")
+
+    complaint = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = complain
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = complaint
+
+
 def main(argv):
     """Train; the exit status."""
     leave_on_signals()
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    with complaints_as_errors():
+        hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     hparams_file = recipe_file(hparams_file)
     check_settings(hparams_file, overrides, run_opts)
     keep_freed_memory()
