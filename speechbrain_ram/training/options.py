@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -23,6 +23,8 @@ from speechbrain.core import RunOptions
 from speechbrain_ram.data.names import read_text
 from speechbrain_ram.data.plain import PlainError, parse_yaml
 from speechbrain_ram.data.synthetic import SYNTHETIC
+from speechbrain_ram.losses import FORMS, OBJECTIVES
+from speechbrain_ram.training.schedules import DECAYS
 from speechbrain_ram.utils import is_number
 
 _OPTIONS = "The options"  # what an error calls them
@@ -85,6 +87,10 @@ def _list(
     )
 
 
+def _one_of(names: Sequence[str]) -> Rule:
+    return Rule(lambda v: v in names, f"one of {', '.join(names)}")
+
+
 _TRUTH = Rule(lambda v: isinstance(v, bool), "True or False")
 _PATH = Rule(lambda v: isinstance(v, str) and v, "a path (./7, not 7)")
 _POSITIVE = _between(0, math.inf, or_equal=False)
@@ -102,7 +108,10 @@ _SWITCHES = (
     "verify_untrained"
 )
 
-#: Every setting of the recipes that is a number, a truth value or a path.
+_OBJECTIVES = (*OBJECTIVES, "real-am", "real-aam")
+
+#: Every setting of the recipes that is a number, a truth value, a path, or one
+#: of several names.
 RULES = {
     **dict.fromkeys(_PATHS.split(), _PATH),
     # Data
@@ -123,6 +132,11 @@ RULES = {
     "batch_size": _whole(1),
     "num_workers": _whole(0),
     # Objective
+    "objective": Rule(
+        lambda v: isinstance(v, str) and (v in _OBJECTIVES or "." in v),
+        f"one of {', '.join(_OBJECTIVES)} or MODULE.CLASS",
+    ),
+    "form": _one_of(FORMS),
     "margin": _between(0, math.pi),
     "scale": _POSITIVE,
     "margin_start": _NOT_NEGATIVE,
@@ -134,6 +148,7 @@ RULES = {
     "encoder_lr_factor": _POSITIVE,
     "average_checkpoints": _whole(0),
     "lr": _POSITIVE,
+    "lr_decay": _one_of(DECAYS),
     "final_lr": _POSITIVE,
     "lr_gamma": _POSITIVE,
     "warmup_steps": _whole(0),

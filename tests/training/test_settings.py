@@ -32,6 +32,11 @@ def check(command_line, file=SYNTHETIC):
         ("--lr True", "--lr is True; a number above 0"),
         ("--lr", "--lr has no value; a number above 0"),
         ("--margin 4", "--margin is 4; a number from 0 to 3.142"),
+        ("--lr_decay foo", "--lr_decay is 'foo'; one of step, exponential, co"),
+        ("--form max", "--form is 'max'; one of paper, released, hinge is ne"),
+        ("--objective arcface", "--objective is 'arcface'; one of softmax, "),
+        ("--objective real-ram", "--objective is 'real-ram'; one of softmax"),
+        ("--objective 3", "--objective is 3; one of softmax"),
         ("--sub_centers 0", "--sub_centers is 0; a whole number, 1 or more"),
         ("--scale ten", "--scale is 'ten'; a number above 0"),
         ("--channels 16,16,32,64", "--channels is '16,16,32,64'; a list of 4"),
@@ -93,10 +98,9 @@ def test_the_recipes_as_they_stand_are_taken(file, tmp_path):
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)
 def test_every_setting_has_a_rule(file):
-    """Those with names to choose from are checked where they are used."""
     reader = ruamel.yaml.YAML(typ="safe", pure=True)
     reader.Constructor = _Plain
-    choices = "facts form frontend license lists lr_decay objective precision"
+    choices = "facts frontend license lists precision"
     for name, value in reader.load(file).items():
         built = isinstance(value, dict) or "!" in str(value)
         if built and value not in ("!PLACEHOLDER", "!ref"):
