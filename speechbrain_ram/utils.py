@@ -341,7 +341,8 @@ def first_ten(names: Sequence[str], between: str = ", ") -> str:
     """The first ten names, and how many more there are."""
     shown = list(names[:10])
     if len(names) > 10:
-        shown.append(f"and {len(names) - 10} more")
+        end = "." if "\n" in between else ""  # the names are sentences
+        shown.append(f"and {len(names) - 10} more{end}")
     return between.join(shown)
 
 

@@ -159,7 +159,7 @@ def _why_unreadable(path: str | os.PathLike, error: object) -> str:
     except (OSError, ValueError):
         if os.path.islink(path):
             return f"'{name}' is a link to a file that is not there."
-        return f"'{name}' does not exist. Is data_root the right folder?"
+        return f"'{name}' does not exist."
     if os.path.isdir(path):
         return f"'{name}' is a folder, not a recording."
     if not stat.S_ISREG(status.st_mode):

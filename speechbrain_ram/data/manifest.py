@@ -123,10 +123,11 @@ def build_manifest(
     if skipped and skipped_list is None:
         gone = [name for name in names if not os.path.exists(root / name)]
         shown = first_ten(skipped, "\n  ")
+        where = f" Is '{root}' the right folder?"
         raise ManifestError(
             f"{len(skipped)} of {len(names)} recordings cannot be used:\n  "
             f"{shown}\nRepair or remove them; `--skip_bad True` leaves them "
-            f"out.{missing_hint(root, gone)}"
+            f"out.{missing_hint(root, gone, where)}"
         )
     _report_left_out(skipped, short, len(names), min_duration, skipped_list)
     if not rows:

@@ -82,8 +82,12 @@ def nearly(root: str | os.PathLike, name: str) -> str | None:
     return None if found == os.path.normpath(name) else found
 
 
-def missing_hint(root: str | os.PathLike, missing: list[str]) -> str:
-    """What to add to a message about missing files."""
+def missing_hint(
+    root: str | os.PathLike, missing: list[str], otherwise: str = ""
+) -> str:
+    """What to add to a message about missing files: if none is nearly there,
+    `otherwise`.
+    """
     for name in missing[:3]:
         name = part_of(name)[0]
         twin = nearly(root, name)
@@ -92,7 +96,7 @@ def missing_hint(root: str | os.PathLike, missing: list[str]) -> str:
                 f" But {twin!r} is there: it differs from {name!r} only in "
                 "case, in Unicode's form or in spaces."
             )
-    return ""
+    return otherwise if missing else ""
 
 
 _PART = re.compile(r"(.+)@([0-9]{1,15})-([0-9]{1,15})")

@@ -123,7 +123,7 @@ def test_errors_exit_with_two(run, voices, as_json):
     options = ["--json"] if as_json else []
     a = voices / "ada" / "0.wav"
     result = run("compare", a, voices / "missing.wav", *options, code=2)
-    assert "missing.wav' does not exist" in result.stderr
+    assert "missing.wav' does not exist.\n" in result.stderr
     if as_json:
         assert "missing.wav" in answer(result)["error"]
     else:

@@ -277,6 +277,9 @@ def test_ten_of_many_are_shown(tmp_path):
         build_manifest(tmp_path, names)
     assert "09.wav" in str(caught.value)
     assert "10.wav" not in str(caught.value)
+    assert "and 5 more.\nRepair or remove them" in str(caught.value)
+    assert str(caught.value).endswith(f"Is '{tmp_path}' the right folder?")
+    assert str(caught.value).count("right folder?") == 1
 
 
 def test_nothing_left(tmp_path):
