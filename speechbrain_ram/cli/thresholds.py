@@ -49,6 +49,12 @@ def threshold(chosen, data, root, device):
     from speechbrain_ram.verification.metrics import far_of
     from speechbrain_ram.verification.scores import score_trials
 
+    if chosen.is_onnx:
+        raise ValueError(
+            f"'{chosen.path}' is an ONNX file, and thresholds are written into "
+            "a folder. Give the one that it was made from after --encoder, "
+            "and export it again."
+        )
     check_replaceable(chosen.path)
     name, trials, root, speakers = _trials(data, root)
     encoder = load_encoder(chosen, device)

@@ -45,6 +45,13 @@ def run(folder, *words, code=0):
     return result
 
 
+def test_an_onnx_file_takes_no_thresholds(voices, tmp_path):
+    (tmp_path / "encoder.onnx").touch()
+    result = run(tmp_path / "encoder.onnx", voices, code=2)
+    assert "is an ONNX file, and thresholds are written into" in result.stderr
+    assert "encoder.json" not in result.stderr
+
+
 def pair_scores(folder, voices):
     """Cosines and labels of all pairs, one by one."""
     encoder = SpeakerEncoder.from_folder(folder)
