@@ -310,16 +310,7 @@ def start_from(
     found = read_folder(folder)
     wanted = read_architecture(encoder_yaml)
     if found.architecture != wanted:
-        there = found.architecture
-        different = sorted(
-            f"{key}: {there.get(key)} there, {wanted.get(key)} here"
-            for key in {*there, *wanted}
-            if there.get(key) != wanted.get(key)
-        )
-        raise EncoderError(
-            f"the encoder in '{folder}' has another architecture: "
-            f"{'; '.join(different)}. Give this run the same."
-        )
+        raise EncoderError(_contradiction(folder, found.architecture, wanted))
     check_state(embedding_model.state_dict(), found.weights, found.place)
     embedding_model.load_state_dict(found.weights)
 
@@ -360,6 +351,30 @@ def start_from(
         len(label_encoder),
     )
     return len(both)
+
+
+def _contradiction(folder: Path, there: Mapping, here: Mapping) -> str:
+    """Which options of a run do not fit the encoder that it starts from."""
+    theirs, ours = recipe_options(there), recipe_options(here)
+    inner = theirs.pop("encoder"), ours.pop("encoder")
+    names = {f"--{name}": name for name in {*theirs, *ours}}
+    wrong = [
+        f"{option} is {ours.get(name)}, the encoder has {theirs.get(name)}"
+        for option, name in sorted(names.items())
+        if ours.get(name) != theirs.get(name)
+    ]
+    wrong += [
+        f"'encoder: {name}' is {inner[1].get(name)}, the encoder has "
+        f"{inner[0].get(name)}"
+        for name in sorted({*inner[0], *inner[1]})
+        if inner[1].get(name) != inner[0].get(name)
+    ]
+    said = "; ".join(wrong) or "its classes or features are others"
+    return (
+        f"The encoder in '{folder}' cannot be the start, since this run asks "
+        f"for another architecture: {said}. Leave these options out: they are "
+        "taken from the folder."
+    )
 
 
 def _read_labels(path: Path) -> dict[str, int]:
