@@ -19,6 +19,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def quantise(
         def get_next(self) -> Mapping[str, np.ndarray] | None:
             return next(feeds, None)
 
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, _without_advice():
         quantize_static(
             str(source),
             str(temporary),
@@ -154,6 +155,24 @@ def quantise(
             weight_type=QuantType.QInt8,
         )
     return Path(path)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without onnxruntime's advice to prepare the file, which is for programs.
+
+    It is logged by the root logger.
+    """
+    root = logging.getLogger()
+
+    def heeded(record: logging.LogRecord) -> bool:
+        return "Please consider" not in str(record.msg)
+
+    root.addFilter(heeded)
+    try:
+        yield
+    finally:
+        root.removeFilter(heeded)
 
 
 #: Exporters by the client that the file is for.

@@ -231,9 +231,11 @@ def test_what_is_told_of_an_encoder_is_told_of_its_file(files, written):
     assert "Note: Do not use it. " in said and "an ONNX file of" in said
 
 
-def test_int8_is_smaller_and_close(encoders, files, tmp_path):
+def test_int8_is_smaller_and_close(encoders, files, tmp_path, caplog):
     examples = [voice(1.0, 100 + 20 * i, seed=i)[None] for i in range(6)]
+    caplog.clear()
     small = quantise(files["fbank"], tmp_path / "int8.onnx", examples)
+    assert not [each for each in caplog.records if each.name == "root"]
     wav = voice(1.2, 150)[None]
     assert cosine(run(small, wav)[0], run(files["fbank"], wav)[0]) > 0.95
     kinds = {node.op_type for node in onnx.load(small).graph.node}
