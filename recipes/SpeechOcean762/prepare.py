@@ -27,7 +27,7 @@ def prepare(download: Path, data_folder: Path) -> None:
         folders[speaker] = download / "WAVE" / f"SPEAKER{speaker}"
     missing = [str(f) for f in folders.values() if not f.is_dir()]
     if missing:
-        raise SystemExit(
+        raise ValueError(
             f"{len(missing)} of {len(folders)} speakers are not in "
             f"'{download}', for example '{missing[0]}'. Is it the folder "
             "'speechocean762' of the unpacked download?"
