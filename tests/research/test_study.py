@@ -247,7 +247,7 @@ def test_judging_two_equal_halves(tmp_path):
 
 def test_draws_are_those_of_the_intervals():
     rng = np.random.default_rng(0)
-    speakers = np.repeat(list("abcdef"), 4)
+    speakers = np.repeat(list("abcdefghijkl"), 4)
     i, j = np.triu_indices(len(speakers), 1)
     labels = (speakers[i] == speakers[j]).astype(int)
     scores = labels + rng.normal(0, 0.5, len(labels))

@@ -39,7 +39,7 @@ def test_the_long_grids(tmp_path):
     assert grids[0].fingerprint == grids[1].fingerprint
     short = plan.read_grid(STUDY / "cpu.yaml")
     epochs = 10 * short.settings["number_of_epochs"]
-    same = {**short.settings, "number_of_epochs": epochs, "precision": "bf16"}
+    same = {**short.settings, "number_of_epochs": epochs}
     assert grids[0].settings == same and not short.watch_every
     seeds = [
         run.seed for run in plan.final_runs(grids[0], all_records(grids[0]))
