@@ -5,7 +5,7 @@ What :class:`RobustBrain` adds to its base class:
 - a checkpoint holds everything that decides how training goes on: random
   generators, the sums of the running epoch, the log, the list of faults;
 - signals and ``max_hours`` write a checkpoint and leave, see
-  :mod:`speechbrain_ram.training.faults`;
+  :mod:`speechbrain_ram.training.leaving`;
 - recordings that fail are skipped, see :mod:`speechbrain_ram.training.faults`;
 - a step whose loss or gradients are not finite leaves no trace;
 - a step of several processes is the step of one with the joint batch, and
