@@ -313,8 +313,9 @@ def test_the_report_of_a_watched_grid(grid, records, tmp_path, monkeypatch):
         drawn.unlink()
 
 
-def test_the_page_has_the_records_numbers():
-    grid = plan.read_grid(STUDY / "long.yaml")
+@pytest.mark.parametrize("name", ["long.yaml", "long_5994.yaml"])
+def test_the_page_has_the_records_numbers(name):
+    grid = plan.read_grid(STUDY / name)
     records = plan.read_records(STUDY / "records" / "long.jsonl", grid)
     page = (REPOSITORY / "docs" / "study-long.md").read_text(encoding="utf-8")
     rows = [
