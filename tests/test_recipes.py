@@ -1,5 +1,6 @@
 """Each recipe end to end, in miniature: prepare, train, verify, table."""
 
+import json
 import math
 import re
 import shlex
@@ -603,8 +604,11 @@ def test_strong_recipe_learns_real_speech(
     )
     said = capsys.readouterr().out
     before = float(re.search(r"EER before training: ([\d.]+)", said)[1])
-    result = fine_tuned(run, real_voxceleb, noises, crop_seconds=6.0)
-    assert result.eer < 0.8 * before, (result.eer, before)
+    fine_tuned(run, real_voxceleb, noises, crop_seconds=6.0)
+    results = tmp_path / "verified" / "vox1-O" / "results.json"
+    # By plain cosine: whether a cohort of so few speakers helps is luck.
+    after = json.loads(results.read_text())["systems"]["cosine"]["eer"]
+    assert after < 0.8 * before, (after, before)
 
 
 PAGES = [
