@@ -44,7 +44,7 @@ def test_the_long_grids(tmp_path):
     seeds = [
         run.seed for run in plan.final_runs(grids[0], all_records(grids[0]))
     ]
-    assert seeds == sorted(seeds) and len(seeds) == 2 * len(grids[0].systems)
+    assert seeds == sorted(seeds) and len(seeds) == 3 * len(grids[0].systems)
     for grid, kind in zip(grids, ("rising", "5994"), strict=True):
         systems = [name for name in grid.systems if kind in name]
         assert systems
