@@ -330,9 +330,12 @@ def test_manifests_on_another_disk(tiny_corpus, run, monkeypatch):
         assert cache.stat().st_size > len(b"damaged")
 
 
-def test_your_corpus_names_its_folder_and_card(tiny_corpus, tmp_path):
+def test_your_corpus_names_its_folder_and_card(
+    tiny_corpus, tmp_path, monkeypatch
+):
     from hyperpyyaml import load_hyperpyyaml
 
+    monkeypatch.chdir(tmp_path)  # loading it makes its folder
     with open(OWN) as file:
         hparams = load_hyperpyyaml(file, {"corpus": "/some/where/voices/"})
     assert hparams["output_folder"] == "results/own_voices_ram_m0.5_1986"
